@@ -1,0 +1,56 @@
+# `make demo` and `make test` set up everything they need; both go through `make setup`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+.PHONY: help setup demo test lint test-slow wheel-test gpu clean
+
+help:
+	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
+	@echo "make demo        distil a small decoder on real text into outputs/demo/ (about 6 minutes)"
+	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
+	@echo "make test-slow   the tests that take longer"
+	@echo "make gpu         on a machine with a GPU: the suite on it, compute-sanitizer"
+
+setup: $(STAMP)
+
+# torch first and pinned: the package index's newest torch is a CUDA build of several GB. No build
+# isolation, so that the extension sees the torch that is installed.
+$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/fusedkd demo --output outputs/demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(MAKE) wheel-test
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# The built wheel, imported from another directory, where the checkout cannot stand in for it.
+wheel-test: setup
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel && ../../$(BIN)/python ../../tests/wheel_check.py site
+
+gpu:
+	$(PYTHON) -m pytest -m "not slow"
+	compute-sanitizer --tool memcheck $(PYTHON) -m pytest tests/test_contract.py -k triton
+	compute-sanitizer --tool racecheck $(PYTHON) -m pytest tests/test_contract.py -k triton
+
+clean:
+	rm -rf build dist outputs *.egg-info kernels/cpu/*.so

@@ -1,0 +1,164 @@
+"""What is measured: a case, and the tensors it is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkd import divergences
+from fusedkd.divergences import Divergence
+
+__all__ = ["DTYPES", "Case", "Problem", "make_problem", "parse_divergence"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# fp16 cannot hold q - p over thousands of tokens; like everybody, multiply the loss first.
+LOSS_SCALE = {"bf16": 1.0, "fp16": 2.0**12, "fp32": 1.0}
+
+LOGIT_STD = 2.5  # a trained model's logits have a spread of 2 to 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the axes. Plain numbers and strings, so that a child process can be sent it."""
+
+    form: str = "dense"  # logits, or "head": hidden states and output projections
+    divergence: str = "forward_kl"  # a name, or a name with parameters: "jsd(beta=0.3)"
+    n: int = 512
+    vocab: int = 151936
+    dtype: str = "bf16"
+    temperature: float = 2.0
+    kd_weight: float = 1.0
+    ce_weight: float = 1.0
+    mode: str = "train"  # forward + backward, or "eval": forward without gradients
+    frozen: bool = False  # the student's head has no gradient
+    inplace: bool = False
+    hidden_student: int = 896
+    hidden_teacher: int = 1536
+    chunk_bytes: int | None = None
+    threads: int | None = None  # None: as torch chooses
+    device: str = "cpu"
+
+    @property
+    def kd_scale(self) -> float:
+        """T^2 keeps the size of the soft gradient as T changes (Hinton et al. 2015)."""
+        return self.kd_weight * self.temperature**2
+
+    @property
+    def name_and_params(self) -> tuple[str, tuple[float, ...]]:
+        divergence = self.divergence_object
+        return divergence.name, divergence.params
+
+    @property
+    def divergence_object(self) -> Divergence:
+        return parse_divergence(self.divergence)
+
+    @property
+    def label(self) -> str:
+        loss = self.divergence if self.kd_weight else ""
+        loss += (" + CE" if loss else "CE") if self.ce_weight else ""
+        parts = [self.form, self.dtype, f"{self.n:,} x {self.vocab:,}", loss]
+        if self.kd_weight:
+            parts.append(f"T={self.temperature:g}")
+        if self.form == "head":
+            parts.append(f"H={self.hidden_student}/{self.hidden_teacher}")
+        parts += [word for word in ("frozen", "inplace") if getattr(self, word)]
+        parts += ["eval"] if self.mode == "eval" else []
+        parts += [f"{self.threads} threads"] if self.threads else []
+        return ", ".join(parts)
+
+    def but(self, **changes: Any) -> Case:
+        return dataclasses.replace(self, **changes)
+
+
+def parse_divergence(text: str) -> Divergence:
+    """``"jsd"``, ``"jsd(0.3)"`` or ``"jsd(beta=0.3)"``; ValueError says what is wrong."""
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    if not match:
+        raise ValueError(f"divergence={text!r}: expected a name or name(number, ...).")
+    name, inside = match.groups()
+    known = inspect.signature(getattr(divergences, name)) if name in divergences.names() else None
+    positional: list[float] = []
+    named: dict[str, float] = {}
+    for part in filter(None, (inside or "").replace(" ", "").split(",")):
+        key, _, number = part.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"divergence={text!r}: {number!r} is not a number.") from None
+        if key:
+            named[key] = value
+        else:
+            positional.append(value)
+    if known is None:
+        return divergences.make(name)  # raises, with the nearest name
+    try:
+        bound = known.bind(*positional, **named)
+    except TypeError:
+        raise ValueError(f"divergence={text!r}: expected {name}{known}.") from None
+    bound.apply_defaults()
+    return divergences.make(name, *bound.args)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The inputs of a case: (N, V) logits, or (N, H) hidden states and (V, H) weights."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    student_weight: Tensor | None = None
+    teacher_weight: Tensor | None = None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What a gradient is wanted for."""
+        both = (self.student, self.student_weight)
+        return [x for x in both if x is not None and x.requires_grad]
+
+    def with_case(self, case: Case) -> Problem:
+        """The first rows of the same tensors, with a gradient where the case wants one."""
+        train = case.mode == "train"
+        weight = self.student_weight
+        if weight is not None:
+            weight = weight.detach().requires_grad_(train and not case.frozen)
+        return Problem(
+            student=self.student.detach()[: case.n].requires_grad_(train),
+            teacher=self.teacher[: case.n],
+            labels=self.labels[: case.n],
+            student_weight=weight,
+            teacher_weight=self.teacher_weight,
+        )
+
+
+def make_problem(case: Case, seed: int = 0) -> Problem:
+    """Random inputs; the teacher of dense cases agrees with the student in part, as it would."""
+    dtype, device = DTYPES[case.dtype], case.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        out = torch.empty(*shape, dtype=dtype, device=device)
+        return out.normal_(0, std, generator=generator)
+
+    labels = torch.randint(0, case.vocab, (case.n,), device=device, generator=generator)
+    if case.form == "dense":
+        student = normal(case.n, case.vocab, std=LOGIT_STD)
+        teacher = normal(case.n, case.vocab, std=LOGIT_STD / 2)
+        for rows in range(0, case.n, 64):  # by blocks: no temporary of the whole size
+            teacher[rows : rows + 64].add_(student[rows : rows + 64], alpha=0.8)
+        return Problem(student, teacher, labels).with_case(case)
+    s, t = case.hidden_student, case.hidden_teacher
+    problem = Problem(
+        student=normal(case.n, s, std=1.0),
+        teacher=normal(case.n, t, std=1.0),
+        labels=labels,
+        student_weight=normal(case.vocab, s, std=LOGIT_STD / s**0.5),
+        teacher_weight=normal(case.vocab, t, std=LOGIT_STD / t**0.5),
+    )
+    return problem.with_case(case)

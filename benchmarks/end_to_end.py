@@ -1,0 +1,219 @@
+"""A whole training step: a small Llama student under a Llama teacher, with fusedkd and with logits.
+
+Each measurement is a process of its own, for its memory's sake. Run as a module it is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .memory import child_command, reset_peak, status_bytes
+from .timing import spread
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from transformers import LlamaForCausalLM
+
+__all__ = ["print_steps", "run"]
+
+TIMEOUT = 240
+
+
+@dataclass(frozen=True)
+class Step:
+    """A distillation step: AdamW on ``batch`` sequences of ``length`` random tokens."""
+
+    loss: str  # "fusedkd" or "eager"
+    vocab: int
+    batch: int = 4
+    length: int = 128
+    limit: int = 0  # bytes for the largest batch; 0: do not look for it
+    steps: int = 3
+    device: str = "cpu"
+
+
+VOCABULARIES = (32000, 151936)
+MOST = 64  # sequences: larger batches are not tried
+
+
+def run(options: Namespace, console: Console) -> list[dict[str, Any]]:
+    """Step time, memory and tokens per second, and the largest batch within the limit."""
+    results = []
+    for vocab in VOCABULARIES:
+        for loss in ("fusedkd", "eager"):
+            with console.status(f"end to end: {loss}, vocabulary {vocab:,}"):
+                limit = int(options.memory_limit * 2**30)
+                results.append(_child(Step(loss, vocab, limit=limit, device=options.device)))
+    return results
+
+
+def _child(step: Step) -> dict[str, Any]:
+    command, environment = child_command("end_to_end", json.dumps(asdict(step)))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    if done.returncode:
+        tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"--end-to-end: the step {step} ended with: {tail[:200]}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def print_steps(console: Console, results: list[dict[str, Any]], limit: float) -> None:
+    from rich.table import Table
+
+    table = Table(title="A training step, end to end")
+    heads = ["vocabulary", "loss", "step ms", "tokens/s", "peak memory"]
+    for head in [*heads, f"largest batch in {limit:g} GiB"]:
+        table.add_column(head, justify="right")
+    for r in results:
+        table.add_row(
+            *(f"{r['vocab']:,}", r["loss"], f"{r['step_ms']:,.0f}", f"{r['tokens_per_s']:,.0f}"),
+            *(f"{r['peak_bytes'] / 2**20:,.0f} MiB", _batch(r)),
+        )
+    console.print(table)
+    console.print(
+        "  [dim]Student 4 x 256, teacher 6 x 512, bf16, KL (T = 2) + CE, AdamW. Peak memory: of a "
+        "step, above models and optimizer state.[/dim]",
+        highlight=False,
+    )
+
+
+def _batch(result: dict[str, Any]) -> str:
+    more = " or more" if result["largest_batch"] == MOST else ""
+    return f"{result['largest_batch']} x {result['length']}{more}"
+
+
+# ----------------------------------------------------------------------------------------------
+# the child
+
+
+def _llama(layers: int, width: int, step: Step) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=step.vocab,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    return model.to(step.device)
+
+
+def _losses(step: Step) -> Callable[..., torch.Tensor]:
+    """(student, teacher, ids) -> loss, from hidden states and heads or from full logits."""
+    import torch
+
+    from fusedkd import LMHead, kd_loss
+
+    from .cases import Case
+    from .formulas import plain_loss
+
+    case = Case(n=step.batch * step.length, vocab=step.vocab)
+
+    def fused(s: LlamaForCausalLM, t: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = t.model(ids).last_hidden_state
+        student = LMHead(s.model(ids).last_hidden_state[:, :-1], s.lm_head.weight)
+        teacher = LMHead(hidden[:, :-1], t.lm_head.weight)
+        return kd_loss(student, teacher, ids[:, 1:], temperature=2.0, ce_weight=1.0)
+
+    def eager(s: LlamaForCausalLM, t: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            teacher = t(ids).logits[:, :-1].flatten(0, 1)
+        student = s(ids).logits[:, :-1].flatten(0, 1)
+        return plain_loss(student, teacher, ids[:, 1:].flatten(), case, torch.float32)
+
+    return fused if step.loss == "fusedkd" else eager
+
+
+class _Trainer:
+    """The models and their optimizer; what a step takes."""
+
+    def __init__(self, step: Step) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        self.step = step
+        self.student, self.teacher = _llama(4, 256, step), _llama(6, 512, step)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4, fused=True)
+        self.loss_of = _losses(step)
+        self.time(1)  # optimizer state and the runtime's own memory are there afterwards
+
+    def time(self, batch: int) -> float:
+        import torch
+
+        step = self.step
+        ids = torch.randint(0, step.vocab, (batch, step.length), device=step.device)
+        begin = time.perf_counter()
+        self.loss_of(self.student, self.teacher, ids).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if step.device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) * 1e3
+
+    def peak(self, batch: int) -> int:
+        before = _reset(self.step)
+        self.time(batch)
+        return _peak(self.step) - before
+
+
+def _largest(trainer: _Trainer, limit: int) -> int:
+    """The largest batch whose measured peak stays within ``limit``.
+
+    Peak memory is all but a straight line in the batch: two small steps predict where it crosses
+    the limit, and steps there settle it. Every answer was run; none is extrapolated.
+    """
+    peaks = {batch: trainer.peak(batch) for batch in (1, 4)}
+    slope = max((peaks[4] - peaks[1]) / 3, 1.0)
+    guess = max(1, min(MOST, int(1 + (limit - peaks[1]) / slope)))
+    for _ in range(5):
+        if guess not in peaks:
+            peaks[guess] = trainer.peak(guess)
+        fits = peaks[guess] <= limit
+        following = guess + (1 if fits else -1)
+        if not 1 <= following <= MOST or following in peaks:
+            break
+        guess = following
+    return max((batch for batch, size in peaks.items() if size <= limit), default=0)
+
+
+def _measure(step: Step) -> dict[str, Any]:
+    trainer = _Trainer(step)
+    peak = trainer.peak(step.batch)
+    median, low, high = spread([trainer.time(step.batch) for _ in range(step.steps)])
+    tokens = step.batch * step.length / median * 1e3
+    times = {"step_ms": median, "step_p10_ms": low, "step_p90_ms": high, "tokens_per_s": tokens}
+    largest = _largest(trainer, step.limit) if step.limit else None
+    return {**asdict(step), **times, "peak_bytes": peak, "largest_batch": largest}
+
+
+def _reset(step: Step) -> int:
+    import torch
+
+    if step.device == "cpu":
+        return reset_peak()
+    torch.cuda.reset_peak_memory_stats()
+    return int(torch.cuda.memory_allocated())
+
+
+def _peak(step: Step) -> int:
+    import torch
+
+    cpu = step.device == "cpu"
+    return status_bytes("VmHWM") if cpu else int(torch.cuda.max_memory_allocated())
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(Step(**json.loads(sys.argv[1])))))

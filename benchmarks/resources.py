@@ -1,0 +1,335 @@
+"""What the Triton kernels take on each GPU, from ahead-of-time compilation: no GPU needed.
+
+    python -m benchmarks.resources           # the table for sm_90, every divergence
+    python -m benchmarks.resources --all     # every target, dtype and flag (an hour on 2 cores)
+
+It compiles what the launcher would compile (``config.plan`` and ``config.constants`` are shared)
+and reads registers, spills and access widths out of the machine code. ``problems`` is the verdict
+that the tests hold every kernel to. Run it from a checkout; without the repository root on
+sys.path, as ``.venv/bin/python benchmarks/resources.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fusedkd.kernels.triton import config, programs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedkd import divergences
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# student, teacher, gradient; the last is a head's chunk (ops.head_dtypes)
+DTYPES = {
+    "bf16": (BF16, BF16, BF16),
+    "fp16": (FP16, FP16, FP16),
+    "fp32": (FP32, FP32, FP32),
+    "head": (FP32, FP32, BF16),
+}
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
+# Every launch that config.choose can return, but of the pieces only one count: it enters a kernel
+# as the length of one tiny load.
+LAUNCHES = (
+    config.choose(1, 4096, 132),
+    config.choose(1, 16384, 132),
+    config.choose(8192, 151936, 132),
+    config.choose(32, 262144, 132),
+)
+FLAGS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "all": {"metrics": True, "bent_s": True, "bent_t": True},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile."""
+
+    target: str
+    dtype: str
+    divergence: str
+    launch: config.Launch
+    stage: str
+    flags: str = "plain"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of it. Widths in bytes; the loops are those over a row, in the code's order."""
+
+    job: Job
+    registers: int
+    budget: int  # per thread, for one program of that many warps to fit
+    shared: int
+    spilled: int
+    calls: int
+    loads: tuple[int, ...]  # narrowest global load of each loop, widest loops first
+    stores: tuple[int, ...]
+    cost: tuple[float, ...] = ()  # instructions per entry of the 16-byte loops
+    special: tuple[float, ...] = ()  # of which on the special-function unit
+
+
+def jobs(everything: bool) -> Iterator[Job]:
+    """Every kernel that a launch can choose; short of ``everything``, a table for one GPU."""
+    targets, dtypes, flags = (
+        (TARGETS, DTYPES, FLAGS) if everything else (("sm_90",), ("bf16",), ("plain",))
+    )
+    names = divergences.names()
+    for target, dtype, name, flag in itertools.product(targets, dtypes, names, flags):
+        for launch in LAUNCHES:
+            variant = _variant(dtype, name, flag)
+            for stage in config.stages(variant, launch):
+                yield Job(target, dtype, name, launch, stage, flag)
+
+
+def _variant(dtype: str, divergence: str, flags: str) -> config.Variant:
+    return config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
+
+
+def source(job: Job) -> ASTSource:
+    """What the launcher would hand to Triton's compiler."""
+    variant = _variant(job.dtype, job.divergence, job.flags)
+    plan = config.plan(variant, job.launch, job.stage, TARGETS[job.target].backend)
+    constants: dict[str, Any] = config.constants(job.divergence, plan)
+    if not plan.metrics:
+        constants["metrics"] = None
+    if not plan.ce:
+        constants["labels"] = None
+    if job.stage == "whole":
+        constants |= {"partial": None, "sums": None}
+    acc = "fp64" if plan.acc == tl.float64 else "fp32"
+    pointers = dict.fromkeys(("row_scale", "loss", "metrics"), f"*{acc}")
+    pointers |= {"labels": "*i64", "partial": "*fp64", "sums": "*fp64"}
+    for name in ("student", "teacher", "grad"):
+        pointers[name] = f"*{NAMES[getattr(variant, name)]}"
+    signature = {}
+    for parameter in programs.row_kernel.params:
+        name = parameter.name
+        known = "constexpr" if name in constants else pointers.get(name)
+        signature[name] = known or parameter.annotation_type
+    return ASTSource(programs.row_kernel, signature, constants)
+
+
+def compile_(job: Job) -> Report:
+    """Compile, and read the result."""
+    compiled = triton.compile(
+        source(job), target=TARGETS[job.target], options={"num_warps": job.launch.warps}
+    )
+    return read(compiled, job)
+
+
+def read(compiled: Any, job: Job) -> Report:
+    """Registers, spills, calls and the width of the accesses in the loops of a compiled kernel."""
+    if TARGETS[job.target].backend == "hip":
+        return _read_hip(compiled, job)
+    return _read_cuda(compiled, job)
+
+
+# --------------------------------------------------------------------------------------------------
+# NVIDIA
+
+
+def _read_cuda(compiled: Any, job: Job) -> Report:
+    usage, sass = (
+        _dump(compiled.asm["cubin"], "--dump-resource-usage"),
+        _dump(compiled.asm["cubin"], "-sass"),
+    )
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    loops = list(_loops_sass(sass))
+    wide = [
+        loop for loop in loops if _widths_sass(loop, "LDG") and min(_widths_sass(loop, "LDG")) == 16
+    ]
+    entries = _entries_per_thread(job)
+    return Report(
+        job=job,
+        registers=found["REG"],
+        budget=min(255, 65536 // (32 * job.launch.warps)),
+        shared=compiled.metadata.shared,
+        spilled=found["STACK"] + found["LOCAL"],
+        calls=len(re.findall(r"\bcall", compiled.asm["ptx"])),
+        loads=_narrowest(loops, "LDG"),
+        stores=_narrowest(loops, "STG"),
+        cost=tuple(len(loop) / entries for loop in wide),
+        special=tuple(sum("MUFU" in line for line in loop) / entries for loop in wide),
+    )
+
+
+def _dump(cubin: bytes, what: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, what, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def _loops_sass(sass: str) -> Iterator[list[str]]:
+    """The innermost loops, each a list of instructions: backward branches that hold no other."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    spans = []
+    for i, (_, text) in enumerate(lines):
+        jump = re.search(r"BRA(?:\.\w+)* (?:`\(\S+\)|\S+, )?0x([0-9a-f]+)", text)
+        if jump and (start := place.get(int(jump[1], 16), i)) < i:
+            spans.append((start, i))
+    for start, end in _innermost(spans):
+        yield [text for _, text in lines[start : end + 1]]
+
+
+def _innermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: dict[int, int] = {}
+    for start, end in spans:  # a loop with several exits jumps back more than once
+        merged[start] = max(end, merged.get(start, end))
+    loops = list(merged.items())
+    return [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+
+def _widths_sass(loop: list[str], kind: str) -> list[int]:
+    """Bytes of every global access (LDG, STG) or copy to shared memory (LDGSTS) in a loop."""
+    found = []
+    for text in loop:
+        match = re.search(rf"\b{kind}(STS)?(\.\S+)", text)
+        if match and not (kind == "STG" and match[1]):
+            bits = re.search(r"\.(?:U|S)?(8|16|64|128)\b", match[2])
+            found.append(int(bits[1]) // 8 if bits else 4)
+    return found
+
+
+def _narrowest(loops: list[list[str]], kind: str) -> tuple[int, ...]:
+    widths = [min(found) for loop in loops if (found := _widths_sass(loop, kind))]
+    return tuple(sorted(widths, reverse=True))
+
+
+def _entries_per_thread(job: Job) -> int:
+    variant = _variant(job.dtype, job.divergence, job.flags)
+    plan = config.plan(variant, job.launch, job.stage, TARGETS[job.target].backend)
+    return plan.width * job.launch.unroll
+
+
+# --------------------------------------------------------------------------------------------------
+# AMD
+
+
+def _read_hip(compiled: Any, job: Job) -> Report:
+    text = compiled.asm["amdgcn"]
+    found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.M)}
+    loops = list(_loops_gcn(text))
+    return Report(
+        job=job,
+        registers=found["vgpr_count"],
+        budget=min(512, 512 // -(-job.launch.warps // 4)),  # 4 SIMDs with 512 each
+        shared=compiled.metadata.shared,
+        # SGPRs spill to lanes of a VGPR, which is no memory; scratch is what a spill costs.
+        spilled=found["vgpr_spill_count"] + found["private_segment_fixed_size"],
+        calls=len(re.findall(r"s_swappc|s_call", text)),
+        loads=_narrowest_gcn(loops, "load"),
+        stores=_narrowest_gcn(loops, "store"),
+    )
+
+
+def _loops_gcn(text: str) -> Iterator[list[str]]:
+    lines = text.splitlines()
+    place = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.LBB\w+):", line))}
+    spans = []
+    for i, line in enumerate(lines):
+        jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
+        if jump and (start := place.get(jump[1], i)) < i:
+            spans.append((start, i))
+    for start, end in _innermost(spans):
+        yield lines[start : end + 1]
+
+
+def _narrowest_gcn(loops: list[list[str]], kind: str) -> tuple[int, ...]:
+    widths = []
+    for loop in loops:
+        found = re.findall(rf"(?:global|buffer|flat)_{kind}_(\w+)", "\n".join(loop))
+        if found:
+            widths.append(min(_bytes_gcn(name) for name in found))
+    return tuple(sorted(widths, reverse=True))
+
+
+def _bytes_gcn(name: str) -> int:
+    if name.startswith("dword"):
+        return 4 * int(name[6:] or 1)
+    return 1 if "byte" in name else 2
+
+
+# --------------------------------------------------------------------------------------------------
+# the verdict and the table
+
+
+def problems(report: Report) -> list[str]:
+    """What is wrong with a kernel; nothing for a good one."""
+    stage, found = report.job.stage, []
+    sweeps = {"whole": 3, "statistics": 1, "middle": 1, "gradient": 1}[stage]
+    if report.spilled:
+        found.append(f"{report.spilled} bytes of registers spilled")
+    if report.registers > report.budget:
+        found.append(f"{report.registers} registers, {report.budget} fit")
+    if report.calls:
+        found.append(f"{report.calls} calls")
+    if report.loads[:sweeps] != (16,) * sweeps:
+        found.append(f"loads of {report.loads} bytes, expected {sweeps} loops of 16 only")
+    # One loop for the gradient, one or more (unrolled) for the zeros of a row that does not count.
+    if stage in ("whole", "gradient") and report.stores[:2] != (16, 16):
+        found.append(f"stores of {report.stores} bytes, expected 2 loops of 16 only")
+    return found
+
+
+def _line(report: Report) -> str:
+    job, launch = report.job, report.job.launch
+    cost = " ".join(f"{c:.0f}/{s:.1f}" for c, s in zip(report.cost, report.special, strict=True))
+    return (
+        f"{job.target:7s}{job.dtype:5s}{job.divergence:17s}{job.stage:11s}{job.flags:6s}"
+        f"{launch.warps:3d} x {launch.unroll}{report.registers:5d}/{report.budget:3d}"
+        f"{report.shared:7d}{report.spilled:5d}{report.calls:4d}"
+        f"  {report.loads[0] if report.loads else '-':>3}"
+        f"{report.stores[0] if report.stores else '-':>5}   {cost:24s}{'; '.join(problems(report))}"
+    )
+
+
+HEADER = (
+    "target dtype divergence      stage     flags  warps regs/budget shared spill call load store"
+    " instructions/special per entry, by sweep"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="every target, dtype and flag")
+    parser.add_argument("--workers", type=int, default=1, help="processes to compile in")
+    arguments = parser.parse_args()
+    bad = 0
+    print(HEADER)
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        for report in pool.map(compile_, jobs(arguments.all)):
+            print(_line(report), flush=True)
+            bad += bool(problems(report))
+    print(f"{bad} of these break a bound." if bad else "All within bounds.")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""Which backend computes the rows: by device, or as asked. An explicit choice never falls back to
+another.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+
+__all__ = ["NAMES", "resolve"]
+
+NAMES = ("triton", "cpu", "reference")
+
+
+def resolve(name: str | None, device: torch.device) -> ModuleType:
+    """The backend module called ``name``, or the one for ``device`` when it is None.
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot serve this device.
+        RuntimeError: the backend asked for (or the only fast one for a GPU) does not work here;
+        says why.
+    """
+    if name is None:
+        return _for_device(device.type)
+    if name not in NAMES:
+        raise ValueError(
+            f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
+            "device."
+        )
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(
+            f"backend='cpu' but the tensors are on {device}: move them, or leave backend=None."
+        )
+    return _working(name)
+
+
+@functools.cache
+def _for_device(device_type: str) -> ModuleType:
+    if device_type == "cuda":  # torch's name for AMD GPUs too
+        return _working("triton")
+    if device_type != "cpu":
+        return load("reference")
+    backend = load("cpu")
+    if reason := backend.unavailable():
+        warnings.warn(
+            f"fusedkd: the CPU extension is not usable ({reason}), so the slow fp64 reference runs "
+            "instead. To build it: install a C++ compiler, then `pip install --no-build-isolation "
+            "--force-reinstall --no-deps fusedkd` (`make setup` in a checkout).",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return load("reference")
+    return backend
+
+
+@functools.cache
+def _working(name: str) -> ModuleType:
+    backend = load(name)
+    if reason := backend.unavailable():
+        raise RuntimeError(
+            f"backend={name!r} cannot run here: {reason}. `fusedkd doctor` shows which can."
+        )
+    return backend
+
+
+def load(name: str) -> ModuleType:
+    """Import the backend's module, whether or not it can run here."""
+    return importlib.import_module(f"fusedkd.kernels.{name}")

@@ -1,0 +1,277 @@
+"""The divergences D(p, q) between a teacher distribution p and a student distribution q.
+
+Each is one factory here, one function of the same name in ``kernels/triton/pointwise.py`` and one
+in ``kernels/cpu/pointwise.h``; nothing else in the project knows which ones there are. The factory
+checks the parameters' range and carries the formula in plain torch (``Divergence.value``), which
+has no hand-written gradient and is what the kernels are tested against.
+
+Conventions shared by the three files, for one vocabulary entry with lp = log p and lq = log q
+(natural log):
+
+* an entry with p = 0 contributes no p log p; one with q = 0 contributes no q log q;
+* where the mathematics says infinity (forward KL with q = 0 < p, reverse KL with p = 0 < q) the
+  value is infinite and the gradient stays finite: the infinite gap counts as 0 in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Divergence",
+    "alpha",
+    "alpha_beta",
+    "forward_kl",
+    "jsd",
+    "mixed_kl",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence and its parameters, as :func:`fusedkd.kd_loss` takes it.
+
+    ``value(lp, lq)`` maps log-probabilities of one shape to the elementwise contributions; their
+    sum over the vocabulary is the divergence in nats. Two are equal when name and parameters are.
+    """
+
+    name: str
+    params: tuple[float, ...] = ()
+    value: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Callable[..., Divergence], tuple[str | float, ...]]:
+        return make, (self.name, *self.params)  # closures do not pickle; their recipe does
+
+
+def names() -> list[str]:
+    """The names that ``kd_loss(divergence=...)`` takes as strings."""
+    return list(_FACTORIES)
+
+
+def make(name: str, *params: float) -> Divergence:
+    """The divergence called ``name``, with its default parameters unless they are given."""
+    if name not in _FACTORIES:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"divergence={name!r} is not known{hint} Choose one of {', '.join(names())}."
+        )
+    return _FACTORIES[name](*params)
+
+
+# ----------------------------------------------------------------------------------------------
+# helpers of the formulas
+
+
+def _number(where: str, name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{where}({name}={value!r}): expected a finite number.")
+    return float(value)
+
+
+def _unit(where: str, name: str, value: float, remedy: str, *, zero: bool, one: bool) -> float:
+    """Check that ``value`` lies in the unit interval, with or without its ends."""
+    value = _number(where, name, value)
+    if not 0.0 <= value <= 1.0 or (value == 0.0 and not zero) or (value == 1.0 and not one):
+        interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"{where}({name}={value:g}): {name} must lie in {interval}. {remedy}")
+    return value
+
+
+def _times(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight * factor, and 0 where weight is 0 whatever the factor (a NaN weight stays NaN)."""
+    return weight * torch.where(weight == 0, torch.zeros_like(factor), factor)
+
+
+def _log_positive(x: Tensor) -> Tensor:
+    return torch.where(x == 0, torch.ones_like(x), x).log()
+
+
+def _exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(x), and where it is infinite; there it is 0 instead and passes no gradient."""
+    infinite = x.detach().exp() == math.inf
+    return torch.where(infinite, -math.inf, x).exp(), infinite
+
+
+# ----------------------------------------------------------------------------------------------
+# the divergences
+
+
+def forward_kl() -> Divergence:
+    """KL(p || q) = sum p (log p - log q), the loss of Hinton et al. 2015 (arXiv 1503.02531), sec.
+    2.
+
+    Covers every mode of the teacher; its gradient in the student's logits is (q - p) / T.
+    """
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        return _times(lp.exp(), lp - lq)
+
+    return Divergence("forward_kl", value=value)
+
+
+def reverse_kl() -> Divergence:
+    """KL(q || p) = sum q (log q - log p): mode-seeking, as in MiniLLM (Gu et al. 2024, arXiv
+    2306.08543).
+    """
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        q, absent = lq.exp(), lp == -math.inf
+        finite = _times(q, lq - torch.where(absent, lq.detach(), lp))
+        return torch.where(absent & (q > 0), finite + math.inf, finite)
+
+    return Divergence("reverse_kl", value=value)
+
+
+def mixed_kl(weight: float = 0.5) -> Divergence:
+    """weight * KL(p || q) + (1 - weight) * KL(q || p), weight in [0, 1].
+
+    0.5 is half of the symmetric Jeffreys divergence. The ends are exactly :func:`reverse_kl` (0)
+    and :func:`forward_kl` (1).
+    """
+    weight = _unit(
+        "mixed_kl", "weight", weight, "It is the share of forward KL.", zero=True, one=True
+    )
+    if weight in (0.0, 1.0):
+        return forward_kl() if weight else reverse_kl()
+    forward, reverse = forward_kl().value, reverse_kl().value
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        return weight * forward(lp, lq) + (1 - weight) * reverse(lp, lq)
+
+    return Divergence("mixed_kl", (weight,), value=value)
+
+
+def jsd(beta: float = 0.5) -> Divergence:
+    """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta)
+    q.
+
+    Agarwal et al. 2024 (GKD, arXiv 2306.13649), eq. 1. ``beta`` in (0, 1). At both ends the
+    divergence vanishes identically; libraries that answer with a KL there are discontinuous in
+    beta, so this one raises.
+    """
+    remedy = (
+        "Its limits are 0: use forward_kl() instead of beta=0 and reverse_kl() instead of beta=1."
+    )
+    beta = _unit("jsd", "beta", beta, remedy, zero=False, one=False)
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        p, q = lp.exp(), lq.exp()
+        lm = _log_positive(beta * p + (1 - beta) * q)
+        return beta * _times(p, lp - lm) + (1 - beta) * _times(q, lq - lm)
+
+    return Divergence("jsd", (beta,), value=value)
+
+
+def skew_forward_kl(lam: float = 0.1) -> Divergence:
+    """KL(p || m), m = lam p + (1 - lam) q, lam in [0, 1): DistiLLM (Ko et al. 2024, arXiv
+    2402.03898), sec. 3.1.
+
+    lam = 0 is exactly :func:`forward_kl`.
+    """
+    remedy = "At lam=1 the divergence is identically 0."
+    lam = _unit("skew_forward_kl", "lam", lam, remedy, zero=True, one=False)
+    if lam == 0.0:
+        return forward_kl()
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        p, q = lp.exp(), lq.exp()
+        return _times(p, lp - _log_positive(lam * p + (1 - lam) * q))
+
+    return Divergence("skew_forward_kl", (lam,), value=value)
+
+
+def skew_reverse_kl(lam: float = 0.1) -> Divergence:
+    """KL(q || m), m = lam q + (1 - lam) p, lam in [0, 1): DistiLLM (Ko et al. 2024, arXiv
+    2402.03898), sec. 3.1.
+
+    lam = 0 is exactly :func:`reverse_kl`.
+    """
+    remedy = "At lam=1 the divergence is identically 0."
+    lam = _unit("skew_reverse_kl", "lam", lam, remedy, zero=True, one=False)
+    if lam == 0.0:
+        return reverse_kl()
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        p, q = lp.exp(), lq.exp()
+        return _times(q, lq - _log_positive(lam * q + (1 - lam) * p))
+
+    return Divergence("skew_reverse_kl", (lam,), value=value)
+
+
+def total_variation() -> Divergence:
+    """sum |p - q| / 2, in [0, 1]: f-DISTILL (Wen et al. 2023, arXiv 2307.15190). The gradient is 0
+    at ties.
+    """
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        return (lp.exp() - lq.exp()).abs() / 2
+
+    return Divergence("total_variation", value=value)
+
+
+def alpha(alpha: float = 0.5) -> Divergence:
+    """Amari's alpha-divergence (sum p^a q^(1-a) - 1) / (a (a - 1)), a finite and neither 0 nor 1.
+
+    Amari 2016, *Information Geometry and Its Applications*, ch. 2. The limits are
+    :func:`reverse_kl` (a -> 0) and :func:`forward_kl` (a -> 1); a = 0.5 is four times the squared
+    Hellinger distance. Outside [0, 1] it is infinite where one side has an entry that the other
+    lacks.
+    """
+    a = _number("alpha", "alpha", alpha)
+    if a in (0.0, 1.0):
+        raise ValueError(
+            f"alpha(alpha={a:g}): the limit is {'forward_kl()' if a else 'reverse_kl()'}, use that."
+        )
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        p, q = lp.exp(), lq.exp()
+        neither = (lp == -math.inf) & (lq == -math.inf)
+        cross, infinite = _exp(torch.where(neither, -math.inf, a * lp + (1 - a) * lq))
+        finite = (cross - a * p - (1 - a) * q) / (a * (a - 1))
+        return torch.where(infinite, finite + math.inf, finite)
+
+    return Divergence("alpha", (a,), value=value)
+
+
+def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
+    """-(p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)) / (a b), summed; a, b and a + b not 0.
+
+    ABKD (Wang et al. 2025, arXiv 2505.04560), after Cichocki et al. 2011 (*Entropy* 13), eq. 19. a
+    = 1, b -> 0 is forward KL; a -> 0, b = 1 reverse KL; a + b = 1 is :func:`alpha`.
+    """
+    a, b = _number("alpha_beta", "alpha", alpha), _number("alpha_beta", "beta", beta)
+    if a == 0.0 or b == 0.0 or a + b == 0.0:
+        remedy = "(1, 0) is forward_kl() and (0, 1) is reverse_kl()."
+        raise ValueError(
+            f"alpha_beta(alpha={a:g}, beta={b:g}): neither they nor their sum may be 0. {remedy}"
+        )
+
+    def value(lp: Tensor, lq: Tensor) -> Tensor:
+        absent_p, absent_q = lp == -math.inf, lq == -math.inf
+        neither = absent_p & absent_q
+        terms, infinite = [], torch.zeros_like(neither)
+        for exponent in (a * lp + b * lq, (a + b) * lp, (a + b) * lq):
+            term, over = _exp(torch.where(neither, -math.inf, exponent))
+            terms.append(term)
+            infinite = infinite | over
+        cross, power_p, power_q = terms
+        finite = -(cross - a / (a + b) * power_p - b / (a + b) * power_q) / (a * b)
+        return torch.where(infinite, finite + math.inf, finite)
+
+    return Divergence("alpha_beta", (a, b), value=value)
+
+
+_FACTORIES: dict[str, Callable[..., Divergence]] = {
+    name: globals()[name] for name in __all__ if name != "Divergence"
+}

@@ -1,0 +1,421 @@
+"""The public functions: check the arguments, flatten them, weigh the rows. No mathematics here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedkd import autograd
+from fusedkd import divergences as _divergences
+from fusedkd.divergences import Divergence
+from fusedkd.logits import LMHead
+from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec, Transform
+
+__all__ = ["KDLoss", "KDMetrics", "kd_loss", "kd_loss_and_metrics"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class KDMetrics(NamedTuple):
+    """What :func:`kd_loss_and_metrics` measures: 0-d tensors without a graph, means over counted
+    tokens.
+
+    ``kd`` is the raw divergence in nats at its temperatures, before ``kd_weight`` and T^2; ``ce``
+    the raw cross-entropy at T = 1 (with ``label_smoothing``). The entropies are those of the two
+    distributions the divergence compares, in nats. ``ce`` and the accuracies are NaN without
+    labels. With nothing counted all are 0.
+    """
+
+    kd: Tensor
+    ce: Tensor
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    top1_agreement: Tensor
+    student_accuracy: Tensor
+    teacher_accuracy: Tensor
+    num_tokens: Tensor
+
+
+def kd_loss(
+    student: Tensor | LMHead,
+    teacher: Tensor | LMHead,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    scale_by_t2: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Knowledge-distillation loss ``kd_weight * T^2 * D(p, q) + ce_weight * CE``, fused.
+
+    p is the teacher's softmax, q the student's, over the vocabulary; D is ``divergence``. With
+    forward KL this is the loss of Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), sec. 2. Either
+    side may be logits or an :class:`LMHead`; with a head the logits never exist in full.
+
+    Args:
+        student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. The only side with a
+        gradient. teacher: logits (..., V) or a head, same leading shape, without a gradient.
+        labels: (...,) int64, aligned with the logits (nothing is shifted here). divergence: a name
+        (with its default parameters) or a :mod:`fusedkd.divergences` object. temperature: T of both
+        sides, in the divergence only; cross-entropy is always at T = 1. teacher_temperature: the
+        teacher's own, where it differs. kd_weight, ce_weight: the weights of the two terms;
+        ``ce_weight`` above 0 needs labels. scale_by_t2: multiply the divergence by
+        ``temperature**2``, so that the size of its gradient
+            does not depend on T (Hinton et al. 2015, end of sec. 2).
+        ignore_index: tokens with this label do not count, in any term.
+        label_smoothing: of the cross-entropy, as in ``torch.nn.functional.cross_entropy``.
+        token_weights: (...,) multiplies the token's whole loss; 0 drops the token.
+        reduction: "mean" is the weighted mean over counted tokens, "sum" the weighted sum, "none"
+            the weighted loss of each token. With a student head, "none" makes the gradients in the
+            backward (the upstream gradient is only known then): two products more.
+        normalizer: divide the weighted sum by this, instead of by the sum of the weights. For
+            gradient accumulation: the number of tokens in all micro-batches and on all devices.
+        vocab_size: the true vocabulary. Columns beyond it are padding on both sides: they have no
+            probability, and their gradient is 0.
+        inplace: dense student logits only: write their gradient into their own memory. The logits
+            are then gone. Has no effect under torch.compile, which plans memory itself.
+        chunk_bytes: heads only: bytes of logits and their gradient held at any time. Default
+            1 GiB on a GPU, 256 MiB on a CPU.
+        backend: "triton", "cpu" or "reference" (plain torch in fp64); None goes by the device. An
+            explicit choice that cannot run here raises.
+
+    Returns:
+        0-d fp32 (fp64 when either side is fp64), or of the leading shape for ``reduction="none"``.
+        With nothing counted it is 0, with a graph and zero gradients.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came, what was expected and the remedy. On
+            a GPU a label out of range is a device-side assertion, as in torch: no synchronisation.
+        RuntimeError: the backend cannot run here.
+    """
+    return _compute(False, **locals())[0]
+
+
+DEFAULTS: dict[str, Any] = dict(kd_loss.__kwdefaults__ or {})  # one signature, stated once
+
+
+def kd_loss_and_metrics(
+    student: Tensor | LMHead,
+    teacher: Tensor | LMHead,
+    labels: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, KDMetrics]:
+    """:func:`kd_loss` with the same arguments, and :class:`KDMetrics` from the same sweeps.
+
+    Returns:
+        ``(loss, metrics)``; only the loss has a graph.
+    """
+    loss, metrics = _compute(
+        True,
+        student=student,
+        teacher=teacher,
+        labels=labels,
+        **{**DEFAULTS, **kwargs},
+    )
+    assert metrics is not None
+    return loss, metrics
+
+
+class KDLoss(nn.Module):
+    """:func:`kd_loss` as a module: stores the keyword arguments, checked once here.
+
+    >>> loss = KDLoss(divergence="jsd", temperature=2.0, ce_weight=0.5)
+    >>> loss(student_logits, teacher_logits, labels)  # doctest: +SKIP
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        if unknown := kwargs.keys() - DEFAULTS.keys():
+            known = ", ".join(DEFAULTS)
+            raise TypeError(f"KDLoss got {', '.join(sorted(unknown))}: expected some of {known}.")
+        checked = {k: v for k, v in {**DEFAULTS, **kwargs}.items() if k != "vocab_size"}
+        _spec(2**62, IDENTITY, IDENTITY, **checked)
+        self.kwargs = kwargs
+
+    def forward(
+        self,
+        student: Tensor | LMHead,
+        teacher: Tensor | LMHead,
+        labels: Tensor | None = None,
+        **overrides: Any,
+    ) -> Tensor:
+        """The loss; ``overrides`` are per-call keywords such as ``normalizer``."""
+        return kd_loss(student, teacher, labels, **{**self.kwargs, **overrides})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.kwargs.items())
+
+
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side's tensors, by name: ``student`` or ``teacher``."""
+
+    name: str
+    tensor: Tensor  # logits (..., V) or hidden states (..., H)
+    columns: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    transform: Transform = IDENTITY
+
+    @property
+    def leading(self) -> torch.Size:
+        return self.tensor.shape[:-1]
+
+
+def _compute(
+    want_metrics: bool,
+    *,
+    student: Tensor | LMHead,
+    teacher: Tensor | LMHead,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    vocab_size: int | None,
+    **keywords: Any,
+) -> tuple[Tensor, KDMetrics | None]:
+    s, t = _side("student", student), _side("teacher", teacher)
+    _check_pair(s, t)
+    size, autocast = _true_vocabulary(s, t, vocab_size), _autocast(s, t)
+    spec = _spec(size, s.transform, t.transform, autocast=autocast, **keywords)
+    _check_rows(s, labels, token_weights, spec)
+    wide = torch.float64 in (s.tensor.dtype, t.tensor.dtype)
+    accumulate = torch.float64 if wide else torch.float32
+    weights = _row_weights(s, labels, token_weights, spec, accumulate)
+    divisor = _divisor(normalizer, weights, spec)
+    loss, metric_rows = autograd.fused_loss(
+        (s.tensor, s.weight, s.bias, t.tensor, _detached(t.weight), _detached(t.bias)),
+        labels=None if labels is None else labels.reshape(-1),
+        weights=weights,
+        divisor=divisor,
+        spec=spec,
+        metrics=want_metrics,
+    )
+    if spec.reduction == "none":
+        loss = loss.view(s.leading)
+    return loss, None if metric_rows is None else _metrics(metric_rows, weights)
+
+
+def _side(name: str, value: Tensor | LMHead) -> _Side:
+    if isinstance(value, Tensor):
+        _check_dtype(name, value)
+        if value.dim() < 1 or value.shape[-1] < 1:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}: expected logits (..., V), vocabulary last."
+            )
+        return _Side(name, value, value.shape[-1])
+    if not isinstance(value, LMHead):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}: expected logits (a Tensor) or "
+            "LMHead(hidden, weight). A transformers output has its logits in `.logits`."
+        )
+    _check_head(name, value)
+    transform = Transform(float(value.logit_scale), float(value.softcap or 0.0))
+    return _Side(name, value.hidden, value.weight.shape[0], value.weight, value.bias, transform)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}; "
+            f"convert it, e.g. {name}.float()."
+        )
+
+
+def _check_head(name: str, head: LMHead) -> None:
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and part == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}.{part} is a {type(tensor).__name__}: expected a Tensor.")
+        _check_dtype(f"{name}.{part}", tensor)
+        _check_device(f"{name}.{part}", tensor, f"{name}.hidden", hidden)
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"{name}.{part} is {tensor.dtype} but {name}.hidden is {hidden.dtype}: expected "
+                "one dtype. Convert one of them, or call under torch.autocast."
+            )
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
+            "expected (..., H) and (V, H), as in hidden @ weight.T. Transpose the weight?"
+        )
+    if weight.shape[0] < 1 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"{name}: weight has shape {tuple(weight.shape)}, bias "
+            f"{None if bias is None else tuple(bias.shape)}: expected (V, H) and (V,), V > 0."
+        )
+    for part, number in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
+        if part == "softcap" and number is None:
+            continue
+        if not isinstance(number, (int, float)) or not abs(number) < float("inf"):
+            raise ValueError(f"{name}.{part}={number!r}: expected a finite number.")
+    if head.softcap is not None and head.softcap <= 0:
+        raise ValueError(f"{name}.softcap={head.softcap!r}: expected a number above 0, or None.")
+
+
+def _check_device(name: str, tensor: Tensor, other: str, reference: Tensor) -> None:
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other} on {reference.device}: expected one device. "
+            f"Move it: {name}.to({other}.device)."
+        )
+
+
+def _check_pair(s: _Side, t: _Side) -> None:
+    _check_device("teacher", t.tensor, "student", s.tensor)
+    if t.tensor.requires_grad:
+        what = "logits require" if t.weight is None else "hidden states require"
+        raise ValueError(
+            f"the teacher's {what} grad, but the teacher is a constant here: run it under "
+            "torch.no_grad(), or detach them."
+        )
+    if s.leading != t.leading:
+        raise ValueError(
+            f"student has leading shape {tuple(s.leading)}, teacher {tuple(t.leading)}: expected "
+            "the same tokens on both sides, (..., V) or (..., H) with equal leading dimensions."
+        )
+
+
+def _true_vocabulary(s: _Side, t: _Side, vocab_size: int | None) -> int:
+    if vocab_size is None:
+        if s.columns != t.columns:
+            raise ValueError(
+                f"student has {s.columns} vocabulary columns, teacher {t.columns}: expected the "
+                "same vocabulary. If one is only padded further, pass vocab_size=len(tokenizer); "
+                "with two tokenizers their distributions cannot be compared entry by entry."
+            )
+        return s.columns
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size={vocab_size!r}: expected an int.")
+    if not 1 <= vocab_size <= min(s.columns, t.columns):
+        raise ValueError(
+            f"vocab_size={vocab_size}: expected 1 to {min(s.columns, t.columns)}, the columns that "
+            f"both have (student {s.columns}, teacher {t.columns})."
+        )
+    return vocab_size
+
+
+def _autocast(s: _Side, t: _Side) -> torch.dtype | None:
+    """The dtype in which autocast would have a linear layer multiply; None: nothing to cast."""
+    device = s.tensor.device.type
+    heads = s.weight is not None or t.weight is not None
+    return torch.get_autocast_dtype(device) if heads and torch.is_autocast_enabled(device) else None
+
+
+def _spec(
+    vocab_size: int,
+    student_transform: Transform,
+    teacher_transform: Transform,
+    *,
+    divergence: str | Divergence,
+    temperature: float,
+    teacher_temperature: float | None,
+    token_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    **rest: Any,
+) -> LossSpec:
+    if isinstance(divergence, str):
+        divergence = _divergences.make(divergence)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence={divergence!r}: expected a name or an object from fusedkd.divergences, "
+            'such as "forward_kl" or divergences.jsd(beta=0.3) (called, not the function itself).'
+        )
+    return LossSpec(
+        divergence=divergence,
+        temperature=temperature,
+        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        student_transform=student_transform,
+        teacher_transform=teacher_transform,
+        vocab_size=vocab_size,
+        **rest,
+    )
+
+
+def _check_rows(
+    s: _Side, labels: Tensor | None, token_weights: Tensor | None, spec: LossSpec
+) -> None:
+    if labels is None and spec.ce_weight > 0:
+        raise ValueError(f"ce_weight={spec.ce_weight:g} needs labels, but labels is None.")
+    for name, tensor in (("labels", labels), ("token_weights", token_weights)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}: expected a Tensor or None.")
+        if tensor.shape != s.leading:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: expected {tuple(s.leading)}, one entry "
+                "per token of the student."
+            )
+        _check_device(name, tensor, "student", s.tensor)
+    if labels is not None and labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}: expected torch.int64; use labels.long().")
+    if token_weights is not None and token_weights.is_complex():
+        raise TypeError(f"token_weights is {token_weights.dtype}: expected real numbers or bool.")
+
+
+def _row_weights(
+    s: _Side,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    spec: LossSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(N,) weight of each token, exactly 0 where it does not count."""
+    if token_weights is None:
+        if labels is None:
+            return torch.ones(s.leading.numel(), dtype=dtype, device=s.tensor.device)
+        return (labels.reshape(-1) != spec.ignore_index).to(dtype)
+    weights = token_weights.detach().reshape(-1).to(dtype)
+    if labels is None:
+        return weights
+    return torch.where(labels.reshape(-1) != spec.ignore_index, weights, 0.0)
+
+
+def _divisor(normalizer: float | Tensor | None, weights: Tensor, spec: LossSpec) -> Tensor | None:
+    if normalizer is None:
+        return weights.sum() if spec.reduction == "mean" else None
+    if spec.reduction == "none":
+        raise ValueError(
+            "normalizer was given with reduction='none', which adds nothing up: expected None. "
+            "Divide the result, or use reduction='sum'."
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer has shape {tuple(normalizer.shape)}: expected one number."
+            )
+        return normalizer.detach().reshape(()).to(device=weights.device, dtype=weights.dtype)
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer is {normalizer!r}: expected a number, a 0-d tensor or None.")
+    if not 0 <= normalizer < float("inf"):
+        raise ValueError(f"normalizer={normalizer!r}: expected a finite number of tokens.")
+    return weights.new_full((), normalizer)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _metrics(rows: Tensor, weights: Tensor) -> KDMetrics:
+    count = (weights != 0).sum()
+    means = rows.sum(0) / count.clamp(min=1)
+    return KDMetrics(**dict(zip(METRIC_COLUMNS, means.unbind(), strict=True)), num_tokens=count)

@@ -1,0 +1,103 @@
+"""What a loss is made of, checked once and then passed whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fusedkd.divergences import Divergence
+
+__all__ = ["IDENTITY", "METRIC_COLUMNS", "LossSpec", "Transform"]
+
+# The columns of the per-token metrics that a backend returns, in this order.
+METRIC_COLUMNS = (
+    "kd",
+    "ce",
+    "teacher_entropy",
+    "student_entropy",
+    "top1_agreement",
+    "student_accuracy",
+    "teacher_accuracy",
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Transform(NamedTuple):
+    """What happens to a logit between the matrix product and the softmax: ``cap tanh(scale x /
+    cap)``.
+    """
+
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+
+
+IDENTITY = Transform()
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The hyper-parameters of one call. Every number in it is a run-time value to the kernels."""
+
+    divergence: Divergence
+    vocab_size: int  # columns that count; any beyond are padding
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    scale_by_t2: bool = True
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    student_transform: Transform = IDENTITY
+    teacher_transform: Transform = IDENTITY
+    inplace: bool = False
+    chunk_bytes: int | None = None
+    backend: str | None = None
+    autocast: torch.dtype | None = None  # heads: the dtype to multiply in, where autocast is on
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if not _finite(value) or value <= 0:
+                raise ValueError(
+                    f"{name}={value!r}: expected a number above 0 (1.0 changes nothing)."
+                )
+        for name in ("kd_weight", "ce_weight"):
+            value = getattr(self, name)
+            if not _finite(value) or value < 0:
+                raise ValueError(
+                    f"{name}={value!r}: expected a number of at least 0 (0 drops the term)."
+                )
+        if not _finite(self.label_smoothing) or not 0 <= self.label_smoothing <= 1:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r}: expected a number in [0, 1]."
+            )
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(
+                f"reduction={self.reduction!r}: expected one of {', '.join(map(repr, REDUCTIONS))}."
+            )
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(
+                f"ignore_index={self.ignore_index!r}: expected an int (the usual one is -100)."
+            )
+        if self.chunk_bytes is not None and (
+            not isinstance(self.chunk_bytes, int) or self.chunk_bytes <= 0
+        ):
+            raise ValueError(
+                f"chunk_bytes={self.chunk_bytes!r}: expected a number of bytes above 0, or None."
+            )
+
+    @property
+    def kd_scale(self) -> float:
+        """The factor on the raw divergence: its weight, and T^2 so that soft gradients keep their
+        size as T grows.
+        """
+        return self.kd_weight * (self.temperature**2 if self.scale_by_t2 else 1.0)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,7 @@
+"""Distillation on ``transformers.Trainer``. Needs the ``train`` extra: ``pip install
+fusedkd[train]``."""
+
+from fusedkd.train.arguments import DistillationArguments, parse_divergence
+from fusedkd.train.trainer import DistillationTrainer
+
+__all__ = ["DistillationArguments", "DistillationTrainer", "parse_divergence"]

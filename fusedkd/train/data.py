@@ -1,0 +1,150 @@
+"""Text on disk to blocks of tokens. Reading is ``datasets``' work; here a path finds its reader,
+and blocks are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+
+__all__ = ["load_documents", "pack", "split"]
+
+_READERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+_COLUMNS = ("input_ids", "messages", "text")  # the first one that a file has is used
+
+
+def load_documents(paths: Sequence[str | Path]) -> Dataset:
+    """One row per document from files or directories of them, with one column out of
+    ``input_ids``, ``messages``, ``text``.
+
+    ``.txt``, ``.md`` and ``.py`` files are one document each; ``.jsonl``, ``.json`` and
+    ``.parquet`` hold one per row, under ``text``, or ``messages`` (for the tokenizer's chat
+    template), or ``input_ids`` with optional ``labels``.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: nothing readable there, an unknown kind of file, or no known column.
+    """
+    by_reader: dict[str, list[str]] = {}
+    for path in chain.from_iterable(_files(Path(path)) for path in paths):
+        by_reader.setdefault(_READERS[path.suffix.lower()], []).append(str(path))
+    parts = [_load(reader, files) for reader, files in by_reader.items()]
+    if len({tuple(part.column_names) for part in parts}) > 1:
+        raise ValueError(
+            f"the data mix {' and '.join(str(part.column_names) for part in parts)}: expected one "
+            "kind."
+        )
+    documents = concatenate_datasets(parts)
+    return documents
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in _READERS)
+        if not found:
+            raise ValueError(f"{path} is a directory without any {', '.join(_READERS)} file.")
+        return found
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path}: expected a {', '.join(_READERS)} file or a directory of them.")
+    return [path]
+
+
+def _load(reader: str, files: list[str]) -> Dataset:
+    options = {"sample_by": "document"} if reader == "text" else {}
+    try:
+        dataset = load_dataset(reader, data_files=files, split="train", **options)
+    except Exception as error:  # datasets wraps whatever its readers raise
+        raise ValueError(
+            f"cannot read {files[0]} as {reader}: {error.__cause__ or error}"
+        ) from error
+    column = next((name for name in _COLUMNS if name in dataset.column_names), None)
+    if column is None:
+        raise ValueError(
+            f"{files[0]} has the columns {', '.join(dataset.column_names)}: expected one of "
+            f"{', '.join(_COLUMNS)}."
+        )
+    keep = (
+        [column, "labels"]
+        if column == "input_ids" and "labels" in dataset.column_names
+        else [column]
+    )
+    return dataset.select_columns(keep)
+
+
+def split(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Put a share of the documents aside for evaluation; none where there is only one document or
+    no share."""
+    if not share or len(documents) < 2:
+        return documents, None
+    held_out = min(max(1, round(share * len(documents))), len(documents) - 1)
+    parts = documents.train_test_split(test_size=held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def pack(documents: Dataset, tokenizer: Any, block_size: int) -> Dataset:
+    """Tokenize, join the documents with the end-of-text token between them, and cut blocks.
+
+    Returns:
+        ``input_ids`` and ``labels``, ``block_size`` long each. What does not fill a last block is
+        dropped, unless it is all there is.
+
+    Raises:
+        ValueError: the documents hold fewer than two tokens.
+    """
+    if "input_ids" not in documents.column_names:
+        end = (
+            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        )
+        documents = documents.map(
+            _tokenize,
+            fn_kwargs={"tokenizer": tokenizer, "end": [] if end is None else [end]},
+            batched=True,
+            remove_columns=documents.column_names,
+            desc="Tokenizing",
+        )
+    blocks = documents.map(
+        _cut,
+        fn_kwargs={"block_size": block_size},
+        batched=True,
+        batch_size=10_000,  # the remainder is dropped once per batch
+        remove_columns=documents.column_names,
+        desc=f"Cutting blocks of {block_size}",
+    )
+    if not len(blocks):
+        raise ValueError("the data are empty: expected at least two tokens of text.")
+    return blocks
+
+
+def _tokenize(rows: dict[str, list[Any]], tokenizer: Any, end: list[int]) -> dict[str, list[Any]]:
+    if "messages" in rows:
+        texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in rows["messages"]]
+    else:
+        texts = rows["text"]
+    # no special tokens: what the model was trained with stands between documents, not within
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
+
+
+def _cut(rows: dict[str, list[list[int]]], block_size: int) -> dict[str, list[list[int]]]:
+    joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
+    joined.setdefault("labels", joined["input_ids"])
+    length = len(joined["input_ids"])
+    if length < 2:
+        return {name: [] for name in joined}
+    last = length - length % block_size if length >= block_size else length
+    return {
+        name: [values[start : start + block_size] for start in range(0, last, block_size)]
+        for name, values in joined.items()
+    }

@@ -1,0 +1,75 @@
+"""What the trainer has to know about the two models before they meet."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from fusedkd.train.heads import NoPlainHead, PlainHead, plain_head
+
+__all__ = ["frozen", "is_causal", "plain_head_or_none", "true_vocabulary"]
+
+logger = logging.getLogger(__name__)
+
+
+def is_causal(model: Any) -> bool:
+    """Whether position n predicts token n + 1, as in every decoder; not in masked or
+    encoder-decoder models."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return not masked and not model.config.is_encoder_decoder
+
+
+def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
+    trained = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in trained for parameter in teacher.parameters()):
+        raise ValueError(
+            "teacher and student share parameters, so training one would change the other: load "
+            "the teacher separately, or copy.deepcopy it."
+        )
+    teacher.eval().requires_grad_(False)
+    placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+    return teacher if placed else teacher.to(device)
+
+
+def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
+    try:
+        return plain_head(model)
+    except NoPlainHead as reason:
+        logger.warning(
+            "%s %s: dense logits are used, because %s.", role, type(model).__name__, reason
+        )
+        return None
+
+
+_PADDING = (
+    512  # tables are padded to multiples of 64-512; a larger difference is another vocabulary
+)
+
+
+def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: Any) -> int | None:
+    """How many columns of both models' logits are real; None: all of them.
+
+    Checkpoints of one family pad the same vocabulary to different sizes (Qwen2.5: 151,936 columns
+    up to 3B and 152,064 above, for 151,665 tokens). The number is, in this order: as given; the
+    tokenizer's, if there is one; the smaller of the two, if they differ by no more than padding
+    can.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    if given is not None or sizes[0] == sizes[1]:
+        return given
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        if len(tokenizer) <= min(sizes):
+            return len(tokenizer)
+    elif abs(sizes[0] - sizes[1]) <= _PADDING:
+        return min(sizes)
+    raise ValueError(
+        f"the student's vocabulary has {sizes[0]:,} entries and the teacher's {sizes[1]:,}, which "
+        "is more than padding explains: distillation by token needs one tokenizer. If it is one, "
+        "pass vocab_size=<number of its tokens>."
+    )

@@ -1,0 +1,236 @@
+"""``fusedkd distill``: models and text from disk, a trainer, a summary."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from fusedkd.errors import UserError, as_user_error
+from fusedkd.train.arguments import DistillationArguments
+from fusedkd.train.data import load_documents, pack, split
+from fusedkd.train.trainer import DistillationTrainer
+
+__all__ = ["RunArguments", "distill"]
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+LAST = ("last", "true")  # --resume_from_checkpoint
+
+
+@dataclass
+class RunArguments:
+    """What is distilled from what, on which text."""
+
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the teacher."}
+    )
+    student: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the student to start from."}
+    )
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Text (.txt .md .py), .jsonl, .json or .parquet files, or folders of them. "
+            "Rows have a column text, messages or input_ids."
+        },
+    )
+    eval_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "The same, to evaluate on (default: --eval_share of the data)."},
+    )
+    eval_share: float = field(
+        default=0.02, metadata={"help": "Share of the documents put aside for evaluation; 0: none."}
+    )
+    block_size: int = field(default=512, metadata={"help": "Tokens per training example."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or hub name (default: the student's or teacher's)."}
+    )
+    student_init: str = field(
+        default="weights",
+        metadata={"help": "weights: as saved. random: only the student's config is used."},
+    )
+    student_dtype: str = field(
+        default="float32",
+        metadata={"help": f"Of the trained weights: {', '.join(DTYPES)}. --bf16 computes in bf16."},
+    )
+    teacher_dtype: str = field(
+        default="auto", metadata={"help": f"{', '.join(DTYPES)} (auto: as saved)."}
+    )
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {"student_init": ("weights", "random")}
+        choices |= {"student_dtype": DTYPES, "teacher_dtype": DTYPES}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"--{name} {value}: expected one of {', '.join(known)}.")
+        if self.block_size < 2:
+            raise ValueError(f"--block_size {self.block_size}: expected at least 2 tokens.")
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"--eval_share {self.eval_share}: expected a share from 0 to below 1.")
+
+
+def distill(run: RunArguments, args: DistillationArguments) -> int:
+    """Train, save the student and its tokenizer to ``args.output_dir``, show a summary.
+
+    Raises:
+        UserError: a missing or wrong argument, model or file.
+    """
+    trainer = _prepare(run, args)
+    checkpoint = _checkpoint(args)
+    metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _summary(trainer, metrics)
+    return 0
+
+
+def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrainer:
+    """Everything that can be wrong, in the order in which it is cheap to find out."""
+    teacher, student = _required("teacher", run.teacher), _required("student", run.student)
+    if not run.data:
+        raise UserError("--data is missing: expected files or folders of text.")
+    _checkpoint(args)
+    masked = _is_masked("student", student)
+    tokenizer = _tokenizer(run)
+    with as_user_error("--data"):
+        documents = load_documents(run.data)
+    with as_user_error("--eval_data"):
+        held_out = load_documents(run.eval_data) if run.eval_data else None
+    if held_out is None:
+        documents, held_out = split(documents, run.eval_share, args.seed)
+    with as_user_error("--data"):
+        train = pack(documents, tokenizer, run.block_size)
+    with as_user_error("--eval_data"):
+        test = None if held_out is None else pack(held_out, tokenizer, run.block_size)
+    if test is None:
+        args.eval_strategy = "no"  # type: ignore[assignment]
+    set_seed(args.seed)  # before random weights are drawn
+    random = run.student_init == "random"
+    student_model = _model("student", student, masked, run.student_dtype, random)
+    teacher_model = _model("teacher", teacher, masked, run.teacher_dtype)
+    with as_user_error():
+        return DistillationTrainer(
+            student_model,
+            teacher_model,
+            args,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForLanguageModeling(tokenizer)
+            if masked
+            else default_data_collator,
+        )
+
+
+def _required(name: str, value: str | None) -> str:
+    if value is None:
+        raise UserError(f"--{name} is missing: expected a folder with a saved model or a hub name.")
+    if value.startswith((".", "/", "~")) and not Path(value).expanduser().is_dir():
+        raise UserError(f"--{name} {value}: no such folder; expected one with a saved model.")
+    return str(Path(value).expanduser()) if value.startswith("~") else value
+
+
+def _checkpoint(args: DistillationArguments) -> str | None:
+    """The checkpoint to go on from. One that nobody mentions is not trained over."""
+    folder, asked = Path(args.output_dir or "."), args.resume_from_checkpoint
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if asked is None:
+        if last is not None:
+            raise UserError(
+                f"--output_dir {folder} has {Path(last).name} of an earlier run: go on from it "
+                "with --resume_from_checkpoint last, or choose another folder."
+            )
+        return None
+    if asked.lower() in LAST:
+        return last
+    if not Path(asked).is_dir():
+        raise UserError(
+            f"--resume_from_checkpoint {asked}: expected a checkpoint folder or 'last'."
+        )
+    return asked
+
+
+def _is_masked(role: str, name: str) -> bool:
+    with as_user_error(f"--{role} {name} has no model that can be loaded"):
+        config = AutoConfig.from_pretrained(name)
+    return any("MaskedLM" in architecture for architecture in config.architectures or [])
+
+
+def _model(role: str, name: str, masked: bool, dtype: str, random: bool = False) -> Any:
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    with as_user_error(f"--{role} {name} cannot be loaded"):
+        if random:
+            config = AutoConfig.from_pretrained(name)
+            return auto.from_config(config, dtype=torch.float32 if dtype == "auto" else kind)
+        return auto.from_pretrained(name, dtype=kind)
+
+
+def _tokenizer(run: RunArguments) -> Any:
+    """The one asked for, or the student's or teacher's; both must agree where both have one."""
+    if run.tokenizer:
+        with as_user_error(f"--tokenizer {run.tokenizer} cannot be loaded"):
+            return AutoTokenizer.from_pretrained(run.tokenizer)
+    found = {}
+    for role, name in (("student", run.student), ("teacher", run.teacher)):
+        try:
+            found[role] = AutoTokenizer.from_pretrained(name)
+        except Exception:  # a model without a tokenizer raises one of many things
+            continue
+    if not found:
+        raise UserError("neither student nor teacher has a tokenizer: pass --tokenizer.")
+    if len(found) == 2:
+        theirs, ours = found["teacher"].get_vocab(), found["student"].get_vocab()
+        for token, number in ours.items():
+            if theirs.get(token) != number:
+                raise UserError(
+                    f"the tokenizers differ: {token!r} is {number} for the student and "
+                    f"{theirs.get(token)} for the teacher. Distillation by token needs one "
+                    "vocabulary; if you know better, say which with --tokenizer."
+                )
+    return next(iter(found.values()))
+
+
+ROWS = {
+    "train_runtime": ("training, seconds", ",.0f"),
+    "train_loss": ("training loss, mean", ".4f"),
+    "eval_loss": ("held-out cross-entropy, nats per token", ".4f"),
+    "eval_perplexity": ("held-out perplexity", ",.2f"),
+    "eval_kd": ("held-out divergence from the teacher", ".4f"),
+    "eval_top1_agreement": ("held-out agreement with the teacher", ".2%"),
+    "eval_student_accuracy": ("held-out accuracy, student", ".2%"),
+    "eval_teacher_accuracy": ("held-out accuracy, teacher", ".2%"),
+}
+
+
+def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
+    args = trainer.args
+    table = Table(show_header=False, title="Distilled")
+    table.add_row("student", f"{trainer.model.num_parameters():,} parameters in {args.output_dir}")
+    table.add_row("teacher", f"{sum(p.numel() for p in trainer.teacher.parameters()):,} parameters")
+    table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")
+    table.add_row("steps", f"{trainer.state.global_step:,}")
+    for name, (label, form) in ROWS.items():
+        if name in metrics:
+            table.add_row(label, format(metrics[name], form))
+    Console().print(table)
+    path = Path(args.output_dir or ".") / "distillation.json"
+    path.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -1,0 +1,279 @@
+"""transformers' Trainer with a distillation loss. Everything that is not the loss is the
+Trainer's."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from fusedkd import KDMetrics, LMHead, kd_loss_and_metrics
+from fusedkd.train.arguments import DistillationArguments
+from fusedkd.train.heads import PlainHead, tap
+from fusedkd.train.meter import Meter
+from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
+
+__all__ = ["DistillationTrainer"]
+
+logger = logging.getLogger(__name__)
+
+Inputs = dict[str, Any]
+
+
+class DistillationTrainer(Trainer):
+    """Train ``model`` to match ``teacher``, with the loss of :func:`fusedkd.kd_loss`.
+
+    Logits never exist: both models' output projections are entered with no rows, and the loss is
+    computed from their inputs (:mod:`fusedkd.train.heads`). That happens **inside the wrapped
+    model's forward**, and the loss leaves it as ``outputs["loss"]``: DDP, FSDP and ZeRO therefore
+    see an ordinary model that returns an ordinary loss, gather the weights when it needs them and
+    synchronise every gradient. A model without a plain head is run as it is and its dense logits
+    are compared; a warning says so once.
+
+    Labels are shifted for causal models and not for masked ones, and only tokens whose label is
+    not -100 count, in the divergence too. The loss is the sum over the tokens of an optimizer step
+    divided by their number, over all micro-batches and processes, so that it does not depend on
+    how the step is cut up.
+
+    Logged beside ``loss``: ``kd`` (the raw divergence), ``ce``, ``teacher_entropy``,
+    ``student_entropy`` (nats per token), ``top1_agreement``, ``student_accuracy`` and
+    ``teacher_accuracy``, token-weighted means since the last log. Evaluation reports the student's
+    cross-entropy as ``eval_loss``, ``eval_perplexity``, and the same metrics.
+
+    Args:
+        model: the student, a transformers model with a language-modelling head.
+        teacher: same vocabulary (padding aside). Switched to ``eval()`` and
+            ``requires_grad_(False)`` and moved to the device; never wrapped, trained or saved. Its
+            dtype is left alone.
+        args: see :class:`DistillationArguments`.
+        **kwargs: as for :class:`transformers.Trainer` (datasets, collator, ``processing_class``,
+            callbacks, ...).
+
+    Raises:
+        ValueError: teacher and student share parameters, or their vocabularies differ.
+    """
+
+    args: DistillationArguments
+    model: Any  # a PreTrainedModel, or what wraps one
+    _student_head: PlainHead | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        teacher: PreTrainedModel | nn.Module | None = None,
+        args: DistillationArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(
+                f"teacher={teacher!r}: expected a model, such as AutoModelForCausalLM returns."
+            )
+        args = DistillationArguments() if args is None else args
+        if args.n_gpu > 1:  # hooks and DataParallel's replicas in threads do not go together
+            logger.warning(
+                "torch.nn.DataParallel is not supported: using one GPU. torchrun uses them all."
+            )
+            args._n_gpu = 1
+        super().__init__(model, args, **kwargs)
+        self.teacher = frozen(teacher, self.model, args.device)
+        # have the Trainer count the tokens of a step, in the alignment used here: the loss divides
+        # by them
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = is_causal(self.accelerator.unwrap_model(self.model))
+        self._teacher_parameters = inspect.signature(teacher.forward).parameters
+        self._teacher_head = plain_head_or_none(teacher, "teacher")
+        if self.model_init is None:
+            self._student_head = self._head_of_student(self.model)
+        self._loss_keywords = args.loss_keywords()
+        self._loss_keywords["vocab_size"] = true_vocabulary(
+            self.model, teacher, args.vocab_size, self.processing_class
+        )
+        self._meters = {True: Meter(), False: Meter()}  # by model.training
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the Trainer's; the new model's head is looked up."""
+        model: Any = super().call_model_init(trial)
+        self._student_head = self._head_of_student(model)
+        return model
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The distillation loss of one micro-batch; with ``return_outputs`` the outputs hold dense
+        logits."""
+        loss, _, outputs = self._distill(model, inputs, num_items_in_batch, dense=return_outputs)
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # num_items counts every process; gradients are averaged over them (tp ranks share one
+            # batch)
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    def _distill(
+        self, model: nn.Module, inputs: Inputs, num_items: Tensor | int | None, dense: bool = False
+    ) -> tuple[Tensor, KDMetrics, Any]:
+        inputs = dict(inputs)
+        labels = self._aligned_labels(inputs)
+        teacher = self._teacher_side(inputs)
+        head = None if dense else self._student_head
+        if head is None:
+            outputs = model(**inputs)
+            loss, metrics = self._loss(outputs.logits, teacher, labels, num_items, model.training)
+        else:
+            loss, metrics, outputs = self._loss_in_forward(
+                model, head, inputs, teacher, labels, num_items
+            )
+        self._meters[model.training].add(metrics)
+        return loss, metrics, outputs
+
+    def _loss_in_forward(
+        self,
+        model: nn.Module,
+        head: PlainHead,
+        inputs: Inputs,
+        teacher: Tensor | LMHead,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+    ) -> tuple[Tensor, Any, Any]:
+        results: list[tuple[Tensor, Any]] = []
+
+        def receive(hidden: Tensor) -> None:
+            results.append(self._loss(head.of(hidden), teacher, labels, num_items, model.training))
+
+        def deliver(module: nn.Module, args: Any, outputs: Any) -> Any:
+            outputs["loss"] = results[0][0]
+            return outputs
+
+        inner = self.accelerator.unwrap_model(model)
+        handle = inner.register_forward_hook(deliver, prepend=True)
+        try:
+            with tap(head, receive):
+                outputs = model(**inputs)
+        finally:
+            handle.remove()
+        return outputs["loss"], results[0][1], outputs
+
+    def _loss(
+        self,
+        student: Tensor | LMHead,
+        teacher: Tensor | LMHead,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        training: bool,
+    ) -> tuple[Tensor, Any]:
+        with self.accelerator.autocast():  # a head's hidden states and weight may differ in dtype
+            return kd_loss_and_metrics(
+                student,
+                teacher,
+                labels,
+                **self._loss_keywords,
+                label_smoothing=self.args.label_smoothing_factor if training else 0.0,
+                normalizer=num_items,
+            )
+
+    @torch.no_grad()
+    def _teacher_side(self, inputs: Inputs) -> Tensor | LMHead:
+        names = self._teacher_parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values()):
+            inputs = {name: value for name, value in inputs.items() if name in names}
+        if "use_cache" in names:
+            inputs = {
+                **inputs,
+                "use_cache": False,
+            }  # nothing is generated: no keys and values to keep
+        hidden: list[Tensor] = []
+        with self.accelerator.autocast():
+            if self._teacher_head is None:
+                return self.teacher(**inputs).logits
+            with tap(self._teacher_head, hidden.append):
+                self.teacher(**inputs)
+        return self._teacher_head.of(hidden[0])
+
+    def _aligned_labels(self, inputs: Inputs) -> Tensor:
+        """Take the labels out of ``inputs`` and align them with the logits: label n is the target
+        of position n."""
+        if (shifted := inputs.pop("shift_labels", None)) is not None:
+            inputs.pop("labels", None)
+            return shifted
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(
+                f"the batch has no 'labels', only {', '.join(inputs)}: use a collator that makes "
+                "them, such as DataCollatorForLanguageModeling."
+            )
+        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            inputs["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(labels)
+        # padded rather than cut, so that hidden states stay contiguous; the last position does not
+        # count
+        return F.pad(labels, (0, 1), value=-100)[..., 1:] if self._loss_shifts_labels else labels
+
+    def _head_of_student(self, model: nn.Module) -> PlainHead | None:
+        if self.args.torch_compile:
+            # dynamo does not guard on hooks, so a compiled forward would keep the first step's
+            logger.warning(
+                "student: dense logits are used, because torch_compile traces past hooks."
+            )
+            return None
+        return plain_head_or_none(model, "student")
+
+    # ---- logging and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; a training log also gets the means of the metrics since the last
+        one."""
+        if "loss" in logs:
+            logs.update(self._meters[True].means(self.accelerator))
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """The student's cross-entropy, without logits unless ``compute_metrics`` needs them."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, metrics, _ = self._distill(model, self._prepare_inputs(inputs), None)
+        return metrics.ce.detach(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, with token-weighted means: ``eval_loss`` (cross-entropy),
+        ``eval_perplexity``, ..."""
+        meter = self._meters[False]
+        meter.reset()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = meter.means(self.accelerator)
+        if means and output.metrics is not None:
+            loss = means.pop("ce")
+            means |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+            output.metrics.update(
+                {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+            )
+        return output

@@ -1,0 +1,109 @@
+"""The `cpu` backend: one fused pass per row in C++, on torch's own threads. Contract:
+:mod:`fusedkd.kernels`.
+
+The extension is optional and loaded on first use. It carries AVX-512, AVX2 and plain builds of the
+same code and picks one at run time; ``FUSEDKD_CPU_ISA`` (``avx512``, ``avx2``, ``base``) overrules
+that.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusedkd.spec import METRIC_COLUMNS, LossSpec
+
+from .products import head_dtypes, mm_
+
+__all__ = ["head_dtypes", "instruction_set", "mm_", "rows", "scale_", "unavailable"]
+
+SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or None when it can."""
+    libraries = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not libraries:
+        return "the C++ extension was not built (no compiler, or the build failed)"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+        torch.ops.fusedkd_cpu.instruction_set()
+    except (OSError, RuntimeError) as error:
+        return f"the C++ extension does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+@functools.cache
+def instruction_set() -> str:
+    """Which build of the kernels runs: "avx512", "avx2" or "base"."""
+    return str(_ops().instruction_set())
+
+
+@functools.cache
+def _ops() -> torch._ops._OpNamespace:
+    if reason := unavailable():
+        raise RuntimeError(f"fusedkd's cpu backend cannot run here: {reason}.")
+    return torch.ops.fusedkd_cpu
+
+
+@functools.cache
+def _rows(divergence: str) -> torch._ops.OpOverload:
+    """The operator, once it is known to have ``divergence``; looking it up anew costs 2 us."""
+    ops = _ops()
+    if not ops.knows(divergence):
+        raise NotImplementedError(
+            f"divergence={divergence!r} has no function in kernels/cpu/pointwise.h. Each is "
+            "one function of "
+            f"the same name in each of {SISTER_FILES}."
+        )
+    return ops.rows.default
+
+
+def rows(
+    student: Tensor,  # (B, T, C)
+    teacher: Tensor,  # (B, T, C')
+    labels: Tensor | None,  # (B T,)
+    row_scale: Tensor,  # (B T,)
+    spec: LossSpec,
+    grad: Tensor | None,  # (B, T, C)
+    metrics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See :mod:`fusedkd.kernels`."""
+    divergence = spec.divergence
+    run = _rows(divergence.name)
+    loss = torch.empty_like(row_scale)
+    metric_rows = row_scale.new_empty(row_scale.numel(), len(METRIC_COLUMNS)) if metrics else None
+    s, t = spec.student_transform, spec.teacher_transform
+    numbers = [
+        *(
+            spec.temperature,
+            spec.teacher_temperature,
+            spec.kd_scale,
+            spec.ce_weight,
+            spec.label_smoothing,
+        ),
+        *(s.scale, s.softcap, t.scale, t.softcap),
+        *divergence.params,
+    ]
+    run(
+        student,
+        teacher,
+        labels,
+        row_scale,
+        divergence.name,
+        numbers,
+        spec.vocab_size,
+        loss,
+        grad,
+        metric_rows,
+    )
+    return loss, metric_rows
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """See :mod:`fusedkd.kernels`."""
+    _ops().scale_.default(grad, factor)

@@ -1,0 +1,205 @@
+// torch.ops.fusedkd_cpu: tensors in, plain calls out, rows shared among torch's own threads. Stable ABI only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace fusedkd {
+namespace {
+
+// Work for one thread below which a second one does not pay, in vocabulary entries.
+constexpr int64_t kGrain = 32768;
+// Gradients of at least this many bytes are written past the caches: they would not stay there anyhow.
+constexpr int64_t kStreamBytes = 16 << 20;
+
+const InstructionSet& pick() {
+  const char* asked = std::getenv("FUSEDKD_CPU_ISA");
+  const std::string name = asked ? asked : "";
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && (name.empty() || name == "avx512")) return avx512_set();
+  if (avx2 && (name.empty() || name == "avx2")) return avx2_set();
+#endif
+  STD_TORCH_CHECK(name.empty() || name == "base", "FUSEDKD_CPU_ISA=", name,
+                  ": this machine or build has no such instruction set; expected one of avx512, avx2, base, or unset.");
+  return base_set();
+}
+
+const InstructionSet& instructions() {
+  static const InstructionSet& set = pick();
+  return set;
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "fusedkd_cpu: expected float64, float32, bfloat16 or float16");
+  }
+  return DType::f32;
+}
+
+Logits logits_of(const Tensor& t, double scale, double softcap) {
+  STD_TORCH_CHECK(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
+                  "fusedkd_cpu: expected (batch, tokens, columns) with unit stride in the last dimension");
+  return {t.data_ptr(), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
+}
+
+class Scratch {  // grows, never shrinks: page faults on every call cost more than the memory
+ public:
+  void* at_least(size_t bytes) {
+    if (bytes > bytes_) {
+      memory_.reset();
+      bytes_ = (bytes + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(64, bytes_));
+      STD_TORCH_CHECK(memory_ != nullptr, "fusedkd_cpu: out of memory");
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t bytes_ = 0;
+};
+
+// Calls `one(row)` for each row. Which thread does a row does not matter to its result, so threads take the next one
+// when they are free: rows that do not count cost nothing, and neighbours on the machine disturb less.
+template <class One>
+void for_rows(int64_t rows, int64_t columns, const One& one) {
+  const int64_t workers = std::min<int64_t>(
+      {torch::stable::get_num_threads(), rows, rows * columns / kGrain + 1});
+  const int64_t batch = std::max<int64_t>(1, std::min(kGrain / 2 / std::max<int64_t>(columns, 1), rows / workers / 4));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t from = next.fetch_add(batch, std::memory_order_relaxed);
+      if (from >= rows) return;
+      for (int64_t row = from; row < std::min(rows, from + batch); ++row) one(row);
+    }
+  });
+}
+
+// numbers: student and teacher temperature, kd_scale, ce_weight, label_smoothing, student scale and softcap, teacher
+// scale and softcap, then the divergence's parameters.
+void rows(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
+          std::vector<double> numbers, int64_t vocabulary, Tensor loss, std::optional<Tensor> grad,
+          std::optional<Tensor> metrics) {
+  constexpr size_t kFixed = 9;
+  const InstructionSet& set = instructions();
+  const size_t given = numbers.size() - kFixed;
+  STD_TORCH_CHECK(numbers.size() >= kFixed && given <= kParameters, "fusedkd_cpu: wrong number of parameters");
+  numbers.resize(kFixed + kParameters);
+  RowsCall call{};
+  call.student = logits_of(student, numbers[5], numbers[6]);
+  call.teacher = logits_of(teacher, numbers[7], numbers[8]);
+  call.batch = student.size(0), call.tokens = student.size(1), call.vocabulary = vocabulary;
+  const int64_t count = call.batch * call.tokens;
+  STD_TORCH_CHECK(teacher.size(0) == call.batch && teacher.size(1) == call.tokens && vocabulary >= 0 &&
+                      vocabulary <= std::min(student.size(2), teacher.size(2)) && row_scale.numel() == count &&
+                      loss.numel() == count && (!labels || labels->numel() == count),
+                  "fusedkd_cpu: shapes of student, teacher, labels and row_scale do not match");
+  call.wide = dtype_of(loss) == DType::f64;
+  STD_TORCH_CHECK(dtype_of(row_scale) == dtype_of(loss), "fusedkd_cpu: row_scale is not of the accumulation type");
+  call.divergence = set.find(divergence.c_str());
+  STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence ", divergence);
+  if (count == 0) return;
+  int64_t bytes = 0;
+  if (grad) {
+    STD_TORCH_CHECK(grad->size(0) == call.batch && grad->size(1) == call.tokens && grad->size(2) >= vocabulary,
+                    "fusedkd_cpu: grad has another shape than student");
+    call.grad = logits_of(*grad, 1, 0);
+    call.grad_columns = grad->size(2);
+    bytes = count * vocabulary * static_cast<int64_t>(grad->element_size());
+  }
+  call.labels = labels ? static_cast<const int64_t*>(labels->data_ptr()) : nullptr;
+  call.row_scale = row_scale.data_ptr(), call.loss = loss.data_ptr();
+  call.metrics = metrics ? metrics->data_ptr() : nullptr;
+  call.stream = grad && call.grad.data != call.student.data && bytes >= kStreamBytes;
+  call.student_temperature = numbers[0], call.teacher_temperature = numbers[1];
+  call.kd_scale = numbers[2], call.ce_weight = numbers[3], call.label_smoothing = numbers[4];
+  call.parameters = numbers.data() + kFixed;
+
+  const size_t lane = call.wide ? 8 : 4;
+  const size_t minima = (vocabulary / kTile + 4) * 2 * lane;
+  const bool keeps = grad && call.kd_scale != 0 && set.keeps(call.divergence);
+  for_rows(count, vocabulary, [&](int64_t row) {
+    thread_local Scratch kept, extremes;
+    Workspace work{keeps ? kept.at_least((vocabulary + kTile) * lane) : nullptr, extremes.at_least(minima)};
+    set.row(call, work, row);
+  });
+}
+
+// Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one.
+void scale_(Tensor data, Tensor factor) {
+  const bool per_row = factor.dim() > 0;
+  const int64_t all = data.numel();
+  if (all == 0) return;
+  ScaleCall call{data.data_ptr(), nullptr, 1, all, 1, 0, 0, per_row, dtype_of(data)};
+  if (data.dim() == 3 && !data.is_contiguous()) {
+    call.rows = data.size(0) * data.size(1), call.columns = data.size(2);
+    call.inner_rows = data.size(1), call.stride_outer = data.stride(0), call.stride_inner = data.stride(1);
+  } else {
+    STD_TORCH_CHECK(data.is_contiguous(), "fusedkd_cpu::scale_: expected a contiguous tensor");
+    // with a single factor, rows are only what threads share
+    call.rows = per_row ? factor.numel() : (all + kGrain - 1) / kGrain;
+    call.columns = per_row ? all / factor.numel() : kGrain;
+    call.stride_outer = call.columns;
+  }
+  std::vector<double> factors(factor.numel());
+  for (size_t i = 0; i < factors.size(); ++i)
+    factors[i] = dtype_of(factor) == DType::f64 ? static_cast<const double*>(factor.data_ptr())[i]
+                                                : static_cast<const float*>(factor.data_ptr())[i];
+  STD_TORCH_CHECK(!per_row || static_cast<int64_t>(factors.size()) == call.rows,
+                  "fusedkd_cpu::scale_: expected one factor, or one per row");
+  if (!per_row && factors[0] == 1) return;
+  call.factors = factors.data();
+  const bool flat = !per_row && data.is_contiguous();
+  for_rows(call.rows, call.columns, [&](int64_t row) {
+    ScaleCall part = call;
+    if (flat) part.columns = std::min(kGrain, all - row * kGrain);
+    instructions().scale(part, row);
+  });
+}
+
+std::string instruction_set() { return instructions().name; }
+bool knows(std::string divergence) { return instructions().find(divergence.c_str()) >= 0; }
+
+}  // namespace
+}  // namespace fusedkd
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
+  m.def("instruction_set() -> str");
+  m.def("knows(str divergence) -> bool");
+  m.def(
+      "rows(Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, str divergence, float[] numbers, "
+      "int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
+  m.def("scale_(Tensor(a!) data, Tensor factor) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&fusedkd::instruction_set));
+  m.impl("knows", TORCH_BOX(&fusedkd::knows));
+  m.impl("rows", TORCH_BOX(&fusedkd::rows));
+  m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
+}

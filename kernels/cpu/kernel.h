@@ -1,0 +1,66 @@
+// What the instruction-set builds of rows.h and the bindings say to each other: plain data, no inline functions (one
+// compiled with AVX-512 could be the copy that the linker keeps for everybody).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fusedkd {
+
+enum class DType : int { f64, f32, bf16, f16 };
+
+constexpr int64_t kTile = 2048;  // columns at a time: two fp32 tiles and their gradient stay in a 32 KB L1
+constexpr int kParameters = 8;   // of a divergence, at most
+constexpr int kMetrics = 7;      // columns of fusedkd.spec.METRIC_COLUMNS
+
+struct Logits {  // (batch, tokens, columns), last stride 1
+  const void* data;
+  int64_t stride_batch, stride_token;  // in elements
+  DType dtype;
+  double scale, softcap;  // softcap 0: none
+};
+
+struct RowsCall {
+  Logits student, teacher;
+  Logits grad;  // data null: no gradient wanted
+  int64_t batch, tokens, vocabulary, grad_columns;
+  const int64_t* labels;  // null: no cross-entropy
+  const void* row_scale;  // (rows,) fp64 if `wide`, else fp32; also loss and metrics
+  void* loss;
+  void* metrics;  // (rows, kMetrics) or null
+  bool wide;      // accumulate in fp64
+  bool stream;    // write the gradient past the caches
+  int divergence;
+  const double* parameters;
+  double student_temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing;
+};
+
+struct Workspace {
+  void* kept;    // (vocabulary + one tile) of the accumulation type, or null: see `keeps`
+  void* minima;  // (tiles, 2) of the accumulation type
+};
+
+struct ScaleCall {
+  void* data;
+  const double* factors;  // one per row, or a single one
+  int64_t rows, columns;
+  int64_t inner_rows, stride_outer, stride_inner;  // row r starts at (r / inner) outer + (r % inner) inner
+  bool per_row;
+  DType dtype;
+};
+
+struct InstructionSet {
+  const char* name;
+  int (*find)(const char* divergence);  // -1: not in pointwise.h
+  bool (*keeps)(int divergence);        // whether its gradients wait in Workspace::kept for their sum
+  void (*row)(const RowsCall&, const Workspace&, int64_t row);
+  void (*scale)(const ScaleCall&, int64_t row);
+};
+
+const InstructionSet& base_set();
+#if defined(__x86_64__)
+const InstructionSet& avx2_set();
+const InstructionSet& avx512_set();
+#endif
+
+}  // namespace fusedkd

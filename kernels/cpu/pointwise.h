@@ -1,0 +1,162 @@
+// The divergences, entry by entry. A new one is one FUSEDKD_DIVERGENCE here, one factory in fusedkd/divergences.py, one
+// function in kernels/triton/pointwise.py, and no edit anywhere else. Formulas and edges: fusedkd/divergences.py.
+//
+// Either  static Point<V> at(const Entry<V>&, const double* w)  : value and gradient = d value / d lq of one entry, a
+//         total function (any of lp, lq may be -inf, gap then +-inf, 0 where both are), w the divergence's parameters;
+// or      static KlWeights kl(const double* w)                  : it is a mix of the two KLs, whose sums of gradients
+//         are known in advance and which therefore need one sweep less.
+// V is a vector of float or double. Write scalars as splat<V>(x); exp, log, mul0, abs, max, min come from vec.h.
+#pragma once
+
+#include "vec.h"
+
+namespace fusedkd {
+namespace FUSEDKD_ISA {
+
+template <class V>
+struct Entry {
+  V lp, lq;  // log-probabilities of teacher and student
+  V gap;     // lp - lq, free of the cancellation that subtracting them would bring
+  V p, q;
+};
+template <class V>
+struct Point {
+  V value, grad;
+};
+struct KlWeights {
+  double forward, reverse;
+};
+
+// The n-th divergence of this file; the counter lets each register itself without a constructor at load time (which
+// would run AVX-512 code on machines that lack it).
+template <int n>
+struct Registered;
+constexpr int kFirstDivergence = __COUNTER__ + 1;
+#define FUSEDKD_DIVERGENCE(called) FUSEDKD_DIVERGENCE_(called, __COUNTER__)
+#define FUSEDKD_DIVERGENCE_(called, n)      \
+  struct called;                            \
+  template <>                               \
+  struct Registered<n - kFirstDivergence> { \
+    typedef called type;                    \
+    static constexpr const char* name = #called; \
+  };                                        \
+  struct called
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+FUSEDKD_DIVERGENCE(forward_kl) {
+  static KlWeights kl(const double*) { return {1, 0}; }
+};
+
+FUSEDKD_DIVERGENCE(reverse_kl) {
+  static KlWeights kl(const double*) { return {0, 1}; }
+};
+
+FUSEDKD_DIVERGENCE(mixed_kl) {
+  static KlWeights kl(const double* w) { return {w[0], 1 - w[0]}; }
+};
+
+// m = w p + (1 - w) q seen from p and q. With the larger of the two taken out, log m loses nothing where p ~ q, and no
+// term is ever 0 times infinity.
+template <class V>
+struct Mixture {
+  V p_over_m, q_over_m;  // as ratios
+  V p_to_m, q_to_m;      // as differences of logarithms
+  FUSEDKD_INLINE Mixture(const Entry<V>& e, double weight) {
+    const V w = splat<V>(weight), rest = splat<V>(1 - weight), zero = {};
+    auto more = e.gap > zero;
+    V less = -abs(e.gap), u = exp(less);  // smaller over larger
+    V share = more ? fma(rest, u, w) : fma(w, u, rest);
+    V log_share = log(share), over = splat<V>(1) / share;
+    p_over_m = more ? over : u * over;
+    q_over_m = more ? u * over : over;
+    p_to_m = (more ? zero : less) - log_share;
+    q_to_m = (more ? less : zero) - log_share;
+  }
+};
+
+FUSEDKD_DIVERGENCE(jsd) {
+  template <class V>
+  FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
+    Mixture<V> m(e, w[0]);
+    V grad = splat<V>(1 - w[0]) * mul0(e.q, m.q_to_m);
+    return {fma(splat<V>(w[0]), mul0(e.p, m.p_to_m), grad), grad};
+  }
+};
+
+FUSEDKD_DIVERGENCE(skew_forward_kl) {
+  template <class V>
+  FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
+    Mixture<V> m(e, w[0]);
+    return {mul0(e.p, m.p_to_m), splat<V>(w[0] - 1) * e.p * m.q_over_m};
+  }
+};
+
+FUSEDKD_DIVERGENCE(skew_reverse_kl) {
+  template <class V>
+  FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
+    Mixture<V> m(e, 1 - w[0]);
+    V value = mul0(e.q, m.q_to_m);
+    return {value, fma(e.q, splat<V>(1) - splat<V>(w[0]) * m.q_over_m, value)};
+  }
+};
+
+FUSEDKD_DIVERGENCE(total_variation) {
+  template <class V>
+  FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double*) {
+    V half = splat<V>(0.5), zero = {}, d = e.p - e.q;
+    V sign = d > zero ? half : d < zero ? -half : zero;
+    return {half * abs(d), -e.q * sign};
+  }
+};
+
+// -(C - a/c P - b/c Q) / (a b) with C = p^a q^b, P = p^c, Q = q^c and c = a + b, from the differences P - C and Q - C. Those
+// are known to all digits, for P / C = e^(b gap) and Q / C = e^(-a gap); subtracted, the terms would lose most of theirs.
+template <class V>
+FUSEDKD_INLINE Point<V> cross_powers(const Entry<V>& e, double a, double b, V power_p, V power_q) {
+  const V zero = {}, infinity = splat<V>(kInfinity), log2e = splat<V>(kLog2E);
+  auto more = e.gap > zero;
+  V from_p = exp2m1(-abs(splat<V>(b) * e.gap), log2e), from_q = exp2m1(-abs(splat<V>(a) * e.gap), log2e);
+  V cross;
+  if (a > 0 && b > 0) {  // C lies between P and Q
+    V larger = more ? power_p : power_q;
+    cross = fma(larger, more ? from_p : from_q, larger);
+  } else {
+    auto neither = (e.lp == -infinity) & (e.lq == -infinity);
+    cross = exp(fma(splat<V>(a), e.lp, splat<V>(b) * e.lq));
+    cross = neither ? zero : cross;
+  }
+  V p_over = (splat<V>(b) * e.gap > zero ? -power_p : cross) * from_p;
+  V q_over = (splat<V>(a) * e.gap < zero ? -power_q : cross) * from_q;
+  Point<V> at = {fma(splat<V>(1 / (b * (a + b))), p_over, splat<V>(1 / (a * (a + b))) * q_over), splat<V>(1 / a) * q_over};
+  if (a > 0 && b > 0) return at;
+  // of the powers in the gradient, one that is infinite counts as 0
+  auto over_c = cross == infinity, over_q = power_q == infinity, infinite = over_c | over_q | (power_p == infinity);
+  V rest = splat<V>(1 / a) * ((over_q ? zero : power_q) - (over_c ? zero : cross));
+  return {infinite ? infinity : at.value, over_c | over_q ? rest : at.grad};
+}
+
+FUSEDKD_DIVERGENCE(alpha) {
+  template <class V>
+  FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
+    return cross_powers(e, w[0], 1 - w[0], e.p, e.q);
+  }
+};
+
+FUSEDKD_DIVERGENCE(alpha_beta) {
+  template <class V>
+  FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
+    const double a = w[0], b = w[1];
+    const V infinity = splat<V>(kInfinity), zero = {}, c = splat<V>(a + b);
+    auto neither = (e.lp == -infinity) & (e.lq == -infinity);
+    V power_p = neither ? zero : exp(c * e.lp), power_q = neither ? zero : exp(c * e.lq);
+    return cross_powers(e, a, b, power_p, power_q);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int kDivergences = __COUNTER__ - kFirstDivergence;
+
+}  // namespace FUSEDKD_ISA
+}  // namespace fusedkd

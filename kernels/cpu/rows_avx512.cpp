@@ -1,0 +1,37 @@
+// The avx512 build of rows.h. Standard headers come first, so that none of their inline functions is compiled for it: the
+// linker keeps one copy of those for the whole program, and it has to run on every machine.
+#include <math.h>
+#include <string.h>
+
+#include <utility>
+
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define FUSEDKD_ISA avx512
+#define FUSEDKD_AVX512
+#define FUSEDKD_STRING_(x) #x
+#define FUSEDKD_STRING(x) FUSEDKD_STRING_(x)
+#define FUSEDKD_VECTOR_BYTES 64
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
+
+#include "rows.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace fusedkd {
+const InstructionSet& avx512_set() { return avx512::kSet; }
+}  // namespace fusedkd
+
+#endif

@@ -1,0 +1,202 @@
+"""Which kernel runs how: the launch table, and all that a kernel is told at compile time.
+
+The launcher (ops.py) and the ahead-of-time checks (benchmarks/resources.py) build their kernels
+here, so what is checked is what is launched. Nobody has timed this table on a GPU yet. Its reasons
+are arithmetic, for an H200: 132 SMs, 50 MB of L2, 4.8 TB/s, about 28 T fp32 lane instructions and
+3.6 T special-function results (exp2, log2, 1 / x) per second.
+
+Bytes per entry (bf16): 2 student + 2 teacher + 2 gradient = 6 if the later sweeps find the row in
+L2; 10 (closed form) or 14 (middle sweep) if they never do. 6 bytes at 4.8 TB/s take as long as 36
+instructions or 4.5 special functions. benchmarks/resources.py counts what the kernels spend.
+
+Rows in flight: a row of student and teacher at V = 151,936 is 608 kB, so 132 rows at a time are
+80 MB, more than L2. Hence one fat program per SM rather than several thin ones (fewer rows in
+flight, the same loads in flight), sweeps that alternate in direction (what was read last is read
+first), and eviction hints (the first sweep's lines stay, the last one's and the gradient go). By
+that count half of the later sweeps hit at V = 151,936, and all of them below V = 64k. Sharing a row
+among a cluster of 2 to 4 SMs would close the gap; that is not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import pointwise
+
+# Threads of a warp on NVIDIA; AMD's CDNA has 64.
+WARP = {"cuda": 32, "hip": 64}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many programs share a row, and how big each is."""
+
+    pieces: int  # programs per row; a power of two
+    warps: int
+    unroll: int  # 16-byte accesses per thread, tensor and tile: latency hidden within a thread
+    # Tiles on their way to shared memory, 1: none, loads go straight to registers. More hide more
+    # latency, for a barrier per tile and without the eviction hints (cp.async has none).
+    stages: int = 1
+
+
+@dataclass(frozen=True, repr=False)
+class Tiling:
+    """How a kernel walks a row; see sweeps.py."""
+
+    acc: tl.dtype
+    lanes: int
+    width: int  # entries per lane: 16 bytes of the smallest item
+    item: int  # bytes of the smallest item among the tensors
+    aligned: bool  # all of them reach a 16-byte boundary at the same column, in every row
+
+    @cached_property
+    def _text(self) -> str:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in values)})"
+
+    def __repr__(self) -> str:  # part of Triton's cache key, so it is asked for at every launch
+        return self._text
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Tiling):
+    """Everything that a row kernel knows at compile time."""
+
+    stage: str  # see programs.py
+    pieces: int  # a power of two
+    stages: int  # see Launch
+    lead: str  # which tensor has the smallest items
+    closed: bool  # the statistics give the divergence (pointwise.CLOSED)
+    forward: bool  # ... from KL(p || q)
+    reverse: bool  # ... from KL(q || p)
+    ce: bool  # cross-entropy, for the loss or for the metrics
+    metrics: bool
+    bent_s: bool  # the student's logits are scaled or capped
+    bent_t: bool
+
+
+def choose(rows: int, vocab: int, processors: int) -> Launch:
+    """The launch for so many rows of so many columns on a GPU with so many SMs (AMD: CUs)."""
+    if vocab < 8192:
+        # 4 warps take 1,024 bf16 columns per tile; more threads would mostly walk the edges.
+        return Launch(pieces=1, warps=4, unroll=1)
+    if vocab < 32768:
+        # Several programs per SM: a row is short, and what it waits for at its end, others fill.
+        return Launch(pieces=1, warps=8, unroll=1)
+    if rows >= processors:
+        # 16 warps of up to 128 registers fill an SM's register file: one row per SM (see above).
+        # Twice the unroll needs more than 128 and spills (benchmarks/resources.py).
+        return Launch(pieces=1, warps=16, unroll=1)
+    # Few rows: pieces enough for four programs of 8 warps per SM, but at least 8k columns in each,
+    # so that reading a piece takes longer than merging the 12 numbers that come of it.
+    pieces = 2
+    while pieces < 64 and rows * pieces < 4 * processors and vocab // (2 * pieces) >= 8192:
+        pieces *= 2
+    return Launch(pieces=pieces, warps=8, unroll=1)
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether in every row all (B, T, C) tensors reach a 16-byte boundary at the same column."""
+    lead = min(tensors, key=Tensor.element_size)
+    for x in tensors:
+        line = 16 // x.element_size()
+        starts = [x.data_ptr() // x.element_size() - lead.data_ptr() // lead.element_size()]
+        starts += [x.stride(d) - lead.stride(d) for d in (0, 1) if x.shape[d] > 1]
+        if any(start % line for start in starts):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decides which row kernels a call needs, besides its launch."""
+
+    student: torch.dtype
+    teacher: torch.dtype
+    grad: torch.dtype | None
+    divergence: str
+    aligned: bool = True
+    ce: bool = True
+    metrics: bool = False
+    bent_s: bool = False
+    bent_t: bool = False
+
+
+def stages(variant: Variant, launch: Launch) -> tuple[str, ...]:
+    """The launches of one call, in order."""
+    # A closed divergence has a middle stage too: its programs return at once unless their row
+    # turned out to hold masks, which only the device knows.
+    return ("whole",) if launch.pieces == 1 else ("statistics", "middle", "gradient")
+
+
+def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
+    """The compile-time half of a launch on "cuda" or "hip"."""
+    named = {"student": variant.student, "teacher": variant.teacher}
+    if variant.grad:
+        named["grad"] = variant.grad
+    lead = min(named, key=lambda name: named[name].itemsize)
+    item = named[lead].itemsize
+    closed = pointwise.CLOSED.get(variant.divergence)
+    wide = torch.float64 in (variant.student, variant.teacher)
+    return Plan(
+        acc=tl.float64 if wide else tl.float32,
+        lanes=launch.warps * WARP[target] * launch.unroll,
+        width=16 // item,
+        item=item,
+        aligned=variant.aligned,
+        stage=stage,
+        pieces=launch.pieces,
+        stages=launch.stages,
+        lead=lead,
+        closed=closed is not None,
+        forward=closed is not None and closed.forward,
+        reverse=closed is not None and closed.reverse,
+        ce=variant.ce,
+        metrics=variant.metrics,
+        bent_s=variant.bent_s,
+        bent_t=variant.bent_t,
+    )
+
+
+# A copy with one factor: wide enough to saturate memory, nothing else to weigh.
+SCALE = Launch(pieces=1, warps=8, unroll=1)
+
+
+def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
+    """The compile-time half of ``scale_kernel``."""
+    return Tiling(
+        acc=tl.float64 if dtype == torch.float64 else tl.float32,
+        lanes=SCALE.warps * WARP[target] * SCALE.unroll,
+        width=16 // dtype.itemsize,
+        item=dtype.itemsize,
+        aligned=True,  # a tensor is always aligned with itself
+    )
+
+
+def constants(divergence: str, plan: Plan) -> dict[str, Any]:
+    """The constexpr arguments of a row kernel."""
+    closed = pointwise.CLOSED.get(divergence)
+    return {
+        "DIVERGENCE": function(divergence),
+        "COMBINE": closed.combine if closed else None,
+        "plan": plan,
+    }
+
+
+def function(divergence: str) -> Any:
+    """The pointwise function of a divergence."""
+    found = getattr(pointwise, divergence, None)
+    if found is None or divergence.startswith("_"):
+        raise NotImplementedError(
+            f"the divergence {divergence!r} has no Triton function. It is described once per "
+            "language, under the same name: fusedkd/divergences.py, kernels/triton/pointwise.py "
+            "and kernels/cpu/pointwise.h."
+        )
+    return found

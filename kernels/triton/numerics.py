@@ -1,0 +1,110 @@
+"""Elementary functions that must be right to the last digits, built from exp2 and arithmetic.
+
+libdevice is there neither in the interpreter nor on AMD, and ``lg2.approx`` is not accurate enough
+for a row's normaliser: its error is relative, so log A = 12 would be off by up to 3e-6 where eager
+PyTorch is off by 5e-7.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def scalar(x, ACC: tl.constexpr):
+    """A hyper-parameter in the accumulation type. In the interpreter it is a Python float."""
+    return tl.full([], x, ACC)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x in a narrower type, to nearest, ties to even; bf16 from fp64 by way of fp32."""
+    if dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        if INTERPRETED:  # its own conversion cuts the digits off (Triton 3.7)
+            bits = x.to(tl.int32, bitcast=True)
+            even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, even.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def lowest(ACC: tl.constexpr):
+    """The most negative finite number."""
+    if ACC.primitive_bitwidth == 64:
+        low = tl.full([], -1.7976931348623157e308, tl.float64)
+    else:
+        low = tl.full([], -3.4028234663852886e38, tl.float32)
+    return low
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for fp64 x in fp32's range, by two Newton steps: fp64's own division is a call."""
+    y = (1.0 / x.to(tl.float32)).to(tl.float64)
+    y += y * (1.0 - x * y)
+    return y + y * (1.0 - x * y)
+
+
+@triton.jit
+def log_sum(x, ACC: tl.constexpr):
+    """log x for positive fp64 x, to about one unit in ACC's last place; NaN for 0 and infinity."""
+    if ACC.primitive_bitwidth == 64:
+        y = tl.log(x)
+    else:
+        high = x.to(tl.float32)
+        low = (x - high.to(tl.float64)).to(tl.float32)
+        # high = 2^k f with f in [sqrt(1/2), sqrt(2)): near 1, k is 0 and nothing cancels
+        bits = high.to(tl.int32, bitcast=True)
+        k = (bits - 0x3F3504F3) >> 23
+        f = (bits - (k << 23)).to(tl.float32, bitcast=True)
+        s = (f - 1.0) / (f + 1.0)
+        z = s * s  # at most 0.0295; the series of 2 atanh(s) is cut below 1e-9
+        tail = z * (
+            0.6666666667 + z * (0.4 + z * (0.2857142857 + z * (0.2222222222 + z * 0.1818181818)))
+        )
+        e = k.to(tl.float32)
+        # ln 2 in two parts, the first with trailing zeros: k times it is exact (fdlibm, e_logf.c).
+        small = s * tail + (low / high + e * 1.4286068203094172e-06)
+        y = e * 0.693145751953125 + (2.0 * s + small)
+    return y + ((x - x) * reciprocal(x)).to(ACC)
+
+
+@triton.jit
+def log_ratio(x, y, ACC: tl.constexpr):
+    """log(x / y), exactly 0 for x = y."""
+    return log_sum(1.0 + (x - y) * reciprocal(y), ACC)
+
+
+@triton.jit
+def expm1_small(x):
+    """exp(x) - 1 for |x| <= 1/2, where fp32 would lose the small difference."""
+    if x.dtype == tl.float64:
+        y = tl.exp(x) - 1.0
+    else:
+        # Taylor; at 1/2 the first term left out is 2e-7 / 8 of the result
+        y = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334
+                 + x * (0.0013888889 + x * 1.984127e-4))))))  # fmt: skip
+    return y
+
+
+@triton.jit
+def transform(x, scale, cap):
+    """(z, dz / dx) for z = cap tanh(scale x / cap), or scale x where cap is 0.
+
+    With w = exp(-2 |y|) - 1: tanh |y| = -w / (2 + w), which keeps its digits as y -> 0, and
+    1 - tanh^2 = 4 (1 + w) / (2 + w)^2, which keeps its digits as |y| grows.
+    """
+    z = x * scale
+    slope = tl.zeros_like(x) + scale
+    if cap != 0:
+        y = z / cap
+        v = -2.0 * tl.abs(y)
+        w = tl.where(v > -0.5, expm1_small(v), tl.exp(v) - 1.0)
+        size = -w / (2.0 + w)
+        z = tl.where(y < 0, -cap, cap) * size
+        slope = scale * (4.0 * (1.0 + w) / ((2.0 + w) * (2.0 + w)))
+    return z, slope

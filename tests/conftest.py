@@ -1,0 +1,65 @@
+"""Which backends the tests run on, and the helpers they share.
+
+Tests that take a ``backend`` argument run once per backend that works in this process:
+``reference`` and ``cpu`` on any machine, ``triton`` on a GPU. Without a GPU, triton needs its
+interpreter, which must be chosen before triton is imported: ``test_kd_loss.py`` then starts one
+child process with ``TRITON_INTERPRET=1`` and ``FUSEDKD_TEST_BACKEND=triton`` for triton's share.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedkd import backends
+
+TESTS = Path(__file__).parent
+ONLY = os.environ.get("FUSEDKD_TEST_BACKEND")
+
+
+def _load_helper(name: str) -> None:
+    """Make tests/<name>.py importable under that name, without touching sys.path: the repository
+    root on it would hide Hugging Face's ``kernels``."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+_load_helper("oracle")
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot be tested in this process."""
+    if ONLY and name != ONLY:
+        return f"FUSEDKD_TEST_BACKEND={ONLY}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "triton" and not interpreted and not torch.cuda.is_available():
+        return "no GPU: triton's share runs in one child process, in its interpreter"
+    return backends.load(name).unavailable()
+
+
+BACKENDS = [name for name in backends.NAMES if unavailable(name) is None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the backend's tensors live: triton's on the GPU, unless it is interpreted."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.device("cuda" if backend == "triton" and not interpreted else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

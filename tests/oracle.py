@@ -1,0 +1,493 @@
+"""The loss once more, written from design.md section 3 alone: eager torch at any precision.
+
+Nothing of fusedkd's mathematics is used. ``answer(..., dtype=torch.float64)`` is the truth, the
+same call at float32 is "the same formula in eager PyTorch at fp32", whose error is the budget.
+``table`` gives value and gradient of each divergence elementwise, as the table of section 3 does,
+with the conventions for p = 0 and q = 0; it judges the rows that hold -inf, where autograd
+through the plain formulas yields NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkd import LMHead, divergences
+
+INF = math.inf
+
+# ----------------------------------------------------------------------------------------------
+# the divergences
+
+
+def _mixture(lp: Tensor, lq: Tensor, weight: float) -> Tensor:
+    """log(weight p + (1 - weight) q)"""
+    return torch.logaddexp(lp + math.log(weight), lq + math.log1p(-weight))
+
+
+def _jsd(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
+    lm = _mixture(lp, lq, beta)
+    return beta * lp.exp() * (lp - lm) + (1 - beta) * lq.exp() * (lq - lm)
+
+
+def _alpha(lp: Tensor, lq: Tensor, a: float) -> Tensor:
+    cross = (a * lp + (1 - a) * lq).exp()
+    return (cross - a * lp.exp() - (1 - a) * lq.exp()) / (a * (a - 1))
+
+
+def _alpha_beta(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
+    cross, c = (a * lp + b * lq).exp(), a + b
+    return -(cross - a / c * (c * lp).exp() - b / c * (c * lq).exp()) / (a * b)
+
+
+def _mixed(lp: Tensor, lq: Tensor, weight: float) -> Tensor:
+    return weight * lp.exp() * (lp - lq) + (1 - weight) * lq.exp() * (lq - lp)
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": lambda lp, lq: lp.exp() * (lp - lq),
+    "reverse_kl": lambda lp, lq: lq.exp() * (lq - lp),
+    "mixed_kl": _mixed,
+    "jsd": _jsd,
+    "skew_forward_kl": lambda lp, lq, lam: lp.exp() * (lp - _mixture(lp, lq, lam)),
+    "skew_reverse_kl": lambda lp, lq, lam: lq.exp() * (lq - _mixture(lq, lp, lam)),
+    "total_variation": lambda lp, lq: (lp.exp() - lq.exp()).abs() / 2,
+    "alpha": _alpha,
+    "alpha_beta": _alpha_beta,
+}
+
+
+def formula(divergence: divergences.Divergence) -> Callable[[Tensor, Tensor], Tensor]:
+    """Our own formula; for a divergence newer than this file, the one it carries."""
+    if divergence.name not in FORMULAS:
+        return divergence.value
+    return lambda lp, lq: FORMULAS[divergence.name](lp, lq, *divergence.params)
+
+
+def table(name: str, params: tuple[float, ...], lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, d value / d lq), elementwise, total: -inf log-probabilities are fine. Where the
+    value is infinite, the infinite term counts as 0 in the gradient."""
+    p, q = lp.exp(), lq.exp()
+    log_ratio = torch.where(lp == lq, 0.0, lp - lq)  # 0 rather than NaN for -inf - -inf
+
+    def times(weight: Tensor, factor: Tensor) -> Tensor:
+        return torch.where(weight == 0, 0.0, weight * factor)
+
+    def finite(x: Tensor) -> Tensor:
+        return torch.where(x.isinf(), 0.0, x)
+
+    if name == "forward_kl":
+        return times(p, log_ratio), -p
+    if name == "reverse_kl":
+        return times(q, -log_ratio), times(q, 1 - finite(log_ratio))
+    if name == "mixed_kl":
+        f, r = table("forward_kl", (), lp, lq), table("reverse_kl", (), lp, lq)
+        (w,) = params
+        return w * f[0] + (1 - w) * r[0], w * f[1] + (1 - w) * r[1]
+    if name in ("jsd", "skew_forward_kl"):
+        (b,) = params
+        m = b * p + (1 - b) * q
+        to_p, to_q = times(p, lp - m.log()), times(q, lq - m.log())
+        if name == "jsd":
+            return b * to_p + (1 - b) * to_q, (1 - b) * to_q
+        return to_p, -times(p * q, (1 - b) / m)
+    if name == "skew_reverse_kl":
+        (lam,) = params
+        m = lam * q + (1 - lam) * p
+        value = times(q, lq - m.log())
+        return value, value + times(q, 1 - lam * q / m)
+    if name == "total_variation":
+        return (p - q).abs() / 2, -q * torch.sign(p - q) / 2
+    a, b = params if name == "alpha_beta" else (params[0], 1 - params[0])
+    nowhere = (lp == -INF) & (lq == -INF)
+
+    def power(exponent: Tensor) -> Tensor:
+        return torch.where(nowhere, 0.0, exponent.exp())
+
+    cross, big_q = power(a * lp + b * lq), power((a + b) * lq)
+    value = -(cross - a / (a + b) * power((a + b) * lp) - b / (a + b) * big_q) / (a * b)
+    return value, -(finite(cross) - finite(big_q)) / a
+
+
+# ----------------------------------------------------------------------------------------------
+# the whole loss
+
+
+@dataclass
+class Answer:
+    """What a correct ``kd_loss`` returns, and how hard it is to compute."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]  # "logits", or "hidden", "weight" and perhaps "bias"
+    metrics: dict[str, float]
+    weighted_rows: Tensor  # (N,) what each token adds to the sum
+    row_scale: Tensor  # (N,) size of the token's weight over the normaliser, times its upstream
+    d_raw: Tensor  # (N, C) gradient of the raw logits
+    # First-order effect of perturbing every log-probability by one relative unit: what no
+    # arithmetic of that precision can avoid. (N,) each, weighted like the rows.
+    loss_condition: Tensor
+    grad_condition: Tensor
+
+
+def tensors(side: Tensor | LMHead) -> dict[str, Tensor]:
+    """The tensors of one side, by the names used in ``Answer.grads``."""
+    if isinstance(side, Tensor):
+        return {"logits": side}
+    named = {"hidden": side.hidden, "weight": side.weight, "bias": side.bias}
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def _raw(side: Tensor | LMHead, parts: dict[str, Tensor]) -> Tensor:
+    if isinstance(side, Tensor):
+        return parts["logits"].reshape(-1, side.shape[-1])
+    hidden = parts["hidden"].reshape(-1, side.hidden.shape[-1])
+    logits = hidden @ parts["weight"].T
+    return logits + parts["bias"] if "bias" in parts else logits
+
+
+def _transformed(side: Tensor | LMHead, raw: Tensor, vocab_size: int | None) -> Tensor:
+    if isinstance(side, LMHead):
+        raw = raw * side.logit_scale
+        if side.softcap is not None:
+            raw = side.softcap * torch.tanh(raw / side.softcap)
+    return raw[:, :vocab_size]
+
+
+def answer(
+    student: Tensor | LMHead,
+    teacher: Tensor | LMHead,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | divergences.Divergence = "forward_kl",
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    scale_by_t2: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    upstream: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    **_ignored: Any,  # inplace, chunk_bytes, backend: how, not what
+) -> Answer:
+    """The contract of section 2, on the inputs as they are (quantised), computed at ``dtype``."""
+    if isinstance(divergence, str):
+        divergence = divergences.make(divergence)
+    leaves = {k: x.detach().to(dtype).requires_grad_() for k, x in tensors(student).items()}
+    raw = _raw(student, leaves)
+    z = _transformed(student, raw, vocab_size)
+    constants = {k: x.detach().to(dtype) for k, x in tensors(teacher).items()}
+    t = _transformed(teacher, _raw(teacher, constants), vocab_size)
+    leading = next(iter(tensors(student).values())).shape[:-1]
+    n = leading.numel()
+
+    weight = torch.ones(n, dtype=dtype, device=z.device)
+    if token_weights is not None:
+        weight = token_weights.detach().reshape(-1).to(dtype)
+    if labels is not None:
+        weight = weight * (labels.reshape(-1) != ignore_index)
+    counted = weight != 0
+    row_scale = weight[counted]
+    if reduction == "mean" or normalizer is not None:
+        row_scale = row_scale / (weight.sum() if normalizer is None else float(normalizer))
+
+    cool = temperature if teacher_temperature is None else teacher_temperature
+    lp = torch.log_softmax(t[counted] / cool, -1)
+    lq = torch.log_softmax(z[counted] / temperature, -1)
+    kd = formula(divergence)(lp, lq).sum(-1)
+    kd_scale = kd_weight * (temperature**2 if scale_by_t2 else 1.0)
+    y = None if labels is None else labels.reshape(-1)[counted]
+    ce = _cross_entropy(z[counted], y, label_smoothing) if y is not None else None
+
+    per_row = torch.zeros_like(kd)
+    if kd_scale:
+        per_row = per_row + kd_scale * kd
+    if ce_weight and ce is not None:
+        per_row = per_row + ce_weight * ce
+    rows = torch.zeros(n, dtype=dtype, device=z.device).index_put((counted,), per_row * row_scale)
+    loss = rows.reshape(leading) if reduction == "none" else rows.sum()
+    scaled = (loss if upstream is None else loss * upstream.to(dtype)).sum()
+    *grads, d_raw = (
+        torch.autograd.grad(scaled, [*leaves.values(), raw], allow_unused=True)
+        if scaled.requires_grad
+        else [None] * (len(leaves) + 1)
+    )
+    zeros = [*leaves.values(), raw]
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves.values())]  # noqa: B905
+    d_raw = torch.zeros_like(zeros[-1]) if d_raw is None else d_raw
+
+    by_loss, by_grad = _conditions(divergence, lp, lq)
+    size = z[counted].detach().abs().amax(-1) if z.shape[1] else kd
+    loss_condition = torch.zeros_like(rows)
+    loss_condition[counted] = row_scale * (kd_scale * by_loss + ce_weight * (1 + size))
+    grad_condition = torch.zeros_like(rows)
+    grad_condition[counted] = row_scale * (kd_scale / temperature * by_grad + ce_weight)
+    if isinstance(student, LMHead):
+        grad_condition *= abs(student.logit_scale)
+    up = rows.new_ones(n) if upstream is None else upstream.detach().reshape(-1).expand(n)
+    scale = torch.zeros_like(rows)
+    scale[counted] = row_scale
+    return Answer(
+        loss.detach(),
+        dict(zip(leaves, grads, strict=True)),
+        _metrics(kd, ce, lp, lq, z[counted], t[counted], y),
+        rows.detach(),
+        (scale * up).abs().to(rows.dtype),
+        d_raw,
+        loss_condition.abs(),
+        (grad_condition * up.to(grad_condition)).abs(),
+    )
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    log_q = torch.log_softmax(z, -1)
+    right = log_q.gather(-1, labels[:, None])[:, 0]
+    if not smoothing:
+        return -right
+    return -(1 - smoothing) * right - smoothing * log_q.mean(-1)
+
+
+def _conditions(
+    divergence: divergences.Divergence, lp: Tensor, lq: Tensor
+) -> tuple[Tensor, Tensor]:
+    a, b = lp.detach().clone().requires_grad_(), lq.detach().clone().requires_grad_()
+    value = formula(divergence)(a, b)
+    by_p, by_q = torch.autograd.grad(value.sum(), (a, b), create_graph=True)
+    curved_p, curved_q = (
+        torch.autograd.grad(by_q.sum(), (a, b), allow_unused=True, materialize_grads=True)
+        if by_q.requires_grad
+        else (torch.zeros_like(a), torch.zeros_like(b))
+    )
+    # 1/4: p and q themselves are rounded, even where log p = log q = 0
+    loss = (value.abs() + (by_p * a).abs() + (by_q * b).abs()).detach().sum(-1) + 0.25
+    by_q = by_q.detach().abs()
+    # How the elementwise gradient itself moves: it can be a small difference of large terms.
+    moved = (curved_p * a).abs() + (curved_q * b).abs()
+    by_q = by_q + moved.detach().nan_to_num(posinf=0.0) / 4
+    grad = by_q + b.detach().exp() * by_q.sum(-1, keepdim=True)
+    return loss, grad.amax(-1) + 1e-6  # a vocabulary of one: 0 up to the square of a rounding
+
+
+def _metrics(
+    kd: Tensor, ce: Tensor | None, lp: Tensor, lq: Tensor, z: Tensor, t: Tensor, y: Tensor | None
+) -> dict[str, float]:
+    def mean(x: Tensor) -> float:
+        return x.double().mean().item() if x.numel() else 0.0
+
+    def entropy(log: Tensor) -> Tensor:
+        return -torch.where(log == -INF, 0.0, log.exp() * log).sum(-1)
+
+    def first_max(x: Tensor) -> Tensor:
+        return (x == x.amax(-1, keepdim=True)).to(torch.int8).cpu().argmax(-1).to(x.device)
+
+    nothing = math.nan if len(kd) else 0.0
+    return {
+        "kd": mean(kd),
+        "ce": nothing if ce is None else mean(ce),
+        "teacher_entropy": mean(entropy(lp)),
+        "student_entropy": mean(entropy(lq)),
+        "top1_agreement": mean(first_max(z) == first_max(t)),
+        "student_accuracy": nothing if y is None else mean(first_max(z) == y),
+        "teacher_accuracy": nothing if y is None else mean(first_max(t) == y),
+        "num_tokens": len(kd),
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# random calls
+
+
+@dataclass
+class Case:
+    """One random call of kd_loss: its arguments, and what is multiplied to its gradient."""
+
+    student: Tensor | LMHead
+    teacher: Tensor | LMHead
+    labels: Tensor | None
+    keywords: dict[str, Any]
+    upstream: Tensor | None
+    wanted: list[str]
+    layout: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def side(x: Tensor | LMHead) -> str:
+            if isinstance(x, Tensor):
+                return f"{x.dtype} {tuple(x.shape)} strides {x.stride()}"
+            extras = f"scale={x.logit_scale} cap={x.softcap} bias={x.bias is not None}"
+            return (
+                f"LMHead({x.hidden.dtype} {tuple(x.hidden.shape)} {tuple(x.weight.shape)} {extras})"
+            )
+
+        return (
+            f"student {side(self.student)}\nteacher {side(self.teacher)}\n"
+            f"labels {None if self.labels is None else self.labels.tolist()}\n"
+            f"keywords {self.keywords}\nupstream {self.upstream} wanted {self.wanted}"
+        )
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SMALL = (1, 2, 3, 5, 8, 16, 17, 31, 33, 48, 63, 64, 65, 70)
+LARGE = (127, 129, 255, 257, 1025)
+LAYOUTS = ("plain", "plain", "rows", "columns", "leading", "vocabulary", "expanded", "steps")
+
+
+def random_divergence(rng: random.Random, tame: bool = False) -> divergences.Divergence:
+    """Any divergence with parameters from its whole range; ``tame`` keeps the powers of p and q
+    positive, for temperatures at which a negative one passes any number's range."""
+    name = rng.choice(divergences.names())
+    unit = rng.uniform(0.02, 0.98)
+    if name == "alpha":
+        others = [rng.uniform(-0.7, -0.1), rng.uniform(1.1, 1.7)]
+        return divergences.alpha(unit if tame else rng.choice([unit, *others]))
+    if name == "alpha_beta":
+        a, b = rng.uniform(0.1, 1.2), rng.uniform(0.1, 1.2)
+        if not tame and rng.random() < 0.3:
+            a, b = rng.choice([(a, -0.4 * a), (-0.4 * b, b)])
+        return divergences.alpha_beta(a, b)
+    count = len(divergences.make(name).params)
+    try:
+        return divergences.make(name, *[unit] * count)
+    except ValueError:  # a newer divergence with another range: its defaults
+        return divergences.make(name)
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers, as a view of other strides."""
+    if layout == "rows" and x.dim() > 1:  # like logits[..., :-1, :]
+        return torch.cat([x, torch.full_like(x[..., :1, :], math.nan)], -2)[..., :-1, :]
+    if layout == "columns":
+        nan = x.new_full((*x.shape[:-1], 3), math.nan)
+        return torch.cat([nan, x, nan], -1)[..., 3:-3]
+    if layout == "leading" and x.dim() > 2:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "vocabulary" and x.dim() > 1:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "steps":
+        return torch.stack([x, torch.full_like(x, math.nan)], -1).flatten(-2)[..., ::2]
+    return x.contiguous()
+
+
+def _maybe_expanded(x: Tensor, layout: str) -> Tensor:
+    if layout == "expanded" and x.dim() > 1 and x.shape[0]:
+        return x[:1].expand_as(x)
+    return _laid_out(x, layout)
+
+
+class _Maker:
+    """Draws a Case from a seed."""
+
+    def __init__(self, seed: int, device: torch.device, most: int) -> None:
+        self.rng, self.device = random.Random(seed), device
+        self.generator = torch.Generator().manual_seed(seed)
+        rng = self.rng
+        self.v = rng.choice(SMALL if rng.random() < 0.9 else LARGE)
+        while True:
+            self.leading = tuple(rng.randint(1, 6) for _ in range(rng.choice([0, 1, 1, 2, 2, 3])))
+            if math.prod(self.leading) <= most:
+                break
+        self.extreme = rng.random() < 0.15
+        self.spread = 1.0 if self.extreme else rng.choice([0.3, 1.0, 3.0, 6.0])
+        self.dtype = rng.choice(DTYPES)
+        self.padded = rng.random() < 0.3
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def side(self, dtype: torch.dtype, like: Tensor | None) -> tuple[Tensor | LMHead, str]:
+        rng = self.rng
+        columns = self.v + (rng.choice([0, 1, 3, 9]) if self.padded else 0)
+
+        def finish(x: Tensor) -> Tensor:
+            return x.to(dtype).to(self.device)
+
+        if rng.random() < 0.55:
+            x = self.normal(*self.leading, columns) * self.spread
+            if like is not None and like.shape == x.shape and rng.random() < 0.3:
+                x = like.double().cpu() + 0.01 * x  # a student that is nearly right
+            layout = rng.choice(LAYOUTS)
+            return _maybe_expanded(finish(x), layout), layout
+        width = rng.randint(1, 24)
+        layout = rng.choice(LAYOUTS)
+        hidden = finish(self.normal(*self.leading, width))
+        weight = finish(self.normal(columns, width) * self.spread / width**0.5)
+        weight = _laid_out(weight, rng.choice(("plain", "plain", "vocabulary", "columns")))
+        bias = finish(self.normal(columns)) if rng.random() < 0.4 else None
+        return LMHead(
+            _maybe_expanded(hidden, layout),
+            weight,
+            bias,
+            logit_scale=rng.choice([1.0, 1.0, 0.125, 1.7]),
+            softcap=rng.choice([None, None, 3.0, 30.0]),
+        ), layout
+
+    def keywords(self) -> dict[str, Any]:
+        rng = self.rng
+        temperature = rng.choice([1.0, 2.0, rng.uniform(0.5, 5)])
+        if self.extreme:
+            temperature = rng.choice([0.01, 0.1, 50.0, 1000.0])
+        found: dict[str, Any] = {
+            # fp16 has no range to spare for gradients of 1e5 either
+            "divergence": random_divergence(rng, self.extreme or self.dtype == torch.float16),
+            "temperature": temperature,
+            "kd_weight": rng.choice([1.0, 1.0, 0.0, rng.uniform(0, 2)]),
+            "scale_by_t2": rng.random() < 0.7,
+            "reduction": rng.choice(["mean", "mean", "sum", "none"]),
+        }
+        if rng.random() < 0.25 and not self.extreme:
+            found["teacher_temperature"] = rng.uniform(0.5, 4)
+        if found["reduction"] != "none" and rng.random() < 0.3:
+            number = rng.uniform(0.5, 20)
+            found["normalizer"] = rng.choice([number, torch.tensor(number, device=self.device)])
+        if self.padded:
+            found["vocab_size"] = self.v
+        if rng.random() < 0.5:
+            found["chunk_bytes"] = rng.choice([1, 300, 2000])
+        if rng.random() < 0.4:
+            w = torch.rand(self.leading, generator=self.generator) * 2
+            w = w * (torch.rand(self.leading, generator=self.generator) < 0.7)
+            kind = rng.choice([torch.float32, torch.float64, torch.int64, torch.bool])
+            found["token_weights"] = w.to(kind).to(self.device)
+        return found
+
+    def labels(self, keywords: dict[str, Any]) -> Tensor | None:
+        rng = self.rng
+        if rng.random() < 0.2:
+            return None
+        keywords["ce_weight"] = rng.choice([0.0, 1.0, rng.uniform(0, 2)])
+        keywords["label_smoothing"] = rng.choice([0.0, 0.0, 0.1, rng.random()])
+        keywords["ignore_index"] = rng.choice([-100, -100, -1, 0, self.v - 1, self.v // 2])
+        y = torch.randint(self.v, self.leading, generator=self.generator)
+        ignored = torch.rand(self.leading, generator=self.generator) < 0.25
+        return torch.where(ignored, keywords["ignore_index"], y).to(self.device)
+
+
+def random_case(seed: int, device: torch.device, most: int = 12) -> Case:
+    """A call with at most ``most`` tokens."""
+    make = _Maker(seed, device, most)
+    rng = make.rng
+    teacher_dtype = make.dtype if rng.random() < 0.7 else rng.choice(DTYPES)
+    teacher, _ = make.side(teacher_dtype, None)
+    like = teacher if isinstance(teacher, Tensor) else None
+    student, layout = make.side(make.dtype, like)
+    keywords = make.keywords()
+    labels = make.labels(keywords)
+    named = tensors(student)
+    wanted = [name for name in named if rng.random() < 0.75] or [rng.choice(list(named))]
+    for name in wanted:
+        named[name].requires_grad_()
+    if isinstance(student, Tensor):
+        keywords["inplace"] = layout == "plain" and rng.random() < 0.3
+    shape = make.leading if keywords["reduction"] == "none" else ()
+    upstream = make.normal(*shape).to(device) if rng.random() < 0.7 else None
+    return Case(student, teacher, labels, keywords, upstream, wanted, layout)

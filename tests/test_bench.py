@@ -1,0 +1,192 @@
+"""The benchmark as a product: what it writes, and that it cannot be fooled."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fusedkd.benchmarks import __main__ as command
+from fusedkd.benchmarks import providers as bench_providers
+from fusedkd.benchmarks import runner, suites
+from fusedkd.benchmarks.cases import Case, make_problem, parse_divergence
+from fusedkd.benchmarks.check import Truth
+from fusedkd.benchmarks.memory import peak_extra
+from fusedkd.benchmarks.options import AXES, PROVIDERS
+from fusedkd.benchmarks.providers import OURS, Provider, providers
+from fusedkd.benchmarks.results import BarResult
+from fusedkd.benchmarks.timing import spread
+
+from fusedkd import divergences
+
+SMALL = ["--n", "4", "8", "16", "--vocab", "300", "--repeats", "3", "--budget", "1"]
+
+
+def bench(*arguments: str) -> int:
+    return command.main(list(arguments))
+
+
+def wrong(provider: Provider, factor: float) -> Provider:
+    """The same provider, its loss (and so its gradient) off by a factor."""
+
+    def prepare(case: Case, problem: bench_providers.Problem) -> bench_providers.Forward:
+        forward = provider.prepare(case, problem)
+        return lambda: factor * forward()
+
+    return dataclasses.replace(provider, prepare=prepare)
+
+
+@pytest.fixture
+def made_wrong(monkeypatch: pytest.MonkeyPatch):
+    def make(name: str, factor: float) -> None:
+        known = providers()
+        known[name] = wrong(known[name], factor)
+        monkeypatch.setattr(runner, "providers", lambda: known)
+
+    return make
+
+
+def test_a_run_writes_table_json_csv_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    names = ["fusedkd", "eager", "gkd", "liger", "floor"]
+    assert bench(*SMALL, "--providers", *names, "--output", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "fusedkd" in shown and "of floor" in shown
+    assert "liger: works from hidden states and heads" in shown  # skipped, with its reason
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert {"cpu", "cores", "memory_gib", "instruction_set", "versions", "commit", "date"} <= set(
+        report["machine"]
+    )
+    assert report["command"].startswith("fusedkd bench --n 4 8 16")
+    rows = report["groups"][0]["rows"]
+    ours = [row for row in rows if row["provider"] == "fusedkd"]
+    assert len(ours) == 3 and all(row["verdict"] == "ok" for row in ours)
+    for row in ours:
+        assert 0 < row["p10_ms"] <= row["total_ms"] <= row["p90_ms"]
+        assert row["floor_ms"] > 0 and row["samples"] >= 3
+    with (tmp_path / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_replot_needs_only_the_json(tmp_path: Path):
+    arguments = ["--n", "4", "--vocab", "100", "200", "300", "--providers", "fusedkd", "floor"]
+    assert bench(*arguments, "--repeats", "3", "--output", str(tmp_path)) == 0
+    plot = tmp_path / "time_vs_vocab.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    plot.unlink()
+    assert bench("--replot", str(tmp_path / "results.json")) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))  # no temporary is left
+
+
+def test_a_wrong_peer_is_flagged_with_its_error(tmp_path: Path, made_wrong, capsys):
+    made_wrong("eager", 1.5)
+    arguments = [*SMALL, "--providers", "fusedkd", "eager", "--output", str(tmp_path)]
+    assert bench(*arguments) == 0
+    assert "eager is WRONG: relative error 5.0e-01" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())["groups"][0]["rows"]
+    assert {row["verdict"] for row in rows if row["provider"] == "eager"} == {"WRONG"}
+
+
+@pytest.mark.parametrize("factor", [1.5, 1.02, float("nan")])
+def test_it_refuses_when_fusedkd_is_wrong(tmp_path: Path, made_wrong, capsys, factor: float):
+    made_wrong(OURS, factor)
+    assert bench(*SMALL, "--providers", OURS, "--output", str(tmp_path)) == 1
+    assert "Nothing was timed" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("form", ["dense", "head"])
+@pytest.mark.parametrize("name", divergences.names())
+def test_every_divergence_passes_the_check(form: str, name: str):
+    case = Case(form=form, divergence=name, n=6, vocab=257, hidden_student=16, hidden_teacher=24)
+    truth = Truth(case, make_problem(case))
+    assert truth.check(providers()[OURS]).word == "ok"
+    assert truth.check(providers()["eager"]).word in ("ok", "imprecise")  # bf16 logits from heads
+
+
+@pytest.mark.parametrize("name", ["torchtune", "gkd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixed_kl(0.3)", "jsd(0.3)"])
+def test_peers_formulas_agree_at_fp32(name: str, divergence: str):
+    case = Case(divergence=divergence, n=6, vocab=257, dtype="fp32")
+    provider = providers()[name]
+    if provider.reason_missing(case) is None:
+        assert Truth(case, make_problem(case)).check(provider).word == "ok"
+
+
+@pytest.mark.parametrize("changes", [{"mode": "eval"}, {"frozen": True}, {"dtype": "fp16"}])
+def test_other_modes_pass_the_check(changes: dict[str, object]):
+    case = Case(form="head", n=6, vocab=257, hidden_student=16, hidden_teacher=24, **changes)
+    assert Truth(case, make_problem(case)).check(providers()[OURS]).word == "ok"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only")
+def test_peak_memory_of_a_known_step():
+    case = Case(n=256, vocab=40000)
+    one = case.n * case.vocab * 2  # the gradient
+    peak, reason = peak_extra(case, OURS)
+    assert reason is None and one <= peak <= one + (16 << 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--n", "0"], ["--n", "'0'", "at least 1"]),
+        (["--temperature", "-1"], ["--temperature", "above 0"]),
+        (["--divergence", "jsdd"], ["--divergence", "jsdd", "jsd"]),
+        (["--divergence", "jsd(beta=2)"], ["--divergence", "beta", "(0, 1)"]),
+        (["--divergence", "jsd(gamma=0.2)"], ["--divergence", "expected jsd(beta"]),
+        (["--vocabb", "3"], ["--vocabb", "did you mean --vocab?"]),
+        (["--providers", "ligre"], ["--providers", "ligre", "liger"]),
+        (["--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["--replot", "/nowhere.json"], ["--replot", "/nowhere.json", "results.json"]),
+        (["--kd-weight", "0", "--ce-weight", "0"], ["--kd-weight 0", "above 0"]),
+    ],
+)
+def test_bad_arguments_say_what_to_do(arguments: list[str], expected: list[str], capsys):
+    assert bench(*arguments) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in expected), message
+    assert "Traceback" not in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_an_error_with_a_remedy(capsys):
+    assert bench("--device", "cuda", "--n", "4") == 2
+    assert "--device cpu" in capsys.readouterr().err
+
+
+def test_help_teaches_and_loads_no_torch():
+    code = (
+        "import sys; from fusedkd.benchmarks.options import parse\n"
+        "try: parse(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'rich' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout and "--quick" in done.stdout
+
+
+def test_options_know_every_provider_and_axis():
+    assert set(PROVIDERS) == set(providers())
+    assert set(AXES) <= {field.name for field in dataclasses.fields(Case)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites_are_well_formed(device: str):
+    for group in [*suites.quick(device), *suites.headline(device)]:
+        assert set(group.providers) <= set(providers()) and group.cases
+        rows = runner.Measured([])
+        assert all(bar.value(rows) is None for bar in group.bars)  # nothing measured: no verdict
+
+
+def test_small_parts():
+    assert parse_divergence("jsd(beta=0.3)") == parse_divergence("jsd(0.3)") == divergences.jsd(0.3)
+    assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert BarResult("", 1.5, 1.6, at_most=True).passed
+    assert BarResult("", 1.5, 1.6, at_most=False).passed is False
+    assert BarResult("", None, 1.6, at_most=True).passed is None

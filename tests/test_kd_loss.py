@@ -1,0 +1,224 @@
+"""Hundreds of random calls against the oracle: loss, metrics and every gradient, on each backend.
+
+The budget is section 5's of the design: the error of the same formula in eager PyTorch at fp32,
+plus rounding to the output's dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import DTYPES, Answer, Case, answer, random_case, tensors
+from torch import Tensor
+
+from fusedkd import LMHead, backends, divergences, kd_loss, kd_loss_and_metrics
+
+SEEDS = int(os.environ.get("FUSEDKD_TEST_SEEDS", "300"))
+FACTOR = 3  # on eager's own largest error, which is one draw of a random variable
+
+# ----------------------------------------------------------------------------------------------
+# the budget
+
+
+def _precise(case: Case) -> bool:
+    """Whether everything is computed in fp64: a head's logits are only if it is fp64 itself."""
+    sides = (case.student, case.teacher)
+    heads = [x.hidden.dtype for x in sides if isinstance(x, LMHead)]
+    dtypes = [next(iter(tensors(x).values())).dtype for x in sides]
+    return torch.float64 in dtypes and all(dtype == torch.float64 for dtype in heads)
+
+
+def _unit(case: Case) -> float:
+    """One unit of the arithmetic. In fp64 the "truth" itself is as inexact as what it judges, at
+    T = 0.01 a hundred units and more; what computes in fp32 by mistake is off by 5e8."""
+    return 256 * 2.0**-52 if _precise(case) else 2.0**-23
+
+
+def _rounding(exact: Tensor, dtype: torch.dtype, times: int, scale: float) -> Tensor:
+    """Half a unit in the last place, each time; ``scale``: the factor on what is rounded before
+    it is multiplied, for numbers so small that the unit no longer shrinks with them."""
+    info = torch.finfo(dtype)
+    smallest = info.tiny * info.eps
+    return times * (info.eps / 2 * exact.abs() + smallest / 2 * max(1.0, scale))
+
+
+def _grad_budget(case: Case, truth: Answer, eager: Answer, name: str) -> Tensor:
+    """How far the gradient called ``name`` may be from the truth, elementwise."""
+    exact = truth.grads[name]
+    dtype = tensors(case.student)[name].dtype
+    up = 1.0 if case.upstream is None else float(case.upstream.abs().max())
+    # Rounded when saved and, unless the factor is 1, again when the backward scales it. fp16
+    # leaves the divisor to the backward too.
+    once = case.upstream is None and dtype != torch.float16
+    roundings = 1 if once else 2 if dtype == torch.float64 else 3  # the factor itself is rounded
+    unit = _unit(case)
+    eager_error = (eager.grads[name].double() - exact).abs() * unit / 2**-23
+    budget = _rounding(exact, dtype, roundings, up)
+    condition = truth.grad_condition * unit * 2
+    if name == "logits":
+        # Eager's largest error on a token of weight 1, times each token's weight.
+        by_row = eager_error.reshape(len(condition), -1).amax(-1) / truth.row_scale
+        by_row = by_row.nan_to_num(0.0, 0.0).max() * truth.row_scale
+        return budget + (FACTOR * by_row + condition).view(*exact.shape[:-1], 1)
+    # The gradient of the logits is rounded to the operands' dtype before the two products of a
+    # head, as in any half-precision linear layer; products and sums are in fp32.
+    head, size = case.student, truth.d_raw.abs()
+    info = torch.finfo(dtype)
+    size = size * max(info.eps / 2, 2 * unit)
+    if dtype != torch.float64:
+        size = size + (info.tiny * info.eps * max(1.0, up)) * (size > 0)
+    size = size + condition[:, None]
+    hidden = head.hidden.detach().double().reshape(len(size), -1).abs()
+    spread = {
+        "hidden": lambda: (size @ head.weight.detach().double().abs()).view(exact.shape),
+        "weight": lambda: size.T @ hidden,
+        "bias": lambda: size.sum(0),
+    }[name]()
+    return budget + FACTOR * eager_error.max() + spread
+
+
+def _loss_budget(case: Case, truth: Answer, eager: Answer) -> Tensor:
+    unit = _unit(case)
+    error = (eager.weighted_rows.double() - truth.weighted_rows).abs() * unit / 2**-23
+    by_row = FACTOR * error + 2 * unit * truth.loss_condition
+    if case.keywords["reduction"] == "none":
+        return by_row.view(truth.loss.shape) + unit * truth.loss.abs() + 1e-300
+    return by_row.sum() + unit * truth.loss.abs() + 1e-300
+
+
+def _check_within(what: str, got: Tensor, exact: Tensor, budget: Tensor, case: object) -> None:
+    error = (got.detach().double() - exact).abs()
+    bad = ~(error <= budget)  # a NaN is bad
+    if bad.any():
+        worst = torch.where(bad, error / budget, 0.0).nan_to_num(nan=torch.inf).flatten().argmax()
+        pytest.fail(
+            f"{what}: {int(bad.sum())} of {bad.numel()} are outside the budget; the worst is "
+            f"{got.detach().flatten()[worst].item():.9g}, the truth "
+            f"{exact.flatten()[worst].item():.9g}, the budget "
+            f"{budget.expand_as(exact).flatten()[worst].item():.3g}\n{case}"
+        )
+
+
+def _check(case: Case, backend: str, metrics: bool = False) -> None:
+    arguments = (case.student, case.teacher, case.labels)
+    keywords = {**case.keywords, "upstream": case.upstream}
+    truth = answer(*arguments, **keywords)
+    eager = answer(*arguments, **keywords, dtype=torch.float32)
+    if metrics:
+        loss, found = kd_loss_and_metrics(*arguments, **case.keywords, backend=backend)
+        for name, expected in truth.metrics.items():
+            got = getattr(found, name)
+            assert got.dim() == 0 and not got.requires_grad
+            assert got.item() == pytest.approx(expected, rel=2e-4, abs=2e-5, nan_ok=True), name
+    else:
+        loss = kd_loss(*arguments, **case.keywords, backend=backend)
+    sides = [next(iter(tensors(x).values())) for x in (case.student, case.teacher)]
+    wide = torch.float64 in [x.dtype for x in sides]
+    assert loss.dtype == (torch.float64 if wide else torch.float32)
+    none = case.keywords["reduction"] == "none"
+    assert loss.shape == (sides[0].shape[:-1] if none else ())
+    named = tensors(case.student)
+    upstream = case.upstream
+    if upstream is None and none:
+        upstream = torch.ones_like(loss)
+    elif upstream is not None:
+        upstream = upstream.to(loss.dtype)
+    grads = torch.autograd.grad(loss, [named[name] for name in case.wanted], upstream)
+    _check_within("loss", loss, truth.loss, _loss_budget(case, truth, eager), case)
+    for name, grad in zip(case.wanted, grads, strict=True):
+        assert grad.dtype == named[name].dtype and grad.shape == named[name].shape
+        budget = _grad_budget(case, truth, eager, name)
+        _check_within(f"gradient of {name}", grad, truth.grads[name], budget, case)
+        if name == "logits":
+            columns = case.keywords.get("vocab_size") or grad.shape[-1]
+            assert (grad[..., columns:] == 0).all(), "padding columns have a gradient"
+
+
+# ----------------------------------------------------------------------------------------------
+# the tests
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_call(backend: str, device: torch.device, seed: int) -> None:
+    """Any form, dtype, layout and keyword."""
+    _check(random_case(seed, device), backend, metrics=seed % 3 == 0)
+
+
+def _plain_case(
+    seed: int, device: torch.device, n: int, v: int, dtype: torch.dtype, **keywords: object
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    s = (2 * torch.randn(n, v, generator=g)).to(dtype).to(device).requires_grad_()
+    t = (2 * torch.randn(n, v, generator=g)).to(dtype).to(device)
+    labels = torch.randint(v, (n,), generator=g).to(device)
+    keywords = {"temperature": 2.0, "ce_weight": 0.5, "reduction": "mean", **keywords}
+    return Case(s, t, labels, keywords, None, ["logits"])
+
+
+WIDTHS = (1023, 1024, 1025, 2049, 4095, 4096, 4097, 8191, 8193, 16385, 50257)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", WIDTHS)
+def test_widths_around_block_sizes(
+    backend: str, device: torch.device, v: int, dtype: torch.dtype
+) -> None:
+    """Rows below, at and above what a kernel holds at once; odd ones are misaligned from row 1."""
+    if backend == "triton" and device.type == "cpu" and v > 9000 and dtype != torch.bfloat16:
+        pytest.skip("slow in the interpreter; bf16 covers these widths")
+    which = divergences.names()[WIDTHS.index(v) % len(divergences.names())]
+    _check(_plain_case(v, device, 3, v, dtype, divergence=which), backend, metrics=True)
+
+
+@pytest.mark.parametrize("name", divergences.names())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_divergence_alone(
+    backend: str, device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    """No divergence depends on the luck of the random calls."""
+    _check(_plain_case(1, device, 5, 131, dtype, divergence=name), backend)
+    _check(_plain_case(2, device, 4, 64, dtype, divergence=name, ce_weight=0.0), backend)
+
+
+@pytest.mark.parametrize("name", divergences.names())
+def test_many_small_tokens(backend: str, device: torch.device, name: str) -> None:
+    """More rows than threads or programs, in several chunks of work."""
+    n = 70 if backend == "triton" and device.type == "cpu" else 700
+    _check(_plain_case(3, device, n, 19, torch.float32, divergence=name), backend)
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_backend_is_tested(name: str, request: pytest.FixtureRequest) -> None:
+    """Says why a backend has no tests here."""
+    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    if reason := conftest.unavailable(name):
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs in this process, on the GPU")
+@pytest.mark.slow
+def test_triton_in_its_interpreter() -> None:
+    """Triton's share of these files, in one child that sets TRITON_INTERPRET before it starts."""
+    here = Path(__file__).parent
+    settings = {"TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
+    settings["FUSEDKD_TEST_SEEDS"] = os.environ.get("FUSEDKD_TEST_TRITON_SEEDS", "60")
+    environment = {**os.environ, **settings}
+    probe = "from fusedkd.backends import load; print(load('triton').unavailable())"
+    found = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, cwd=here, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    if (reason := found.stdout.strip()) != "None":
+        pytest.skip(f"triton: {reason}")
+    files = [here / f"test_{name}.py" for name in ("kd_loss", "contract")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *map(str, files)], env=environment, cwd=here, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
