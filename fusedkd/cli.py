@@ -22,6 +22,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd distill --config recipes/hinton.yaml --teacher DIR --student DIR --data corpus/
   fusedkd demo                     a whole distillation on real text, in about six minutes
   fusedkd doctor                   what runs on this machine, and whether it is right
+  fusedkd bench --quick            is it faster here than what I have? (two minutes)
 
 `fusedkd COMMAND --help` explains a command."""
 
@@ -66,7 +67,7 @@ COMMON = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for a user's mistake)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"distill": _distill, "demo": _demo, "doctor": _doctor}
+    commands = {"distill": _distill, "demo": _demo, "doctor": _doctor, "bench": _bench}
     parser = argparse.ArgumentParser(
         prog="fusedkd", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,3 +200,10 @@ def _doctor(argv: list[str]) -> int:
     from fusedkd.doctor import report
 
     return report()
+
+
+def _bench(argv: list[str]) -> int:
+    with as_user_error("fusedkd bench needs `pip install fusedkd[bench]`"):
+        from fusedkd.benchmarks.__main__ import main
+
+    return main(argv)

@@ -129,7 +129,8 @@ def test_peak_memory_of_a_known_step():
     case = Case(n=256, vocab=40000)
     one = case.n * case.vocab * 2  # the gradient
     peak, reason = peak_extra(case, OURS)
-    assert reason is None and one <= peak <= one + (16 << 20)
+    # the kernel counts resident pages per thread, and adds up what is left over late
+    assert reason is None and one - (1 << 20) <= peak <= one + (16 << 20)
 
 
 @pytest.mark.parametrize(
