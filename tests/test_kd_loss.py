@@ -6,6 +6,7 @@ plus rounding to the output's dtype.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -125,9 +126,10 @@ def _check(case: Case, backend: str, metrics: bool = False) -> None:
     named = tensors(case.student)
     upstream = case.upstream
     if upstream is None and none:
-        upstream = torch.ones_like(loss)
+        upstream = loss.new_ones(()).expand(loss.shape)  # as sum() sends it
     elif upstream is not None:
         upstream = upstream.to(loss.dtype)
+        upstream = torch.stack([upstream, upstream * math.nan], -1)[..., 0]  # any strides
     grads = torch.autograd.grad(loss, [named[name] for name in case.wanted], upstream)
     _check_within("loss", loss, truth.loss, _loss_budget(case, truth, eager), case)
     for name, grad in zip(case.wanted, grads, strict=True):
