@@ -73,14 +73,8 @@ struct Format {
   typedef typename Lanes<F>::V V;
   static constexpr int64_t lanes = sizeof(V) / sizeof(F), step = 2 * lanes;
   FUSEDKD_INLINE static Pair<V> get(const X* p) { return {load<V>(p), load<V>(p + lanes)}; }
-  FUSEDKD_INLINE static void put(X* p, Pair<V> g, [[maybe_unused]] bool stream) {
-#if defined(FUSEDKD_AVX512)
-    if (stream) {
-      _mm512_stream_si512((__m512i*)p, (__m512i)g.a);
-      _mm512_stream_si512((__m512i*)(p + lanes), (__m512i)g.b);
-      return;
-    }
-#endif
+  FUSEDKD_INLINE static void put(X* p, Pair<V> g, bool stream) {
+    if (stream) return stream_store(p, bits(g.a)), stream_store(p + lanes, bits(g.b));
     store(p, g.a);
     store(p + lanes, g.b);
   }
@@ -96,11 +90,9 @@ struct Format<uint16_t> {
     return {(VF)(both << 16), (VF)(both & (int32_t)0xffff0000)};
   }
   FUSEDKD_INLINE static VI round(VF x) { return bits(x) + 0x7fff + ((bits(x) >> 16) & 1); }  // no NaN comes here
-  FUSEDKD_INLINE static void put(uint16_t* p, Pair<V> g, [[maybe_unused]] bool stream) {
+  FUSEDKD_INLINE static void put(uint16_t* p, Pair<V> g, bool stream) {
     VI both = ((round(g.a) >> 16) & 0xffff) | (round(g.b) & (int32_t)0xffff0000);
-#if defined(FUSEDKD_AVX512)
-    if (stream) return _mm512_stream_si512((__m512i*)p, (__m512i)both);
-#endif
+    if (stream) return stream_store(p, both);
     store(p, both);
   }
   static int64_t slot(int64_t i) { return i - i % step + i % 2 * lanes + i % step / 2; }
