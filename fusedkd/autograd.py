@@ -6,8 +6,9 @@ upstream gradient. Two cases differ:
 
 * ``reduction="none"`` with a student head: the upstream gradient is per token, and enters the
   weight gradient's sum over tokens, so the chunks are computed again in the backward (6 products);
-* fp16: the divisor stays out of the stored gradient until the backward. Tokens weigh 1 / N each,
-  and 1e-4 * (q - p) is below what fp16 can hold; loss scaling comes too late to save it.
+* fp16: the stored gradient is that of tokens that weigh 1 at most, and what a head adds up over
+  tokens stays in fp32, until the backward multiplies and rounds. 1e-4 * (q - p) is below what fp16
+  can hold, where loss scaling comes too late to save it; the sum over 20,000 tokens is above.
 """
 
 from __future__ import annotations
@@ -104,8 +105,10 @@ def fused_loss(
     wanted = _Wanted(hidden, weight, bias, metrics)
     row_scale, post = weights, None
     if divisor is not None:
-        if torch.float16 in (student.dtype, spec.autocast):
-            post = torch.where(weights.any(), 1 / divisor, 0.0)
+        if torch.float16 in (student.dtype, spec.autocast) and weights.numel():
+            largest = weights.abs().amax()
+            post = torch.where(largest != 0, largest / divisor, 0.0)
+            row_scale = torch.where(weights != 0, weights / largest, 0.0)
         else:
             row_scale = torch.where(weights != 0, weights / divisor, 0.0)
     loss, *rest = _FusedLoss.apply(*inputs, labels, row_scale, post, spec, wanted)
@@ -132,6 +135,7 @@ class _FusedLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, row_scale, post, spec, wanted = inputs
         ctx.spec, ctx.wanted = spec, wanted
+        ctx.dtypes = [None if x is None else x.dtype for x in tensors[:3]]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.deferred = _deferred(_Inputs(*tensors), spec)
@@ -147,17 +151,19 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        grads: Iterator[Tensor] = iter(())
-        if upstream is not None and ctx.deferred:
+        if upstream is None:
+            return (None,) * 11
+        if ctx.deferred:
             *tensors, row_scale = ctx.saved_tensors
             scale = torch.where(row_scale != 0, row_scale * upstream.to(row_scale.dtype), 0.0)
             wanted = ctx.wanted._replace(metrics=False)
             grads = iter(_dispatch(_Inputs(*tensors), scale, ctx.spec, wanted)[1:])
-        elif upstream is not None:
+        else:
             *saved, post = ctx.saved_tensors
             factor = upstream if post is None else upstream * post
             grads = iter([_scaled(grad.detach(), factor, ctx.spec) for grad in saved])
-        made = (next(grads, None) if want else None for want in ctx.wanted[:3])
+        kept = zip(ctx.dtypes, ctx.wanted[:3], strict=True)
+        made = (next(grads).to(dtype) if want and dtype else None for dtype, want in kept)
         return *made, *(None,) * 8
 
 
@@ -375,8 +381,15 @@ class _Gradients:
             return []
         made = zip(self.inputs[:3], (self.d_rows, self.d_weight, self.d_bias), strict=True)
         return [
-            grad.view(x.shape).to(x.dtype) for x, grad in made if grad is not None and x is not None
+            grad.view(x.shape).to(_stored_dtype(x, grad is self.d_rows))
+            for x, grad in made
+            if grad is not None and x is not None
         ]
+
+
+def _stored_dtype(x: Tensor, rows: bool) -> torch.dtype:
+    """In which the gradient of an input waits for the backward."""
+    return torch.float32 if x.dtype == torch.float16 and not rows else x.dtype
 
 
 # ----------------------------------------------------------------------------------------------
@@ -413,8 +426,11 @@ def _(*arguments: Any) -> list[Tensor]:
     result = [torch.empty_like(row_scale)]
     if wanted.metrics:
         result.append(row_scale.new_empty(row_scale.numel(), len(METRIC_COLUMNS)))
-    kept = zip(inputs[:3], wanted[:3], strict=True)
-    return result + [x.new_empty(x.shape) for x, want in kept if want and x is not None]
+    return result + [
+        x.new_empty(x.shape, dtype=_stored_dtype(x, i == 0))
+        for i, (x, want) in enumerate(zip(inputs[:3], wanted[:3], strict=True))
+        if want and x is not None
+    ]
 
 
 def _dispatch(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wanted) -> list[Tensor]:

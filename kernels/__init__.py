@@ -30,8 +30,8 @@ reductions or autograd; it turns rows of logits into rows of loss and gradient.
   Bitwise repeatable, no host synchronisation, no recompilation for other numbers in ``spec``.
 
 ``scale_(grad, factor)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by
-``factor`` (a 0-d tensor, or (N,) contiguous, one per row), touching no memory where the factor is 1, without
-asking the host.
+``factor`` (a 0-d tensor, or (N,) contiguous, one per row), touching no memory where the factor is
+1, without asking the host.
 
 ``mm_(out, a, b, accumulate=False)``: ``out (+)= a @ b`` for 2-D tensors of any strides, summed in
 fp32 at least and rounded once to ``out``'s dtype, which may be wider than that of ``a`` and ``b``.

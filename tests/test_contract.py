@@ -403,3 +403,32 @@ def test_import_is_light():
         "import transformers"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fp16_holds_what_its_weights_cancel(backend: str, device: torch.device) -> None:
+    """The mean divides by the weights, so their size must not matter, however little fp16 holds."""
+    torch.manual_seed(0)
+    raw, teacher = torch.randn(4, 9, device=device), torch.randn(4, 9, device=device).half()
+    found = []
+    for weight in (1.0, 3e5, 1e-8):
+        student = raw.half().requires_grad_()
+        weights = torch.full((4,), weight, device=device)
+        loss = kd_loss(student, teacher, token_weights=weights, backend=backend)
+        found.append(torch.autograd.grad(loss, student)[0])
+    for grad in found[1:]:
+        torch.testing.assert_close(grad, found[0], rtol=2e-3, atol=1e-6)
+
+
+def test_fp16_head_adds_tokens_up_in_fp32(backend: str, device: torch.device) -> None:
+    """Thousands of equal tokens: their sum passes 65,504, their mean does not."""
+    n = 20_000 if device.type == "cuda" or backend != "triton" else 300
+    size = 10.0 * 20_000 / n
+    hidden = torch.full((n, 2), size, device=device).half()
+    weight = torch.zeros(3, 2, device=device).half().requires_grad_()
+    labels = torch.zeros(n, dtype=torch.int64, device=device)
+    heads = LMHead(hidden, weight), torch.zeros(n, 3, device=device).half()
+    loss = kd_loss(*heads, labels, ce_weight=1.0, kd_weight=0.0, backend=backend)
+    grad = torch.autograd.grad(loss, weight)[0]
+    expected = size * torch.tensor([[-2 / 3], [1 / 3], [1 / 3]], device=device).expand(3, 2)
+    assert grad.dtype == torch.float16
+    torch.testing.assert_close(grad.float(), expected, rtol=2e-3, atol=0.0)

@@ -18,6 +18,7 @@ struct Entry {
   V lp, lq;  // log-probabilities of teacher and student
   V gap;     // lp - lq, free of the cancellation that subtracting them would bring
   V p, q;
+  V ratio;   // the smaller of p and q over the larger, e^-|gap|
 };
 template <class V>
 struct Point {
@@ -65,9 +66,10 @@ struct Mixture {
   FUSEDKD_INLINE Mixture(const Entry<V>& e, double weight) {
     const V w = splat<V>(weight), rest = splat<V>(1 - weight), zero = {};
     auto more = e.gap > zero;
-    V less = -abs(e.gap), u = exp(less);  // smaller over larger
+    V less = -abs(e.gap), u = e.ratio;
     V share = more ? fma(rest, u, w) : fma(w, u, rest);
-    V log_share = log(share), over = splat<V>(1) / share;
+    // u - u: a NaN on either side, which log_normal would swallow
+    V log_share = log_normal(share) + (u - u), over = splat<V>(1) / share;
     p_over_m = more ? over : u * over;
     q_over_m = more ? u * over : over;
     p_to_m = (more ? zero : less) - log_share;

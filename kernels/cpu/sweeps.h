@@ -261,12 +261,14 @@ struct Entrywise {
       auto neither = (e.lp == splat<V>(-kInfinity)) & (e.lq == splat<V>(-kInfinity));
       V gap = fma(fma(dt, ratio, -ds), rate, m.far_gap);
       e.gap = neither ? V{} : gap;
+      e.ratio = exp(-abs(e.gap));
     } else {
       V pt = fma(t, splat<V>(row.teacher.scale), splat<V>(-row.teacher.whole));
       V ps = fma(s, splat<V>(row.student.scale), splat<V>(-row.student.whole));
       e.lp = fma(pt, ln2, m.log_teacher);
       e.lq = fma(ps, ln2, m.log_student);
       e.gap = fma(fma(t, ratio, -s), rate, m.gap);
+      e.ratio = NearPower<V>(kLog2E, 0)(-abs(e.gap));  // near tiles: 2^-100 / V at least
     }
     return D::at(e, m.parameters);
   }

@@ -212,7 +212,7 @@ FUSEDKD_INLINE V exp(V x) {
 
 // log of a positive normal number: 2 atanh((m - 1) / (m + 1)) with m in [sqrt(1/2), sqrt(2)], exact near 1.
 template <class V>
-FUSEDKD_INLINE V log(V x) {
+FUSEDKD_INLINE V log_normal(V x) {
   typedef Of<V> O;
   typedef typename O::I I;
   const I half = bits(splat<V>(0.70710678118654752440));
@@ -221,7 +221,13 @@ FUSEDKD_INLINE V log(V x) {
   V s = (m - 1) / (m + 1), s2 = s * s, p = {};
   for (int k = sizeof(typename O::F) == 4 ? 11 : 23; k >= 3; k -= 2) p = fma(p, s2, splat<V>(2.0 / k));
   V exponent = __builtin_convertvector(n, V);
-  V y = fma(exponent, splat<V>(kLn2), fma(p * s2, s, s + s));
+  return fma(exponent, splat<V>(kLn2), fma(p * s2, s, s + s));
+}
+
+template <class V>
+FUSEDKD_INLINE V log(V x) {
+  typedef Of<V> O;
+  const V y = log_normal(x);
   // NaN, 0 and infinity: not numbers whose bits mean what is said above
   return x > splat<V>(O::largest) ? x : x >= splat<V>(O::smallest) ? y : x - splat<V>(kInfinity);
 }
