@@ -17,7 +17,7 @@ it is 0).
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, log_sum, lowest, reciprocal, rounded, scalar, transform
+from .numerics import LN2, LOG2E, log_sum, lowest, reciprocal, rounded, scalar
 from .programs import _drop, _pieces, _span
 from .sweeps import (
     INFINITY,
@@ -62,7 +62,7 @@ def _rank(known, column):
 
 @triton.jit
 def _cover(z, at, stop, known, cursor):
-    """-inf over the ids from the cursor on that lie before ``stop``; and where the cursor is then."""
+    """(z with -inf over the ids from the cursor on that lie before ``stop``, the cursor then)"""
     ids, entries = known
     id = tl.load(ids + cursor, mask=cursor < entries, other=NO_COLUMN)
     while id < stop:
@@ -197,10 +197,10 @@ def _held(held, known, start, bend, plan: tl.constexpr):
 def _norm(state, held, known, bend, inverse, plan: tl.constexpr):
     """(largest logit, 1 / T, log and 1 / of its sum over all entries at T, the same at T = 1), and
     how much lower the largest one outside the ids is."""
-    top, total, one, _, _, best, _ = state
-    shift = top - best
-    total = total * tl.exp2(shift * inverse * LOG2E)
-    one = one * tl.exp2(shift * LOG2E)
+    best = state[5]
+    shift = state[0] - best
+    total = state[1] * tl.exp2(shift * inverse * LOG2E)
+    one = state[2] * tl.exp2(shift * LOG2E)
     for start in range(0, known[1], BLOCK):
         _, z, _ = _held(held, known, start, bend, plan)
         total += _add(tl.exp2((z - best) * inverse * LOG2E))
@@ -321,11 +321,12 @@ def _slope(
     DIVERGENCE: tl.constexpr, OUTSIDE: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile, right outside the ids."""
-    soft, kd, _, one, _, smooth, hot, label, power = pull
+    soft, kd, one = pull[0], pull[1], pull[3]
+    smooth, hot, label, power = pull[5], pull[6], pull[7], pull[8]
     below = z - top
     e = tl.exp2(below * norm[1] * LOG2E)
     g = e * soft
-    if OUTSIDE:
+    if OUTSIDE:  # noqa: SIM102 - known when compiled, the other is not
         if kd != 0:
             _, own = _without(z, norm, a_b, DIVERGENCE, plan)
             g += own * kd
@@ -367,8 +368,8 @@ def _scatter(
     DIVERGENCE: tl.constexpr, BUCKET: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """The gradients of those ids that lie in the span."""
-    _, kd, sum_grad, _, one, smooth, hot, label, _ = pull
-    head, tiles, _ = shape
+    kd, sum_grad, one, smooth, hot, label = pull[1], pull[2], pull[4], pull[5], pull[6], pull[7]
+    head, tiles = shape[0], shape[1]
     first, last, edges = span
     size: tl.constexpr = plan.lanes * plan.width
     for start in range(0, known[1], BLOCK):

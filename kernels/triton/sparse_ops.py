@@ -14,7 +14,7 @@ from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec
 from . import config, ops, sparse
 
 # What a one-sided kernel has no use for.
-TEACHERS = ("inverse_t", "t_scale", "t_cap")
+TEACHERS = ("t_b", "t_t", "inverse_t", "t_scale", "t_cap")
 
 
 def sparse_rows(
@@ -37,7 +37,6 @@ def sparse_rows(
     variant = _variant(student, labels, row_scale, spec, grad, metrics)
     scratch = functools.partial(row_scale.new_empty, dtype=torch.float64)
     split = launch.pieces > 1
-    out = student if grad is None else grad
     arguments = {
         "student": student,
         "grad": grad,
@@ -52,10 +51,7 @@ def sparse_rows(
         "sums": scratch(n, 2, launch.pieces) if split else None,
         "entries": entries,
         "rounding": teacher.rounding,
-        **{"length": student.shape[1], "columns": student.shape[2]},
-        **{"s_b": student.stride(0), "s_t": student.stride(1)},
-        **{"g_b": out.stride(0), "g_t": out.stride(1)},
-        **{name: x for name, x in ops._numbers(spec).items() if name not in TEACHERS},
+        **_numbers(student, student if grad is None else grad, spec),
     }
     with ops._device(student):
         for stage in config.stages(variant, launch):
@@ -64,6 +60,11 @@ def sparse_rows(
             constants = _constants(variant, launch, stage, spec.tail == "bucket")
             sparse.sparse_kernel[n, programs](**arguments, **constants, num_warps=launch.warps)
     return loss, metric_rows
+
+
+def _numbers(student: Tensor, out: Tensor, spec: LossSpec) -> dict[str, float | int]:
+    numbers = ops._layout(student, student, out) | ops._numbers(spec)
+    return {name: x for name, x in numbers.items() if name not in TEACHERS}
 
 
 def _variant(
