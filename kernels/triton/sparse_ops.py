@@ -55,9 +55,11 @@ def sparse_rows(
     }
     with ops._device(student):
         for stage in config.stages(variant, launch):
+            constants = _constants(variant, launch, stage, spec.tail == "bucket")
+            if stage == "middle" and (constants["BUCKET"] or constants["plan"].closed):
+                continue  # nothing outside the ids has a say of its own
             # Without a gradient the last stage is left with one loss per row.
             programs = 1 if stage == "gradient" and grad is None else launch.pieces
-            constants = _constants(variant, launch, stage, spec.tail == "bucket")
             sparse.sparse_kernel[n, programs](**arguments, **constants, num_warps=launch.warps)
     return loss, metric_rows
 
