@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd import LMHead, divergences
+from fusedkd import LMHead, SparseTeacher, divergences
 
 INF = math.inf
+ABSENT = -1e4  # a log-probability whose exponential is 0, but which is no infinity
 
 # ----------------------------------------------------------------------------------------------
 # the divergences
@@ -135,10 +136,12 @@ class Answer:
     grad_condition: Tensor
 
 
-def tensors(side: Tensor | LMHead) -> dict[str, Tensor]:
+def tensors(side: Tensor | LMHead | SparseTeacher) -> dict[str, Tensor]:
     """The tensors of one side, by the names used in ``Answer.grads``."""
     if isinstance(side, Tensor):
         return {"logits": side}
+    if isinstance(side, SparseTeacher):
+        return {"log_probs": side.log_probs}
     named = {"hidden": side.hidden, "weight": side.weight, "bias": side.bias}
     return {name: x for name, x in named.items() if x is not None}
 
@@ -159,9 +162,41 @@ def _transformed(side: Tensor | LMHead, raw: Tensor, vocab_size: int | None) -> 
     return raw[:, :vocab_size]
 
 
+def _spread(teacher: SparseTeacher, columns: int, dtype: torch.dtype) -> Tensor:
+    """Its log-probabilities at their ids, (N, columns), and the tail's behind them; ABSENT
+    elsewhere."""
+    shape = (teacher.indices.shape[:-1].numel(), teacher.indices.shape[-1])
+    ids, lp = teacher.indices.reshape(shape).long(), teacher.log_probs.reshape(shape)
+    full = torch.full((len(ids), columns + 2), ABSENT, dtype=torch.float64, device=ids.device)
+    full.scatter_(1, torch.where(ids == -1, columns + 1, ids), lp.double())
+    full = full[:, :-1].nan_to_num(neginf=ABSENT)
+    p = full.exp()
+    total = p.sum(-1)
+    if teacher.tail == "renormalize":
+        full[:, :-1] -= torch.where(full[:, :-1] > ABSENT / 2, total.log()[:, None], 0.0)
+    elif teacher.tail == "bucket":
+        lost = (p * full).sum(-1).abs() * (2**-53 if dtype == torch.float64 else 2**-24)
+        full[:, -1] = torch.where(total < 1, 1 - total, lost).log().clamp(min=ABSENT)
+    return full
+
+
+def _compared(
+    teacher: Tensor | LMHead | SparseTeacher, t: Tensor, z: Tensor, temperature: float, cool: float
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities that a divergence compares, of the teacher and of the student."""
+    lq = torch.log_softmax(z / temperature, -1)
+    if not isinstance(teacher, SparseTeacher):
+        return torch.log_softmax(t / cool, -1), lq
+    if teacher.tail != "bucket":
+        return t[:, :-1], lq
+    known = t[:, :-1] > ABSENT / 2
+    rest = torch.where(known, ABSENT, lq).logsumexp(-1, keepdim=True)
+    return t, torch.cat([torch.where(known, lq, ABSENT), rest], -1)
+
+
 def answer(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead,
+    teacher: Tensor | LMHead | SparseTeacher,
     labels: Tensor | None = None,
     *,
     divergence: str | divergences.Divergence = "forward_kl",
@@ -187,7 +222,13 @@ def answer(
     raw = _raw(student, leaves)
     z = _transformed(student, raw, vocab_size)
     constants = {k: x.detach().to(dtype) for k, x in tensors(teacher).items()}
-    t = _transformed(teacher, _raw(teacher, constants), vocab_size)
+    if isinstance(teacher, SparseTeacher):
+        wide = torch.promote_types(
+            teacher.log_probs.dtype, next(iter(tensors(student).values())).dtype
+        )
+        t = _spread(teacher, z.shape[1], wide).to(dtype)
+    else:
+        t = _transformed(teacher, _raw(teacher, constants), vocab_size)
     leading = next(iter(tensors(student).values())).shape[:-1]
     n = leading.numel()
 
@@ -202,8 +243,7 @@ def answer(
         row_scale = row_scale / (weight.sum() if normalizer is None else float(normalizer))
 
     cool = temperature if teacher_temperature is None else teacher_temperature
-    lp = torch.log_softmax(t[counted] / cool, -1)
-    lq = torch.log_softmax(z[counted] / temperature, -1)
+    lp, lq = _compared(teacher, t[counted], z[counted], temperature, cool)
     kd = formula(divergence)(lp, lq).sum(-1)
     kd_scale = kd_weight * (temperature**2 if scale_by_t2 else 1.0)
     y = None if labels is None else labels.reshape(-1)[counted]
@@ -240,7 +280,15 @@ def answer(
     return Answer(
         loss.detach(),
         dict(zip(leaves, grads, strict=True)),
-        _metrics(kd, ce, lp, lq, z[counted], t[counted], y),
+        _metrics(
+            kd,
+            ce,
+            lp,
+            torch.log_softmax(z[counted] / temperature, -1),
+            z[counted],
+            t[counted][:, : z.shape[1]],
+            y,
+        ),
         rows.detach(),
         (scale * up).abs().to(rows.dtype),
         d_raw,
@@ -290,15 +338,16 @@ def _metrics(
     def first_max(x: Tensor) -> Tensor:
         return (x == x.amax(-1, keepdim=True)).to(torch.int8).cpu().argmax(-1).to(x.device)
 
+    top_t = torch.where((t > ABSENT).any(-1), first_max(t), -1)  # a row may be all padding
     nothing = math.nan if len(kd) else 0.0
     return {
         "kd": mean(kd),
         "ce": nothing if ce is None else mean(ce),
         "teacher_entropy": mean(entropy(lp)),
         "student_entropy": mean(entropy(lq)),
-        "top1_agreement": mean(first_max(z) == first_max(t)),
+        "top1_agreement": mean(first_max(z) == top_t),
         "student_accuracy": nothing if y is None else mean(first_max(z) == y),
-        "teacher_accuracy": nothing if y is None else mean(first_max(t) == y),
+        "teacher_accuracy": nothing if y is None else mean(top_t == y),
         "num_tokens": len(kd),
     }
 
@@ -312,7 +361,7 @@ class Case:
     """One random call of kd_loss: its arguments, and what is multiplied to its gradient."""
 
     student: Tensor | LMHead
-    teacher: Tensor | LMHead
+    teacher: Tensor | LMHead | SparseTeacher
     labels: Tensor | None
     keywords: dict[str, Any]
     upstream: Tensor | None
@@ -321,9 +370,11 @@ class Case:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        def side(x: Tensor | LMHead) -> str:
+        def side(x: Tensor | LMHead | SparseTeacher) -> str:
             if isinstance(x, Tensor):
                 return f"{x.dtype} {tuple(x.shape)} strides {x.stride()}"
+            if isinstance(x, SparseTeacher):
+                return f"{x.tail} {x.log_probs.dtype} {x.indices.tolist()} {x.log_probs.tolist()}"
             extras = f"scale={x.logit_scale} cap={x.softcap} bias={x.bias is not None}"
             return (
                 f"LMHead({x.hidden.dtype} {tuple(x.hidden.shape)} {tuple(x.weight.shape)} {extras})"
@@ -491,3 +542,37 @@ def random_case(seed: int, device: torch.device, most: int = 12) -> Case:
     shape = make.leading if keywords["reduction"] == "none" else ()
     upstream = make.normal(*shape).to(device) if rng.random() < 0.7 else None
     return Case(student, teacher, labels, keywords, upstream, wanted, layout)
+
+
+def sparse_case(seed: int, device: torch.device, most: int = 12) -> Case:
+    """The same call with a teacher of some entries per token: any ids, in any order, padded."""
+    case, rng = random_case(seed, device, most), random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    leading = next(iter(tensors(case.student).values())).shape[:-1]
+    v = case.keywords.get("vocab_size") or _columns(case.student)
+    k = rng.randint(0, min(v - 1, 20))  # something is left for the tail
+    lp = torch.randn(*leading, v, generator=generator, dtype=torch.float64) * rng.choice([1, 3, 6])
+    lp = lp.log_softmax(-1)
+    ids = torch.rand(lp.shape, generator=generator).argsort(-1)[..., :k]
+    if rng.random() < 0.6:
+        ids = ids.gather(-1, lp.gather(-1, ids).argsort(-1, descending=True))
+    padding = torch.rand(ids.shape, generator=generator) < rng.choice([0.0, 0.2])
+    lp = torch.where(padding, math.nan, lp.gather(-1, ids)).to(rng.choice(DTYPES)).to(device)
+    ids = torch.where(padding, -1, ids).to(rng.choice([torch.int64, torch.int32])).to(device)
+    tails = ["bucket", "bucket"]
+    if math.isfinite(table_value(case.keywords["divergence"])):
+        tails += ["drop"] if padding.any() or not k else ["drop", "renormalize"]
+    case.teacher = SparseTeacher(ids, lp, rng.choice(tails))
+    return case
+
+
+def table_value(divergence: divergences.Divergence) -> float:
+    """What an entry costs that the teacher lacks and the student has."""
+    lp, lq = torch.tensor([-INF], dtype=torch.float64), torch.tensor([-0.5], dtype=torch.float64)
+    if divergence.name not in FORMULAS:
+        return divergence.value(lp, lq).item()
+    return table(divergence.name, divergence.params, lp, lq)[0].item()
+
+
+def _columns(side: Tensor | LMHead) -> int:
+    return side.shape[-1] if isinstance(side, Tensor) else side.weight.shape[0]

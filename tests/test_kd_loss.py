@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import DTYPES, Answer, Case, answer, random_case, tensors
+from oracle import DTYPES, Answer, Case, answer, random_case, sparse_case, tensors
 from torch import Tensor
 
 from fusedkd import LMHead, backends, divergences, kd_loss, kd_loss_and_metrics
@@ -151,6 +151,12 @@ def test_random_call(backend: str, device: torch.device, seed: int) -> None:
     _check(random_case(seed, device), backend, metrics=seed % 3 == 0)
 
 
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_sparse_call(backend: str, device: torch.device, seed: int) -> None:
+    few = backend == "triton" and device.type == "cpu"
+    _check(sparse_case(seed, device, 6 if few else 12), backend, metrics=seed % 3 == 0)
+
+
 def _plain_case(
     seed: int, device: torch.device, n: int, v: int, dtype: torch.dtype, **keywords: object
 ) -> Case:
@@ -218,7 +224,7 @@ def test_triton_in_its_interpreter() -> None:
     assert found.returncode == 0, found.stderr
     if (reason := found.stdout.strip()) != "None":
         pytest.skip(f"triton: {reason}")
-    files = [here / f"test_{name}.py" for name in ("kd_loss", "contract")]
+    files = [here / f"test_{name}.py" for name in ("kd_loss", "contract", "sparse")]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *map(str, files)], env=environment, cwd=here, capture_output=True, text=True
