@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fusedkd import backends
 from fusedkd.divergences import make
+from fusedkd.sparse import canonical
 from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
 __all__ = ["fused_loss"]
@@ -47,7 +48,8 @@ class _Wanted(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """The tensors of one call: (..., V) logits where the weight is None, else (..., H) hidden."""
+    """The tensors of one call: (..., V) logits where the weight is None, else (..., H) hidden. A
+    teacher with indices is (..., K) log-probabilities."""
 
     student: Tensor
     student_weight: Tensor | None
@@ -55,6 +57,7 @@ class _Inputs(NamedTuple):
     teacher: Tensor
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    teacher_indices: Tensor | None
     labels: Tensor | None
 
 
@@ -92,7 +95,8 @@ def fused_loss(
     """The reduced loss, with a graph, and the (N, 7) metric rows if wanted.
 
     Args:
-        inputs: student, its head's weight and bias, teacher, its head's weight and bias.
+        inputs: student, its head's weight and bias, teacher, its head's weight and bias, the ids
+            that a sparse teacher's log-probabilities belong to.
         labels: (N,) or None.
         weights: (N,) in the accumulation type, 0 where the token does not count.
         divisor: 0-d, what the weighted sum is divided by, or None.
@@ -158,7 +162,7 @@ class _FusedLoss(torch.autograd.Function):
             factor = upstream if post is None else upstream * post
             grads = iter([_scaled(grad.detach(), factor, ctx.spec) for grad in saved])
         made = (next(grads, None) if want else None for want in ctx.wanted[:3])
-        return *made, *(None,) * 8
+        return *made, *(None,) * 9
 
 
 # torch inspects the signature on every call to bind the arguments; this spares it the work.
@@ -200,14 +204,21 @@ def _run(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wanted) ->
         labels = labels.contiguous()
         _check_labels(labels, row_scale, spec)
     student, teacher = _sides(inputs, spec, wanted)
+    entries = None
+    if inputs.teacher_indices is not None:
+        entries = canonical(inputs.teacher_indices, inputs.teacher, row_scale, spec)
     grads = _Gradients(inputs, student, backend, spec, wanted)
     losses, metric_rows = [], []
     held = grads.bytes_per_row + teacher.bytes_per_row(backend)
     for b, rows, flat in _chunks(student, held, spec):
-        s, t = student.logits(backend, b, rows), teacher.logits(backend, b, rows)
+        s = student.logits(backend, b, rows)
         grad = grads.buffer(s, b, rows)
         part = labels[flat] if labels is not None else None
-        loss, found = backend.rows(s, t, part, row_scale[flat], spec, grad, wanted.metrics)
+        rest = (part, row_scale[flat], spec, grad, wanted.metrics)
+        if entries is None:
+            loss, found = backend.rows(s, teacher.logits(backend, b, rows), *rest)
+        else:
+            loss, found = backend.sparse_rows(s, entries.part(flat), *rest)
         losses.append(loss)
         metric_rows.append(found)
         grads.add(grad, b, rows)
@@ -248,7 +259,8 @@ def _sides(inputs: _Inputs, spec: LossSpec, wanted: _Wanted) -> tuple[_Side, _Si
 
 def _common_rows(inputs: _Inputs) -> tuple[int, int] | None:
     """(B, T) such that both sides' dense logits can be viewed as (B, T, V), or None."""
-    dense = [x for x, w in (inputs[0:2], inputs[3:5]) if w is None]
+    sides = (inputs[0:2],) if inputs.teacher_indices is not None else (inputs[0:2], inputs[3:5])
+    dense = [x for x, w in sides if w is None]
     if all(x.is_contiguous() for x in dense):  # nearly always, and the checks below take a while
         return 1, inputs.student.shape[:-1].numel()
     shapes = [_row_shapes(x) for x in dense]
@@ -389,6 +401,7 @@ def _op(
     teacher: Tensor,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_indices: Tensor | None,
     labels: Tensor | None,
     row_scale: Tensor,
     names: str,
@@ -399,7 +412,7 @@ def _op(
     inputs = _Inputs(
         *(student, student_weight, student_bias),
         *(teacher, teacher_weight, teacher_bias),
-        labels,
+        *(teacher_indices, labels),
     )
     return _run(inputs, row_scale, _unpack(names, numbers, integers), _Wanted(*wanted))
 
@@ -427,7 +440,8 @@ def _dispatch(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wante
 def _pack(spec: LossSpec) -> tuple[str, list[float], list[int]]:
     s, t = spec.student_transform, spec.teacher_transform
     autocast = "none" if spec.autocast is None else str(spec.autocast).removeprefix("torch.")
-    names = " ".join((spec.divergence.name, spec.reduction, spec.backend or "none", autocast))
+    named = (spec.divergence.name, spec.reduction, spec.backend, autocast, spec.tail)
+    names = " ".join(name or "none" for name in named)
     numbers = [spec.temperature, spec.teacher_temperature, spec.kd_weight, spec.ce_weight]
     numbers += [spec.label_smoothing, s.scale, s.softcap, t.scale, t.softcap]
     integers = [spec.vocab_size, int(spec.scale_by_t2), spec.ignore_index, spec.chunk_bytes or 0]
@@ -435,7 +449,7 @@ def _pack(spec: LossSpec) -> tuple[str, list[float], list[int]]:
 
 
 def _unpack(names: str, numbers: list[float], integers: list[int]) -> LossSpec:
-    name, reduction, backend, autocast = names.split()
+    name, reduction, backend, autocast, tail = names.split()
     vocab_size, t2, ignore_index, chunk_bytes = integers
     temperature, teacher_temperature, kd_weight, ce_weight, smoothing, *transforms = numbers[:9]
     return LossSpec(
@@ -451,6 +465,7 @@ def _unpack(names: str, numbers: list[float], integers: list[int]) -> LossSpec:
         reduction=reduction,
         student_transform=Transform(*transforms[:2]),
         teacher_transform=Transform(*transforms[2:]),
+        tail=None if tail == "none" else tail,
         chunk_bytes=chunk_bytes or None,
         backend=None if backend == "none" else backend,
         autocast=None if autocast == "none" else getattr(torch, autocast),

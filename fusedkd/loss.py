@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusedkd import autograd
 from fusedkd import divergences as _divergences
 from fusedkd.divergences import Divergence
-from fusedkd.logits import LMHead
+from fusedkd.logits import TAILS, LMHead, SparseTeacher
 from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec, Transform
 
 __all__ = ["KDLoss", "KDMetrics", "kd_loss", "kd_loss_and_metrics"]
@@ -41,7 +41,7 @@ class KDMetrics(NamedTuple):
 
 def kd_loss(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead,
+    teacher: Tensor | LMHead | SparseTeacher,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -64,15 +64,18 @@ def kd_loss(
 
     p is the teacher's softmax, q the student's, over the vocabulary; D is ``divergence``. With
     forward KL this is the loss of Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), sec. 2. Either
-    side may be logits or an :class:`LMHead`; with a head the logits never exist in full.
+    side may be logits or an :class:`LMHead`; with a head the logits never exist in full. The
+    teacher may also be a :class:`SparseTeacher`, K entries per token.
 
     Args:
         student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. The only side with a
-        gradient. teacher: logits (..., V) or a head, same leading shape, without a gradient.
+        gradient. teacher: logits (..., V), a head or a SparseTeacher, same leading shape, without a
+        gradient.
         labels: (...,) int64, aligned with the logits (nothing is shifted here). divergence: a name
         (with its default parameters) or a :mod:`fusedkd.divergences` object. temperature: T of both
         sides, in the divergence only; cross-entropy is always at T = 1. teacher_temperature: the
-        teacher's own, where it differs. kd_weight, ce_weight: the weights of the two terms;
+        teacher's own, where it differs (of a SparseTeacher: that at which its ``log_probs`` were
+        made). kd_weight, ce_weight: the weights of the two terms;
         ``ce_weight`` above 0 needs labels. scale_by_t2: multiply the divergence by
         ``temperature**2``, so that the size of its gradient
             does not depend on T (Hinton et al. 2015, end of sec. 2).
@@ -110,7 +113,7 @@ DEFAULTS: dict[str, Any] = dict(kd_loss.__kwdefaults__ or {})  # one signature, 
 
 def kd_loss_and_metrics(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead,
+    teacher: Tensor | LMHead | SparseTeacher,
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, KDMetrics]:
@@ -149,7 +152,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: Tensor | LMHead,
-        teacher: Tensor | LMHead,
+        teacher: Tensor | LMHead | SparseTeacher,
         labels: Tensor | None = None,
         **overrides: Any,
     ) -> Tensor:
@@ -168,11 +171,13 @@ class _Side:
     """One side's tensors, by name: ``student`` or ``teacher``."""
 
     name: str
-    tensor: Tensor  # logits (..., V) or hidden states (..., H)
-    columns: int
+    tensor: Tensor  # logits (..., V), hidden states (..., H) or log-probabilities (..., K)
+    columns: int | None  # None: any vocabulary
     weight: Tensor | None = None
     bias: Tensor | None = None
     transform: Transform = IDENTITY
+    indices: Tensor | None = None  # of the log-probabilities
+    tail: str | None = None
 
     @property
     def leading(self) -> torch.Size:
@@ -183,24 +188,25 @@ def _compute(
     want_metrics: bool,
     *,
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead,
+    teacher: Tensor | LMHead | SparseTeacher,
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
     vocab_size: int | None,
     **keywords: Any,
 ) -> tuple[Tensor, KDMetrics | None]:
-    s, t = _side("student", student), _side("teacher", teacher)
+    s = _side("student", student)
+    t = _sparse(teacher) if isinstance(teacher, SparseTeacher) else _side("teacher", teacher)
     _check_pair(s, t)
     size, autocast = _true_vocabulary(s, t, vocab_size), _autocast(s, t)
-    spec = _spec(size, s.transform, t.transform, autocast=autocast, **keywords)
+    spec = _spec(size, s.transform, t.transform, autocast=autocast, tail=t.tail, **keywords)
     _check_rows(s, labels, token_weights, spec)
     wide = torch.float64 in (s.tensor.dtype, t.tensor.dtype)
     accumulate = torch.float64 if wide else torch.float32
     weights = _row_weights(s, labels, token_weights, spec, accumulate)
     divisor = _divisor(normalizer, weights, spec)
     loss, metric_rows = autograd.fused_loss(
-        (s.tensor, s.weight, s.bias, t.tensor, _detached(t.weight), _detached(t.bias)),
+        (s.tensor, s.weight, s.bias, t.tensor, _detached(t.weight), _detached(t.bias), t.indices),
         labels=None if labels is None else labels.reshape(-1),
         weights=weights,
         divisor=divisor,
@@ -223,11 +229,36 @@ def _side(name: str, value: Tensor | LMHead) -> _Side:
     if not isinstance(value, LMHead):
         raise TypeError(
             f"{name} is a {type(value).__name__}: expected logits (a Tensor) or "
-            "LMHead(hidden, weight). A transformers output has its logits in `.logits`."
+            "LMHead(hidden, weight); as teacher also SparseTeacher(indices, log_probs). A "
+            "transformers output has its logits in `.logits`."
         )
     _check_head(name, value)
     transform = Transform(float(value.logit_scale), float(value.softcap or 0.0))
     return _Side(name, value.hidden, value.weight.shape[0], value.weight, value.bias, transform)
+
+
+def _sparse(teacher: SparseTeacher) -> _Side:
+    indices, log_probs = teacher.indices, teacher.log_probs
+    for part, tensor in (("indices", indices), ("log_probs", log_probs)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"teacher.{part} is a {type(tensor).__name__}: expected a Tensor.")
+    _check_dtype("teacher.log_probs", log_probs)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"teacher.indices is {indices.dtype}: expected torch.int64 or torch.int32 vocabulary "
+            "ids; use indices.long()."
+        )
+    if indices.dim() < 1 or indices.shape != log_probs.shape:
+        raise ValueError(
+            f"teacher.indices has shape {tuple(indices.shape)}, teacher.log_probs "
+            f"{tuple(log_probs.shape)}: expected (..., K) for both, with index -1 as padding."
+        )
+    _check_device("teacher.indices", indices, "teacher.log_probs", log_probs)
+    if teacher.tail not in TAILS:
+        raise ValueError(
+            f"teacher.tail={teacher.tail!r}: expected one of {', '.join(map(repr, TAILS))}."
+        )
+    return _Side("teacher", log_probs, None, indices=indices, tail=teacher.tail)
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
@@ -282,21 +313,25 @@ def _check_device(name: str, tensor: Tensor, other: str, reference: Tensor) -> N
 def _check_pair(s: _Side, t: _Side) -> None:
     _check_device("teacher", t.tensor, "student", s.tensor)
     if t.tensor.requires_grad:
-        what = "logits require" if t.weight is None else "hidden states require"
+        what = "logits" if t.weight is None else "hidden states"
+        what = what if t.indices is None else "log_probs"
         raise ValueError(
-            f"the teacher's {what} grad, but the teacher is a constant here: run it under "
+            f"the teacher's {what} require grad, but the teacher is a constant here: run it under "
             "torch.no_grad(), or detach them."
         )
     if s.leading != t.leading:
         raise ValueError(
             f"student has leading shape {tuple(s.leading)}, teacher {tuple(t.leading)}: expected "
-            "the same tokens on both sides, (..., V) or (..., H) with equal leading dimensions."
+            "the same tokens on both sides: equal leading dimensions, before the last of each "
+            "(vocabulary, hidden size or K)."
         )
 
 
 def _true_vocabulary(s: _Side, t: _Side, vocab_size: int | None) -> int:
+    assert s.columns is not None
+    columns = s.columns if t.columns is None else t.columns
     if vocab_size is None:
-        if s.columns != t.columns:
+        if s.columns != columns:
             raise ValueError(
                 f"student has {s.columns} vocabulary columns, teacher {t.columns}: expected the "
                 "same vocabulary. If one is only padded further, pass vocab_size=len(tokenizer); "
@@ -305,10 +340,10 @@ def _true_vocabulary(s: _Side, t: _Side, vocab_size: int | None) -> int:
         return s.columns
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
         raise TypeError(f"vocab_size={vocab_size!r}: expected an int.")
-    if not 1 <= vocab_size <= min(s.columns, t.columns):
+    if not 1 <= vocab_size <= min(s.columns, columns):
         raise ValueError(
-            f"vocab_size={vocab_size}: expected 1 to {min(s.columns, t.columns)}, the columns that "
-            f"both have (student {s.columns}, teacher {t.columns})."
+            f"vocab_size={vocab_size}: expected 1 to {min(s.columns, columns)}, the columns that "
+            f"both have (student {s.columns}, teacher {t.columns or 'any'})."
         )
     return vocab_size
 

@@ -54,6 +54,7 @@ class LossSpec:
     reduction: str = "mean"
     student_transform: Transform = IDENTITY
     teacher_transform: Transform = IDENTITY
+    tail: str | None = None  # what a SparseTeacher's remaining mass becomes; None: another teacher
     inplace: bool = False
     chunk_bytes: int | None = None
     backend: str | None = None

@@ -1,6 +1,6 @@
 """The backends, and the contract between them and :mod:`fusedkd.autograd`.
 
-A backend is a sub-package or module here with five functions. It knows nothing of chunks,
+A backend is a sub-package or module here with six functions. It knows nothing of chunks,
 reductions or autograd; it turns rows of logits into rows of loss and gradient.
 
 ``rows(student, teacher, labels, row_scale, spec, grad, metrics) -> (loss, metric_rows)``
@@ -28,6 +28,24 @@ reductions or autograd; it turns rows of logits into rows of loss and gradient.
   when not asked for.
 * Returns ``loss`` (N,) in the accumulation type. Arithmetic is in the accumulation type throughout.
   Bitwise repeatable, no host synchronisation, no recompilation for other numbers in ``spec``.
+
+``sparse_rows(student, teacher, labels, row_scale, spec, grad, metrics) -> (loss, metric_rows)``
+
+The same for a teacher of K entries per row. ``teacher`` is a :class:`fusedkd.sparse.SparseRows`
+that has been checked, sorted and completed:
+
+* ``indices`` (N, K) int32 ids below ``spec.vocab_size``, ascending and distinct in a row, behind
+  them ``fusedkd.sparse.PADDING``; contiguous, K may be 0.
+* ``log_probs`` (N, K + 1) log p in the accumulation type, -inf at padding. The last column is the
+  tail's, -inf unless ``spec.tail`` is "bucket".
+* With ``spec.tail`` "bucket", D compares K + 1 categories: the ids, and all else, of which q has
+  the sum over the entries that are no ids (without cancellation, however small) and p the last
+  column. That category's d D / d log q goes to the entries outside in proportion to their q. Where
+  the student has no entry above -inf outside the ids, a tail with p <= ``rounding`` counts as 0.
+* Otherwise D compares the whole vocabulary, with p = 0 at entries that are no ids; f is finite
+  there.
+* Metrics: the teacher's entropy is that of its K or K + 1 numbers p; its top is the first largest
+  of the K; none (no row has it right) where all are padding.
 
 ``scale_(grad, factor)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by
 ``factor`` (a 0-d tensor, or (N,) one per row), touching no memory where the factor is 1, without

@@ -7,14 +7,16 @@ Shares no code with the other backends. It is also what a CPU without a compiler
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusedkd.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
-__all__ = ["head_dtypes", "mm_", "rows", "scale_", "unavailable"]
+__all__ = ["head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
 
 
 def unavailable() -> str | None:
@@ -31,13 +33,68 @@ def rows(
     metrics: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See :mod:`fusedkd.kernels`."""
+    logits = _true_vocabulary(teacher, spec)[row_scale != 0].double()
+    t = _transform(logits, spec.teacher_transform)
+    lp = F.log_softmax(t / spec.teacher_temperature, dim=-1)
+
+    def compare(lq: Tensor) -> tuple[Tensor, Tensor]:
+        return lp, lq
+
+    return _rows(student, compare, t.argmax(-1), labels, row_scale, spec, grad, metrics)
+
+
+def sparse_rows(
+    student: Tensor,
+    teacher: SparseRows,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    spec: LossSpec,
+    grad: Tensor | None,
+    metrics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See :mod:`fusedkd.kernels`. Unlike the kernels it spreads the entries over the vocabulary."""
     counted = row_scale != 0
+    ids, lp = teacher.indices[counted].long(), teacher.log_probs[counted].double()
+    columns = ids.clamp(max=spec.vocab_size)  # padding has a column of its own, behind the others
+    nothing = lp.new_full((len(ids), spec.vocab_size + 1), -math.inf)
+    spread = nothing.scatter(-1, columns, lp[:, :-1])[:, :-1]
+    inside = nothing.scatter(-1, columns, 0.0)[:, :-1] == 0
+
+    def compare(lq: Tensor) -> tuple[Tensor, Tensor]:
+        if spec.tail != "bucket":
+            return spread, lq
+        known = torch.cat([lq, nothing[:, :1]], -1).gather(-1, columns)
+        rest = torch.where(inside, -math.inf, lq)
+        empty = (rest == -math.inf).all(-1, keepdim=True)  # where logsumexp has no derivative
+        tail = torch.where(empty, -math.inf, torch.where(empty, lq, rest).logsumexp(-1, True))
+        noise = empty & (lp[:, -1:].exp() <= teacher.rounding)
+        last = torch.where(noise, -math.inf, lp[:, -1:])
+        return torch.cat([lp[:, :-1], last], -1), torch.cat([known, tail], -1)
+
+    top = torch.where(inside.any(-1), spread.argmax(-1), -1)
+    return _rows(student, compare, top, labels, row_scale, spec, grad, metrics)
+
+
+def _rows(
+    student: Tensor,
+    compare: Callable[[Tensor], tuple[Tensor, Tensor]],  # log q -> the categories' log p, log q
+    teacher_top: Tensor,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    spec: LossSpec,
+    grad: Tensor | None,
+    metrics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    counted = row_scale != 0
+    y = None if labels is None else labels[counted]
     with torch.inference_mode(False), torch.enable_grad():
         raw = _true_vocabulary(student, spec)[counted].double().requires_grad_(grad is not None)
-        t = _transform(_true_vocabulary(teacher, spec)[counted].double(), spec.teacher_transform)
         s = _transform(raw, spec.student_transform)
         s = torch.where(s == -math.inf, s.detach(), s)  # a masked entry gets no gradient
-        kd, ce, lp, lq = _terms(s, t, labels[counted] if labels is not None else None, spec)
+        lq = F.log_softmax(s / spec.temperature, dim=-1)
+        lp, known = compare(lq)
+        kd = spec.divergence.value(lp, known).sum(-1)
+        ce = _cross_entropy(s, y, spec)
         loss = torch.zeros_like(kd)
         if spec.kd_scale:
             loss = loss + spec.kd_scale * kd
@@ -45,24 +102,22 @@ def rows(
             loss = loss + spec.ce_weight * ce
         loss = loss * row_scale[counted]
         if grad is not None:
-            d_raw = (
-                torch.autograd.grad(loss.sum(), raw)[0]
-                if loss.requires_grad
-                else torch.zeros_like(raw)
-            )
-            full = torch.zeros(
-                counted.numel(), student.shape[-1], dtype=torch.float64, device=student.device
-            )
-            full[counted, : spec.vocab_size] = d_raw
-            grad.copy_(full.view(grad.shape))
+            _write_gradient(grad, loss, raw, counted)
     loss_rows = torch.zeros_like(row_scale)
     loss_rows[counted] = loss.detach().to(row_scale.dtype)
     if not metrics:
         return loss_rows, None
-    columns = _metrics(kd, ce, lp, lq, s, t, labels[counted] if labels is not None else None)
+    columns = _metrics(kd, ce, _entropy(lp), _entropy(lq), s.argmax(-1), teacher_top, y)
     metric_rows = row_scale.new_zeros(counted.numel(), len(METRIC_COLUMNS))
     metric_rows[counted] = columns.detach().to(row_scale.dtype)
     return loss_rows, metric_rows
+
+
+def _write_gradient(grad: Tensor, loss: Tensor, raw: Tensor, counted: Tensor) -> None:
+    full = raw.new_zeros(counted.numel(), grad.shape[-1])
+    if loss.requires_grad:
+        full[counted, : raw.shape[-1]] = torch.autograd.grad(loss.sum(), raw)[0]
+    grad.copy_(full.view(grad.shape))
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
@@ -92,27 +147,21 @@ def _transform(logits: Tensor, transform: Transform) -> Tensor:
     )
 
 
-def _terms(
-    s: Tensor, t: Tensor, labels: Tensor | None, spec: LossSpec
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Raw divergence and cross-entropy per row, and the two log-distributions they compare."""
-    lp = F.log_softmax(t / spec.teacher_temperature, dim=-1)
-    lq = F.log_softmax(s / spec.temperature, dim=-1)
-    kd = spec.divergence.value(lp, lq).sum(-1)
+def _cross_entropy(s: Tensor, labels: Tensor | None, spec: LossSpec) -> Tensor:
     if labels is None:
-        return kd, torch.full_like(kd, math.nan), lp, lq
-    return (
-        kd,
-        F.cross_entropy(s, labels, reduction="none", label_smoothing=spec.label_smoothing),
-        lp,
-        lq,
-    )
+        return s.new_full(s.shape[:1], math.nan)
+    return F.cross_entropy(s, labels, reduction="none", label_smoothing=spec.label_smoothing)
 
 
 def _metrics(
-    kd: Tensor, ce: Tensor, lp: Tensor, lq: Tensor, s: Tensor, t: Tensor, labels: Tensor | None
+    kd: Tensor,
+    ce: Tensor,
+    teacher_entropy: Tensor,
+    student_entropy: Tensor,
+    top_s: Tensor,
+    top_t: Tensor,
+    labels: Tensor | None,
 ) -> Tensor:
-    top_t, top_s = t.argmax(-1), s.argmax(-1)
     unknown = torch.full_like(kd, math.nan)
     right = (
         [unknown, unknown]
@@ -120,7 +169,7 @@ def _metrics(
         else [(top == labels).to(kd.dtype) for top in (top_s, top_t)]
     )
     agreement = (top_t == top_s).to(kd.dtype)
-    return torch.stack([kd, ce, _entropy(lp), _entropy(lq), agreement, *right], dim=-1)
+    return torch.stack([kd, ce, teacher_entropy, student_entropy, agreement, *right], dim=-1)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
