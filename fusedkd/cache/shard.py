@@ -69,4 +69,4 @@ def open_checked(folder: Path, expected: FileSum) -> pa.RecordBatch:
     return ipc.open_file(pa.BufferReader(data)).get_batch(0)
 
 
-REMEDY = "`fusedkd cache --repair ...` makes it anew."
+REMEDY = "Run the `fusedkd cache` command that made it again: it makes what is damaged anew."
