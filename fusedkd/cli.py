@@ -30,9 +30,10 @@ Distil language models with fused, memory-saving losses.
 DISTILL = """\
 Train a student to match a teacher's next-token distribution, without ever making the logits.
 
-What is needed: --teacher (or --teacher_cache, see fusedkd cache), --student and --data. The student is saved to --output_dir with its
-tokenizer, for from_pretrained. Keys of a --config file are these flags; flags given beside it win.
-Every flag of transformers.TrainingArguments is accepted; --help-all lists them."""
+What is needed: --teacher (or --teacher_cache, see fusedkd cache), --student and --data. The student
+is saved to --output_dir with its tokenizer, for from_pretrained. Keys of a --config file are these
+flags; flags given beside it win. Every flag of transformers.TrainingArguments is accepted;
+--help-all lists them."""
 
 EXAMPLES = """\
 examples:

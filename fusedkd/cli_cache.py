@@ -25,8 +25,8 @@ Killed? The same command goes on where it was.
 What is kept of each token, one of:
   --top-k 64      the 64 most probable entries, and the exact mass of all others (default)
   --top-p 0.98    of those, as many as reach 98 % together: fewer bytes where the teacher is sure
-  --sample 50     50 ids drawn from the teacher (arXiv 2503.16870): a fifth of the bytes; unbiased for
-                  forward KL, and refused for divergences where it is not"""
+  --sample 50     50 ids drawn from the teacher (arXiv 2503.16870): a fifth of the bytes; unbiased
+                  for forward KL, and refused for divergences where it is not"""
 
 EXAMPLES = """\
 examples:
@@ -46,8 +46,8 @@ IMPORT = """\
 A cache from answers that were collected elsewhere.
 
 .jsonl lines with prompt_logprobs are vLLM's (prompt_token_ids must be there too). Anything else is
-a data set (.parquet, .jsonl, a folder of save_to_disk, or a hub name) with input_ids and, per token,
-a list of ids and a list of natural log-probabilities of the next token."""
+a data set (.parquet, .jsonl, a folder of save_to_disk, or a hub name) with input_ids and, per
+token, a list of ids and a list of natural log-probabilities of the next token."""
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +74,9 @@ def _parser(name: str, about: str, epilog: str | None = None) -> argparse.Argume
 
 def _build(argv: list[str]) -> int:
     parser = _parser("cache", ABOUT, EXAMPLES)
-    parser.usage = "fusedkd cache --teacher T --data D --output DIR [flags] | verify | info | import"
+    parser.usage = (
+        "fusedkd cache --teacher T --data D --output DIR [flags] | verify | info | import"
+    )
     add = parser.add_argument
     add("--teacher", help="folder or hub name of the teacher, a decoder")
     add("--data", nargs="+", default=[], help="as for fusedkd distill")

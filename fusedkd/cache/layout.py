@@ -102,9 +102,7 @@ class Layout:
     temperatures: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if not self.temperatures or any(
-            not math.isfinite(t) or t <= 0 for t in self.temperatures
-        ):
+        if not self.temperatures or any(not math.isfinite(t) or t <= 0 for t in self.temperatures):
             raise CacheError(
                 f"--temperatures {self._listed()}: expected numbers above 0, such as 1,2."
             )
@@ -134,7 +132,9 @@ class Layout:
     @property
     def k(self) -> int:
         """The most entries that a token can have."""
-        return self.policy.k if self.policy.kind == "sample" else min(self.policy.k, self.vocab_size)
+        return (
+            self.policy.k if self.policy.kind == "sample" else min(self.policy.k, self.vocab_size)
+        )
 
     @property
     def most_bytes_per_token(self) -> float:

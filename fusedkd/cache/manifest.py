@@ -6,8 +6,8 @@ A cache is a folder of
 * ``index.arrow``: one column ``sequence`` (16 bytes each, :func:`~fusedkd.cache.keys.sequence_key`)
   and one ``tokens`` (int32): sequence n of the cache is row ``n % per_shard`` of shard
   ``n // per_shard``;
-* ``shard-00000.arrow``, ...: one row per sequence with ``sequence``, ``tokens`` and the byte strings
-  that :mod:`fusedkd.cache.layout` describes, as binary columns.
+* ``shard-00000.arrow``, ...: one row per sequence with ``sequence``, ``tokens`` and the byte
+  strings that :mod:`fusedkd.cache.layout` describes, as binary columns.
 
 The ``.arrow`` files are Arrow IPC files of one record batch, not compressed, so that a memory map
 is enough to read a row. ``shards`` in the manifest grows as they are written, in order.
@@ -90,7 +90,7 @@ class Manifest:
         path = folder / NAME
         if not path.is_file():
             raise CacheError(
-                f"{folder}: no teacher cache there, for it has no {NAME}. `fusedkd cache` makes one."
+                f"{folder}: no teacher cache there, for it has no {NAME}. `fusedkd cache` makes it."
             )
         raw = path.read_bytes()
         try:
@@ -101,9 +101,13 @@ class Manifest:
         except (ValueError, AttributeError, KeyError, TypeError):
             intact = False
         if not intact:
-            raise Damaged(f"{path} is damaged: its checksum differs. The cache has to be made anew.")
+            raise Damaged(
+                f"{path} is damaged: its checksum differs. The cache has to be made anew."
+            )
         if schema != SCHEMA:
-            raise CacheError(f"{path}: schema {schema}, but this version of fusedkd reads {SCHEMA}.")
+            raise CacheError(
+                f"{path}: schema {schema}, but this version of fusedkd reads {SCHEMA}."
+            )
         return _parsed(content)
 
 

@@ -139,7 +139,7 @@ def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         columns = torch.cat([columns, last.expand(len(logits), rest)], 1)
     candidates = logits.gather(1, columns)
     chosen = _select(candidates, k)
-    values, order = candidates.gather(1, chosen).sort(1, descending=True, stable=True)
+    values, order = candidates.gather(1, chosen).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, chosen.gather(1, order))
 
 

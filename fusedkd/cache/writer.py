@@ -28,7 +28,9 @@ class Plan:
     lengths: Sequence[int]
 
 
-def per_shard(plan: Plan, bytes_per_token: float, shard_bytes: int = SHARD_BYTES, of: int = 1) -> int:
+def per_shard(
+    plan: Plan, bytes_per_token: float, shard_bytes: int = SHARD_BYTES, of: int = 1
+) -> int:
     """How many sequences make a shard of about ``shard_bytes``: a multiple of ``of``, so that
     batches end where shards do."""
     longest = max(plan.lengths)

@@ -95,8 +95,8 @@ class DistillationArguments(TrainingArguments):
     teacher_tail: str = field(
         default="bucket",
         metadata={
-            "help": "With a teacher cache, of the mass that it does not spell out: bucket (compared "
-            "as one more entry), renormalize or drop."
+            "help": "With a teacher cache, mass that it does not spell out: bucket (compared as "
+            "one more entry), renormalize or drop."
         },
     )
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})

@@ -13,7 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.data import load_documents, pack, split
 
-__all__ = ["DTYPES", "is_masked", "load_blocks", "load_model", "load_tokenizer", "refuse_masked", "required"]
+__all__ = [
+    "DTYPES",
+    "is_masked",
+    "load_blocks",
+    "load_model",
+    "load_tokenizer",
+    "refuse_masked",
+    "required",
+]
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 

@@ -90,9 +90,7 @@ def make_cache(args: CacheArguments) -> None:
     console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
 
 
-def _job(
-    args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Blocks
-) -> Job:
+def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Blocks) -> Job:
     columns = model.config.get_text_config().vocab_size
     size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
     if not 2 <= size <= columns:

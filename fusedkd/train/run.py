@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -145,7 +144,9 @@ def _cache(run: RunArguments) -> TeacherCache | None:
     if run.teacher_cache is None:
         return None
     if run.teacher is not None:
-        raise UserError("--teacher and --teacher_cache: expected one of them; a cache needs no model.")
+        raise UserError(
+            "--teacher and --teacher_cache: expected one of them; a cache needs no model."
+        )
     with as_user_error(f"--teacher_cache {run.teacher_cache}"):
         return TeacherCache(Path(run.teacher_cache).expanduser())
 
