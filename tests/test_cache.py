@@ -83,15 +83,15 @@ def through(layout: Layout, logits: torch.Tensor, temperature: float) -> Any:
     return [layout.decode(layout.encode(a), logits.shape[1], temperature) for a in answers]
 
 
-@pytest.mark.parametrize("size", [V, 256, 4099])
+@pytest.mark.parametrize(("size", "k"), [(V, 50), (256, 20), (4099, 50), (30, 40)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5, 7.0])
-def test_head_and_tail_at_every_temperature(size: int, temperature: float) -> None:
+def test_head_and_tail_at_every_temperature(size: int, k: int, temperature: float) -> None:
     """Ids are exact, the tail to 16 bits, each entry to its step."""
-    layout = Layout(Policy("top", 50), size, (1.0, 2.0, 0.5, 7.0))
+    layout = Layout(Policy("top", k), size, (1.0, 2.0, 0.5, 7.0))
     logits = random_logits(size)
     for found, row in zip(through(layout, logits, temperature), logits.double(), strict=True):
         truth = (row / temperature).log_softmax(-1)
-        top = truth.topk(50)
+        top = truth.topk(layout.k)
         assert torch.equal(torch.from_numpy(found.ids), top.indices)
         tail = 1 - np.exp(found.log_probs.astype(np.float64)).sum(1)
         exact = -torch.expm1(top.values.logsumexp(1)).numpy()
@@ -161,7 +161,7 @@ def test_nothing_known_of_a_token() -> None:
 
 def test_bytes_per_token() -> None:
     assert Layout(Policy("top", 50), 151_936, (1.0, 2.0)).most_bytes_per_token <= 170
-    assert Layout(Policy("top", 128), 151_936, (1.0, 2.0)).most_bytes_per_token <= 440
+    assert Layout(Policy("top", 128), 151_936, (1.0, 2.0)).most_bytes_per_token <= 400
 
 
 def test_only_losses_linear_in_the_teacher_take_draws() -> None:
@@ -400,7 +400,7 @@ print(json.dumps(codes))
 )
 def test_killed_and_resumed_is_identical(disk: Path, tmp_path: Path, kills: int) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ("--sample", "20", "--shard-mb", "0.001", "--batch-size", "1")  # many shards
+    more = ("--sample", "20", "--shard-mb", "0.01")  # many shards
     job = {
         "whole": command(disk, whole, *more),
         "parts": command(disk, parts, *more),
@@ -417,7 +417,7 @@ def test_killed_and_resumed_is_identical(disk: Path, tmp_path: Path, kills: int)
     codes = json.loads(done.stdout.splitlines()[-1])
     assert codes == [0, *[-signal.SIGKILL] * kills, 0]
     assert content(whole) == content(parts)
-    assert len(content(whole)) > 20
+    assert len(content(whole)) > 10
 
 
 def test_nothing_is_computed_twice(tmp_path: Path) -> None:

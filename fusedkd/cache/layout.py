@@ -9,7 +9,7 @@ Policy ``top``: the most probable entries of each token, in descending order.
 =========== ==========================================================================
 ``counts``  packed, bits_for(k): how many entries a token keeps; empty where all keep k
 ``ids``     packed, bits_for(V - 1): their ids, token after token
-``codes``   8 bits each: how far they lie below the token's most probable entry
+``codes``   how far they lie below the token's most probable entry: 0 to 255 each
 ``ranges``  8 bits per token: r
 ``odds``    16 bits per declared temperature and token: the head against the tail
 ``entropy`` 16 bits per token: of the whole distribution at T = 1
@@ -24,6 +24,11 @@ all other mass, computed from the full distribution: round((x + 16) / 40 * 65534
 3.1e-4; 65535 is a tail of less than e^-24, taken for 0. It serves as the tail mass and as the
 log-normaliser: at T the entries are ``softmax(-gap / T) * sigmoid(x_T)``, so head and tail always
 sum to 1, and no error in the gaps can move mass between them.
+
+The codes of a token never decrease. Where every token keeps k of them (``counts`` is empty) and it
+is shorter, so from k = 37 on, a token's codes are k + 255 bits: the bits number ``c[i] + i`` are
+set, i = 0 to k - 1, and the others are not; token after token, the first bit of a byte being the
+least significant. Otherwise each code is a byte.
 
 ``entropy`` is round(H / log V * 65534) with 65535 for unknown.
 
@@ -56,13 +61,13 @@ __all__ = ["Answers", "Layout", "Target"]
 Array = NDArray[Any]
 Columns = dict[str, bytes]
 
-GAP_LEVELS = 255
+LEVELS = 255  # of gaps, beside 0
 RANGE_STEPS = 4  # per nat
 LARGEST_GAP = 255 / RANGE_STEPS
 ODDS_FROM, ODDS_SPAN = -16.0, 40.0
 LEVELS_16 = 65534
 SPECIAL_16 = 65535
-_SQUARES = ((np.arange(256) / GAP_LEVELS) ** 2).astype(np.float32)
+_SQUARES = ((np.arange(256) / LEVELS) ** 2).astype(np.float32)
 
 
 class Answers(NamedTuple):
@@ -140,10 +145,16 @@ class Layout:
     def most_bytes_per_token(self) -> float:
         """Without counts where all are k; for draws, as if all were different."""
         sampled, k = self.policy.kind == "sample", self.k
-        bits = k * (self.id_bits + (bits_for(k - 1) if sampled else 8)) + 16
-        if sampled or self.policy.top_p is not None:
-            bits += bits_for(k)
-        return (bits if sampled else bits + 8 + 16 * len(self.temperatures)) / 8
+        full = not sampled and self.policy.top_p is None
+        bits = k * self.id_bits + 16 + (0 if full else bits_for(k))
+        if sampled:
+            return (bits + k * bits_for(k - 1)) / 8
+        codes = k + LEVELS if self._stairs(full) else 8 * k
+        return (bits + codes + 8 + 16 * len(self.temperatures)) / 8
+
+    def _stairs(self, full: bool) -> bool:
+        """Whether codes are written as steps of a stair."""
+        return full and self.k + LEVELS < 8 * self.k
 
     def slot(self, temperature: float) -> int:
         """Which of the declared temperatures this one is.
@@ -177,7 +188,7 @@ class Layout:
             return columns | {"draws": pack(draws, bits_for(self.k - 1)).tobytes()}
         codes, ranges = _codes(answers.values, there)
         return columns | {
-            "codes": codes.tobytes() if full else codes[there].tobytes(),
+            "codes": _stairs(codes) if self._stairs(full) else codes[there].tobytes(),
             "ranges": ranges.tobytes(),
             "odds": _levels(_closed(answers.odds), ODDS_FROM, ODDS_SPAN),
         }
@@ -209,7 +220,10 @@ class Layout:
             draws = unpack(raw["draws"], bits_for(self.k - 1), total) + 1
             share = np.log(draws.astype(np.float32) / np.float32(self.k))
             return Target(ids, _spread(share, there, -np.inf), entropy)
-        codes = _spread(raw["codes"], there, 0)
+        if self._stairs(not raw["counts"].size):
+            codes = _from_stairs(raw["codes"], tokens, self.k)
+        else:
+            codes = _spread(raw["codes"], there, 0)
         odds = _values(raw["odds"], ODDS_FROM, ODDS_SPAN, np.inf)
         odds = odds.reshape(tokens, len(self.temperatures))[:, slot]
         return Target(ids, _log_probs(codes, there, raw["ranges"], odds, temperature), entropy)
@@ -223,8 +237,22 @@ def _codes(log_probs: Array, there: Array) -> tuple[Array, Array]:
     if gaps.min(initial=0) < 0 or not largest.max(initial=0) <= LARGEST_GAP:
         raise ValueError(f"entries must descend, by at most {LARGEST_GAP} nats in all.")
     ranges = np.ceil(largest * RANGE_STEPS).astype(np.uint8)
-    scale = GAP_LEVELS / np.sqrt(np.maximum(ranges, 1)[:, None] / RANGE_STEPS)
+    scale = LEVELS / np.sqrt(np.maximum(ranges, 1)[:, None] / RANGE_STEPS)
     return np.rint(np.sqrt(gaps) * scale).astype(np.uint8), ranges
+
+
+def _stairs(codes: Array) -> bytes:
+    tokens, k = codes.shape
+    bits = np.zeros((tokens, k + LEVELS), np.uint8)
+    np.put_along_axis(bits, codes + np.arange(k), 1, axis=1)
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def _from_stairs(raw: Array, tokens: int, k: int) -> Array:
+    width = k + LEVELS
+    steps = np.flatnonzero(np.unpackbits(raw, count=tokens * width, bitorder="little"))
+    starts = np.arange(tokens)[:, None] * width + np.arange(k)
+    return (steps.reshape(tokens, k) - starts).astype(np.uint8)
 
 
 def _log_probs(codes: Array, there: Array, ranges: Array, odds: Array, t: float) -> Array:
