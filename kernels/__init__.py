@@ -45,7 +45,7 @@ that has been checked, sorted and completed:
 * Otherwise D compares the whole vocabulary, with p = 0 at entries that are no ids; f is finite
   there.
 * Metrics: the teacher's entropy is that of its K or K + 1 numbers p; its top is the first largest
-  of the K; none (no row has it right) where all are padding.
+  of the K; none, which agrees with nothing, where all are -inf.
 
 ``scale_(grad, factor)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by
 ``factor`` (a 0-d tensor, or (N,) one per row), touching no memory where the factor is 1, without

@@ -71,7 +71,7 @@ def sparse_rows(
         last = torch.where(noise, -math.inf, lp[:, -1:])
         return torch.cat([lp[:, :-1], last], -1), torch.cat([known, tail], -1)
 
-    top = torch.where(inside.any(-1), spread.argmax(-1), -1)
+    top = torch.where((spread > -math.inf).any(-1), spread.argmax(-1), -1)
     return _rows(student, compare, top, labels, row_scale, spec, grad, metrics)
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedkd.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS, LossSpec
 
 from .products import head_dtypes, mm_
 
-__all__ = ["head_dtypes", "instruction_set", "mm_", "rows", "scale_", "unavailable"]
+__all__ = ["head_dtypes", "instruction_set", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
 
@@ -51,16 +53,14 @@ def _ops() -> torch._ops._OpNamespace:
 
 
 @functools.cache
-def _rows(divergence: str) -> torch._ops.OpOverload:
-    """The operator, once it is known to have ``divergence``; looking it up anew costs 2 us."""
-    ops = _ops()
-    if not ops.knows(divergence):
+def _check(divergence: str) -> None:
+    """Raise unless the extension has the divergence; once, for asking it costs 2 us."""
+    if not _ops().knows(divergence):
         raise NotImplementedError(
             f"divergence={divergence!r} has no function in kernels/cpu/pointwise.h. Each is "
             "one function of "
             f"the same name in each of {SISTER_FILES}."
         )
-    return ops.rows.default
 
 
 def rows(
@@ -73,35 +73,47 @@ def rows(
     metrics: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See :mod:`fusedkd.kernels`."""
-    divergence = spec.divergence
-    run = _rows(divergence.name)
+    _check(spec.divergence.name)
+    t = spec.teacher_transform
+    ends, results = _arguments(labels, row_scale, spec, (t.scale, t.softcap), grad, metrics)
+    _ops().rows.default(student, teacher, *ends)
+    return results
+
+
+def sparse_rows(
+    student: Tensor,  # (B, T, C)
+    teacher: SparseRows,
+    labels: Tensor | None,  # (B T,)
+    row_scale: Tensor,  # (B T,)
+    spec: LossSpec,
+    grad: Tensor | None,  # (B, T, C)
+    metrics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See :mod:`fusedkd.kernels`."""
+    _check(spec.divergence.name)
+    own = (float(spec.tail == "bucket"), teacher.rounding)
+    ends, results = _arguments(labels, row_scale, spec, own, grad, metrics)
+    _ops().sparse_rows.default(student, teacher.indices, teacher.log_probs, *ends)
+    return results
+
+
+def _arguments(
+    labels: Tensor | None,
+    row_scale: Tensor,
+    spec: LossSpec,
+    own: tuple[float, float],
+    grad: Tensor | None,
+    metrics: bool,
+) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor | None]]:
+    """What follows student and teacher in both operators, and the results among it."""
     loss = torch.empty_like(row_scale)
     metric_rows = row_scale.new_empty(row_scale.numel(), len(METRIC_COLUMNS)) if metrics else None
-    s, t = spec.student_transform, spec.teacher_transform
-    numbers = [
-        *(
-            spec.temperature,
-            spec.teacher_temperature,
-            spec.kd_scale,
-            spec.ce_weight,
-            spec.label_smoothing,
-        ),
-        *(s.scale, s.softcap, t.scale, t.softcap),
-        *divergence.params,
-    ]
-    run(
-        student,
-        teacher,
-        labels,
-        row_scale,
-        divergence.name,
-        numbers,
-        spec.vocab_size,
-        loss,
-        grad,
-        metric_rows,
-    )
-    return loss, metric_rows
+    s = spec.student_transform
+    numbers = [spec.temperature, spec.teacher_temperature, spec.kd_scale, spec.ce_weight]
+    numbers += [spec.label_smoothing, s.scale, s.softcap, *own, *spec.divergence.params]
+    vocabulary = spec.vocab_size
+    ends = labels, row_scale, spec.divergence.name, numbers, vocabulary, loss, grad, metric_rows
+    return ends, (loss, metric_rows)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -100,30 +100,28 @@ void for_rows(int64_t rows, int64_t columns, const One& one) {
   });
 }
 
-// numbers: student and teacher temperature, kd_scale, ce_weight, label_smoothing, student scale and softcap, teacher
-// scale and softcap, then the divergence's parameters.
-void rows(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
-          std::vector<double> numbers, int64_t vocabulary, Tensor loss, std::optional<Tensor> grad,
-          std::optional<Tensor> metrics) {
-  constexpr size_t kFixed = 9;
-  const InstructionSet& set = instructions();
-  const size_t given = numbers.size() - kFixed;
-  STD_TORCH_CHECK(numbers.size() >= kFixed && given <= kParameters, "fusedkd_cpu: wrong number of parameters");
+// numbers: student and teacher temperature, kd_scale, ce_weight, label_smoothing, student scale and softcap, then kOwn
+// that the caller reads, then the divergence's parameters.
+constexpr size_t kCommon = 7, kOwn = 2;
+
+// All that dense and sparse rows have in common; `numbers` must live as long as the call.
+void begin(RowsCall& call, const InstructionSet& set, const Tensor& student, const std::optional<Tensor>& labels,
+           const Tensor& row_scale, const std::string& divergence, std::vector<double>& numbers, int64_t vocabulary,
+           const Tensor& loss, const std::optional<Tensor>& grad, const std::optional<Tensor>& metrics) {
+  constexpr size_t kFixed = kCommon + kOwn;
+  STD_TORCH_CHECK(numbers.size() >= kFixed && numbers.size() <= kFixed + kParameters,
+                  "fusedkd_cpu: wrong number of parameters");
   numbers.resize(kFixed + kParameters);
-  RowsCall call{};
   call.student = logits_of(student, numbers[5], numbers[6]);
-  call.teacher = logits_of(teacher, numbers[7], numbers[8]);
   call.batch = student.size(0), call.tokens = student.size(1), call.vocabulary = vocabulary;
   const int64_t count = call.batch * call.tokens;
-  STD_TORCH_CHECK(teacher.size(0) == call.batch && teacher.size(1) == call.tokens && vocabulary >= 0 &&
-                      vocabulary <= std::min(student.size(2), teacher.size(2)) && row_scale.numel() == count &&
+  STD_TORCH_CHECK(vocabulary >= 0 && vocabulary <= student.size(2) && row_scale.numel() == count &&
                       loss.numel() == count && (!labels || labels->numel() == count),
-                  "fusedkd_cpu: shapes of student, teacher, labels and row_scale do not match");
+                  "fusedkd_cpu: shapes of student, labels and row_scale do not match");
   call.wide = dtype_of(loss) == DType::f64;
   STD_TORCH_CHECK(dtype_of(row_scale) == dtype_of(loss), "fusedkd_cpu: row_scale is not of the accumulation type");
   call.divergence = set.find(divergence.c_str());
   STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence ", divergence);
-  if (count == 0) return;
   int64_t bytes = 0;
   if (grad) {
     STD_TORCH_CHECK(grad->size(0) == call.batch && grad->size(1) == call.tokens && grad->size(2) >= vocabulary,
@@ -139,15 +137,54 @@ void rows(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor r
   call.student_temperature = numbers[0], call.teacher_temperature = numbers[1];
   call.kd_scale = numbers[2], call.ce_weight = numbers[3], call.label_smoothing = numbers[4];
   call.parameters = numbers.data() + kFixed;
+}
 
+// Calls `one(workspace, row)` for each row; `entries` is the number of doubles that sparse rows need.
+template <class One>
+void with_workspace(const RowsCall& call, bool keeps, size_t entries, const One& one) {
   const size_t lane = call.wide ? 8 : 4;
-  const size_t minima = (vocabulary / kTile + 4) * 2 * lane;
-  const bool keeps = grad && call.kd_scale != 0 && set.keeps(call.divergence);
-  for_rows(count, vocabulary, [&](int64_t row) {
-    thread_local Scratch kept, extremes;
-    Workspace work{keeps ? kept.at_least((vocabulary + kTile) * lane) : nullptr, extremes.at_least(minima)};
-    set.row(call, work, row);
+  const size_t minima = (call.vocabulary / kTile + 4) * 2 * lane;
+  for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row) {
+    thread_local Scratch kept, extremes, sparse;
+    Workspace work{keeps ? kept.at_least((call.vocabulary + kTile) * lane) : nullptr, extremes.at_least(minima),
+                   static_cast<double*>(sparse.at_least(entries * sizeof(double)))};
+    one(work, row);
   });
+}
+
+// Own numbers: the teacher's scale and softcap.
+void rows(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
+          std::vector<double> numbers, int64_t vocabulary, Tensor loss, std::optional<Tensor> grad,
+          std::optional<Tensor> metrics) {
+  const InstructionSet& set = instructions();
+  RowsCall call{};
+  begin(call, set, student, labels, row_scale, divergence, numbers, vocabulary, loss, grad, metrics);
+  call.teacher = logits_of(teacher, numbers[kCommon], numbers[kCommon + 1]);
+  STD_TORCH_CHECK(teacher.size(0) == call.batch && teacher.size(1) == call.tokens && vocabulary <= teacher.size(2),
+                  "fusedkd_cpu: shapes of student and teacher do not match");
+  const bool keeps = grad && call.kd_scale != 0 && set.keeps(call.divergence);
+  with_workspace(call, keeps, 0, [&](const Workspace& work, int64_t row) { set.row(call, work, row); });
+}
+
+// Own numbers: whether the entries outside are one category (1) or have p = 0 (0); SparseCall::rounding.
+void sparse_rows(Tensor student, Tensor indices, Tensor log_probs, std::optional<Tensor> labels, Tensor row_scale,
+                 std::string divergence, std::vector<double> numbers, int64_t vocabulary, Tensor loss,
+                 std::optional<Tensor> grad, std::optional<Tensor> metrics) {
+  const InstructionSet& set = instructions();
+  SparseCall call{};
+  begin(call, set, student, labels, row_scale, divergence, numbers, vocabulary, loss, grad, metrics);
+  call.teacher = call.student;
+  call.entries = indices.size(1);
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.is_contiguous() && log_probs.is_contiguous() &&
+                      dtype_of(log_probs) == dtype_of(loss) && indices.size(0) == call.batch * call.tokens &&
+                      log_probs.numel() == indices.size(0) * (call.entries + 1),
+                  "fusedkd_cpu: expected indices (N, K) int32 and log_probs (N, K + 1), contiguous");
+  call.indices = static_cast<const int32_t*>(indices.data_ptr()), call.log_probs = log_probs.data_ptr();
+  call.bucket = numbers[kCommon] != 0, call.rounding = numbers[kCommon + 1];
+  const bool keeps = grad && call.kd_scale != 0 && !call.bucket && set.keeps(call.divergence);
+  const int64_t padded = (call.entries + 1 + kEntryStep - 1) / kEntryStep * kEntryStep;
+  with_workspace(call, keeps, kEntryFields * padded,
+                 [&](const Workspace& work, int64_t row) { set.sparse_row(call, work, row); });
 }
 
 // Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one.
@@ -194,6 +231,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def(
       "rows(Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, str divergence, float[] numbers, "
       "int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
+  m.def(
+      "sparse_rows(Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor row_scale, str divergence, "
+      "float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
   m.def("scale_(Tensor(a!) data, Tensor factor) -> ()");
 }
 
@@ -201,5 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&fusedkd::instruction_set));
   m.impl("knows", TORCH_BOX(&fusedkd::knows));
   m.impl("rows", TORCH_BOX(&fusedkd::rows));
+  m.impl("sparse_rows", TORCH_BOX(&fusedkd::sparse_rows));
   m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
 }

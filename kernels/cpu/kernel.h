@@ -12,6 +12,7 @@ enum class DType : int { f64, f32, bf16, f16 };
 constexpr int64_t kTile = 2048;  // columns at a time: two fp32 tiles and their gradient stay in a 32 KB L1
 constexpr int kParameters = 8;   // of a divergence, at most
 constexpr int kMetrics = 7;      // columns of fusedkd.spec.METRIC_COLUMNS
+constexpr int64_t kEntryFields = 5, kEntryStep = 8;
 
 struct Logits {  // (batch, tokens, columns), last stride 1
   const void* data;
@@ -35,9 +36,19 @@ struct RowsCall {
   double student_temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing;
 };
 
+struct SparseCall : RowsCall {  // `teacher` stands empty, as a copy of `student`
+  const int32_t* indices;  // (rows, entries), ascending, padding of kPadding behind
+  const void* log_probs;   // (rows, entries + 1) of the accumulation type, the last one the tail's
+  int64_t entries;
+  bool bucket;      // whether the entries outside are one category; else they have p = 0
+  double rounding;  // a teacher's tail below this counts as 0 where the student has none
+};
+constexpr int32_t kPadding = 0x7fffffff;
+
 struct Workspace {
   void* kept;    // (vocabulary + one tile) of the accumulation type, or null: see `keeps`
   void* minima;  // (tiles, 2) of the accumulation type
+  double* entries;  // sparse rows: (kEntryFields, entries + 1 rounded up to kEntryStep)
 };
 
 struct ScaleCall {
@@ -55,6 +66,7 @@ struct InstructionSet {
   bool (*keeps)(int divergence);        // whether its gradients wait in Workspace::kept for their sum
   void (*row)(const RowsCall&, const Workspace&, int64_t row);
   void (*scale)(const ScaleCall&, int64_t row);
+  void (*sparse_row)(const SparseCall&, const Workspace&, int64_t row);
 };
 
 const InstructionSet& base_set();

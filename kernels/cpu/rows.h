@@ -114,26 +114,29 @@ class OneRow {
 
   void run() {
     const double weight = ((const F*)call_.row_scale)[n_];
-    F* metrics = call_.metrics ? (F*)call_.metrics + n_ * kMetrics : nullptr;
-    if (weight == 0) {
-      ((F*)call_.loss)[n_] = 0;
-      if (metrics) memset(metrics, 0, kMetrics * sizeof(F));
-      if (call_.grad.data) zero(0, call_.grad_columns);
-      return;
-    }
+    if (weight == 0) return drop();
     plan();
     statistics();
     const double kd = kind_ == kNone ? 0 : divergence();
     const double ce = call_.labels ? cross_entropy() : __builtin_nan("");
+    write_loss(weight, kd, ce);
+    if (F* metrics = metrics_row()) report(metrics, kd, ce);
+    if (call_.grad.data) gradient(weight);
+  }
+
+ protected:
+  F* metrics_row() const { return call_.metrics ? (F*)call_.metrics + n_ * kMetrics : nullptr; }
+  void drop() {
+    ((F*)call_.loss)[n_] = 0;
+    if (F* metrics = metrics_row()) memset(metrics, 0, kMetrics * sizeof(F));
+    if (call_.grad.data) zero(0, call_.grad_columns);
+  }
+  void write_loss(double weight, double kd, double ce) {
     double loss = 0;
     if (call_.kd_scale != 0) loss += call_.kd_scale * kd;
     if (call_.ce_weight != 0) loss += call_.ce_weight * ce;
     ((F*)call_.loss)[n_] = (F)(weight * loss);
-    if (metrics) report(metrics, kd, ce);
-    if (call_.grad.data) gradient(weight);
   }
-
- private:
   // Temperatures as the exponentials see them, rounded to F: the row is computed consistently at those.
   void plan() {
     weights_ = listed_.kl ? listed_.kl(call_.parameters) : KlWeights{0, 0};
@@ -398,12 +401,13 @@ class OneRow {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+inline bool native_bf16(const RowsCall& call) {
+  return call.student.dtype == DType::bf16 && call.teacher.dtype == DType::bf16 && !transforms(call.student) &&
+         !transforms(call.teacher) && (call.grad.data == nullptr || call.grad.dtype == DType::bf16);
+}
 inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
-  const bool bf16 = call.student.dtype == DType::bf16 && call.teacher.dtype == DType::bf16 &&
-                    !transforms(call.student) && !transforms(call.teacher) &&
-                    (call.grad.data == nullptr || call.grad.dtype == DType::bf16);
   if (call.wide) return OneRow<double>(call, work, n).run();
-  if (bf16) return OneRow<uint16_t>(call, work, n).run();
+  if (native_bf16(call)) return OneRow<uint16_t>(call, work, n).run();
   OneRow<float>(call, work, n).run();
 }
 
@@ -435,8 +439,6 @@ inline int find(const char* name) {
   return -1;
 }
 inline bool keeps(int divergence) { return kListed[divergence].kl == nullptr; }
-
-constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, keeps, row, scale};
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

@@ -1,4 +1,4 @@
-// The avx512 build of rows.h. Standard headers come first, so that none of their inline functions is compiled for it: the
+// The avx512 build of rows.h and sparse.h. Standard headers come first, so that none of their inline functions is compiled for it: the
 // linker keeps one copy of those for the whole program, and it has to run on every machine.
 #include <math.h>
 #include <string.h>
@@ -22,7 +22,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #endif
 
-#include "rows.h"
+#include "sparse.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// The base build of rows.h. Standard headers come first, so that none of their inline functions is compiled for it: the
+// The base build of rows.h and sparse.h. Standard headers come first, so that none of their inline functions is compiled for it: the
 // linker keeps one copy of those for the whole program, and it has to run on every machine.
 #include <math.h>
 #include <string.h>
@@ -16,7 +16,7 @@
 #define FUSEDKD_STRING(x) FUSEDKD_STRING_(x)
 #define FUSEDKD_VECTOR_BYTES 16
 
-#include "rows.h"
+#include "sparse.h"
 
 namespace fusedkd {
 const InstructionSet& base_set() { return base::kSet; }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedkd.sparse import SparseRows
 from fusedkd.spec import LossSpec
 
-__all__ = ["head_dtypes", "mm_", "rows", "scale_", "unavailable"]
+__all__ = ["head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
 
 
 def unavailable() -> str | None:
@@ -32,6 +33,21 @@ def rows(
     from . import ops
 
     return ops.rows(student, teacher, labels, row_scale, spec, grad, metrics)
+
+
+def sparse_rows(
+    student: Tensor,
+    teacher: SparseRows,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    spec: LossSpec,
+    grad: Tensor | None,
+    metrics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See :mod:`fusedkd.kernels`."""
+    from . import sparse_ops
+
+    return sparse_ops.sparse_rows(student, teacher, labels, row_scale, spec, grad, metrics)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -1,0 +1,296 @@
+// One row against a teacher of K entries. The sweeps are those of dense rows without a teacher; they run over the row
+// with the ids taken out, so that what the student has outside them is summed as it is and not as a small difference.
+// The K entries are gathered and computed in fp64, and written over what the last sweep left in their places.
+#pragma once
+
+#include "rows.h"
+
+namespace fusedkd {
+namespace FUSEDKD_ISA {
+
+// Values and gradients of a few categories, in fp64: (parameters, weights, lp, lq, gradients, n) -> sum of values. n is
+// a multiple of kEntryStep; lp = lq = -inf is nothing.
+using EntriesRun = double (*)(const double*, KlWeights, const double*, const double*, double*, int64_t);
+
+FUSEDKD_INLINE Entry<VD> entry(VD lp, VD lq) {
+  const VD nothing = splat<VD>(-kInfinity);
+  return {lp, lq, (lp == nothing) & (lq == nothing) ? VD{} : lp - lq, exp(lp), exp(lq)};
+}
+struct MixOfKls {
+  FUSEDKD_INLINE static Point<VD> at(const Entry<VD>& e, const double*, KlWeights w) {
+    const VD forward = splat<VD>(w.forward), reverse = splat<VD>(w.reverse), zero = {};
+    VD to_p = mul0(e.p, e.gap), to_q = mul0(e.q, -e.gap);
+    // an infinite gap counts as 0 in the gradient
+    VD bounded = abs(e.gap) == splat<VD>(kInfinity) ? zero : to_q;
+    return {mul0(forward, to_p) + mul0(reverse, to_q), reverse * (bounded + e.q) - forward * e.p};
+  }
+};
+template <class D>
+struct Pointwise {
+  FUSEDKD_INLINE static Point<VD> at(const Entry<VD>& e, const double* w, KlWeights) { return D::at(e, w); }
+};
+template <class Divergence>
+double entries(const double* parameters, KlWeights weights, const double* lp, const double* lq, double* grad, int64_t n) {
+  VD sum = {};
+  for (int64_t i = 0; i < n; i += sizeof(VD) / sizeof(double)) {
+    Point<VD> point = Divergence::at(entry(load<VD>(lp + i), load<VD>(lq + i)), parameters, weights);
+    sum += point.value;
+    store(grad + i, point.grad);
+  }
+  return total(sum);
+}
+template <class D>
+constexpr auto entries_of(int) -> decltype(D::kl(nullptr), EntriesRun{}) {
+  return entries<MixOfKls>;
+}
+template <class D>
+constexpr EntriesRun entries_of(long) {
+  return entries<Pointwise<D>>;
+}
+template <class>
+struct EntriesList;
+template <int... n>
+struct EntriesList<std::integer_sequence<int, n...>> {
+  static constexpr EntriesRun all[] = {entries_of<typename Registered<n>::type>(0)...};
+};
+constexpr const EntriesRun* kEntries = EntriesList<std::make_integer_sequence<int, kDivergences>>::all;
+
+// log of (e^x + sum e^(rate z)).
+inline double log_sum_exp(double x, double rate, const double* z, int64_t n) {
+  double most = x;
+  for (int64_t i = 0; i < n; ++i) most = z[i] * rate > most || z[i] != z[i] ? z[i] * rate : most;
+  if (!(::fabs(most) < kInfinity)) return most;  // nothing at all, or no number
+  VD sum = {};
+  for (int64_t i = 0; i < n; i += sizeof(VD) / sizeof(double))
+    sum += exp(fma(load<VD>(z + i), splat<VD>(rate), splat<VD>(-most)));
+  return most + ::log(total(sum) + ::exp(x - most));
+}
+
+template <class X>
+class SparseRow : OneRow<X> {
+  typedef OneRow<X> Dense;
+  typedef Format<X> Fmt;
+  typedef typename Fmt::F F;
+  using Dense::begin, Dense::call_, Dense::end, Dense::far, Dense::grad_, Dense::grad_sum_, Dense::kept, Dense::kind_,
+      Dense::label_, Dense::log_student_, Dense::log_unit_, Dense::minima, Dense::n_, Dense::padded, Dense::row_,
+      Dense::student_, Dense::student_label_, Dense::sums_, Dense::teacher_, Dense::tiles_, Dense::top_student_,
+      Dense::unit_;
+
+ public:
+  SparseRow(const SparseCall& call, const Workspace& work, int64_t n)
+      : Dense(call, work, n), sparse_(call), indices_(call.indices + n * call.entries) {
+    padded_ = (call.entries + 1 + kEntryStep - 1) / kEntryStep * kEntryStep;
+    z_ = work.entries, slopes_ = z_ + padded_, lp_ = slopes_ + padded_, lq_ = lp_ + padded_, entry_grad_ = lq_ + padded_;
+  }
+
+  void run() {
+    const double weight = ((const F*)call_.row_scale)[n_];
+    if (weight == 0) return this->drop();
+    this->plan();
+    outside_ = kind_ == kEntrywise && !sparse_.bucket;
+    gather();
+    statistics();
+    const double kd = kind_ == kNone ? 0 : divergence();
+    const double ce = call_.labels ? this->cross_entropy() : __builtin_nan("");
+    this->write_loss(weight, kd, ce);
+    if (F* metrics = this->metrics_row()) report(metrics, kd, ce);
+    if (call_.grad.data) gradient(weight);
+  }
+
+ private:
+  void gather() {
+    while (count_ < sparse_.entries && indices_[count_] != kPadding) ++count_;
+    for (int64_t i = 0; i < padded_; ++i) z_[i] = lp_[i] = lq_[i] = -kInfinity;
+    const F* log_probs = (const F*)sparse_.log_probs + n_ * (sparse_.entries + 1);
+    for (int64_t i = 0; i < count_; ++i) {
+      z_[i] = logit(call_.student, student_.row, indices_[i], slopes_ + i);
+      lp_[i] = log_probs[i];
+    }
+    lp_[count_] = log_probs[sparse_.entries];
+  }
+
+  static void put(F value, X* to) {
+    write(sizeof(X) == 2 ? DType::bf16 : sizeof(X) == 4 ? DType::f32 : DType::f64, &value, to, 1);
+  }
+  X* cover(X* tile, int64_t k, const int32_t* from, const int32_t* to, F value) {
+    for (const int32_t* id = from; id < to; ++id) put(value, tile + (*id - begin(k)));
+    return tile;
+  }
+  X* in_buffer(const X* tile, int64_t n) {
+    if (tile != student_.buffer) memcpy(student_.buffer, tile, n * sizeof(X));
+    return student_.buffer;
+  }
+  const int32_t* ids_until(const int32_t* id, int64_t column) const {
+    while (id < indices_ + count_ && *id < column) ++id;
+    return id;
+  }
+  const X* without_ids(int64_t k, const int32_t** id) {
+    const int32_t* from = *id;
+    const int64_t n = end(k) - begin(k);
+    const X* x = student_.get(begin(k), n, -(F)kInfinity, nullptr);
+    *id = ids_until(from, end(k));
+    return *id == from ? x : cover(in_buffer(x, padded(n)), k, from, *id, -(F)kInfinity);
+  }
+
+  // The first sweep of dense rows. An id is covered with the tile's smallest entry, of which as many exponentials are
+  // taken off again: -inf would cost nearly every tile the fast sweep. Where that could cancel, -inf it is.
+  void statistics() {
+    const int32_t* id = indices_;
+    Reference<F> all;
+    for (int64_t k = 0; k < tiles_; ++k) {
+      const int64_t n = end(k) - begin(k);
+      Tile<X> t = this->tile(k, false);
+      F hi, fill;
+      extremes(t.student, t.n, minima(k), &hi);
+      if (call_.metrics) {
+        this->best(t.student, begin(k), end(k), hi, all, &top_student_);
+        all.advance(hi);
+      }
+      const int32_t* from = id;
+      id = ids_until(from, end(k));
+      if (id != from) {
+        fill = id - from > n / 2 ? -(F)kInfinity : *minima(k);
+        t.student = cover(in_buffer(t.student, t.n), k, from, id, fill);
+        extremes(t.student, t.n, minima(k), &hi);
+      }
+      sums_.student *= row_.student.advance(hi), sums_.unit *= row_.unit.advance(hi);
+      Runs<X>::statistics[kNone][unit_][far(k, false)](t, row_, sums_);
+      if (id == from || fill == -(F)kInfinity) continue;
+      sums_.student -= (id - from) * power(row_.student, fill);
+      if (unit_) sums_.unit -= (id - from) * power(row_.unit, fill);
+    }
+    log_tail_ = log_sum(row_.student, sums_.student);
+    log_student_ = log_sum_exp(log_tail_, row_.student.inverse_temperature(), z_, padded_);
+    log_unit_ = log_student_;
+    if (unit_) log_unit_ = log_sum_exp(log_sum(row_.unit, sums_.unit), row_.unit.inverse_temperature(), z_, padded_);
+  }
+  static double power(const Reference<F>& r, F x) { return ::exp2((double)x * r.scale - r.whole); }
+  static double log_sum(const Reference<F>& r, double sum) { return r.seen ? r.log_sum(sum) : -kInfinity; }
+  // log-probability of what Reference makes 1
+  double log_one(const Reference<F>& r, double log_sum) const { return r.whole * kLn2 - log_sum; }
+
+  double divergence() {
+    const double rate = row_.student.inverse_temperature();
+    for (int64_t i = 0; i < count_; ++i) lq_[i] = z_[i] * rate - log_student_;
+    if (sparse_.bucket) lq_[count_] = log_tail_ - log_student_;
+    if (log_tail_ == -kInfinity && ::exp(lp_[count_]) <= sparse_.rounding) lp_[count_] = -kInfinity;
+    double sum = kEntries[call_.divergence](call_.parameters, this->weights_, lp_, lq_, entry_grad_, padded_);
+    for (int64_t i = 0; i <= count_; ++i) grad_sum_ += entry_grad_[i];
+    return outside_ ? sum + outside() : sum;
+  }
+
+  // The middle sweep of dense rows over the entries that are no ids, where p = 0.
+  double outside() {
+    Middle<F> m;
+    m.over_student = Exact<F>(::exp(log_one(row_.student, log_student_))), m.over_teacher = Exact<F>(1);
+    m.log_student = Exact<F>(log_one(row_.student, log_student_));
+    m.student_rate = (F)row_.student.inverse_temperature(), m.teacher_rate = 1;
+    m.far_student = Exact<F>(row_.student.max * row_.student.inverse_temperature() - log_student_);
+    m.parameters = call_.parameters;
+    row_.teacher = Reference<F>(), row_.teacher.scale = row_.ratio = 1;
+    for (X& x : teacher_.buffer) put(-(F)kInfinity, &x);
+    const int32_t* id = indices_;
+    for (int64_t k = 0; k < tiles_; ++k) {
+      Tile<X> t = this->tile(k, false);
+      t.student = without_ids(k, &id), t.teacher = teacher_.buffer;
+      if (!call_.grad.data || call_.kd_scale == 0) t.kept = nullptr;
+      this->listed_.middle(X())[true](t, row_, m);
+    }
+    grad_sum_ += m.grad;
+    return m.value;
+  }
+
+  void report(F* metrics, double kd, double ce) {
+    double moment = 0, unused = 0, of_teacher = 0, of_student = 0;
+    const int32_t* id = indices_;
+    for (int64_t k = 0; k < tiles_; ++k)
+      moments(without_ids(k, &id), padded(end(k) - begin(k)), row_.student, 0, &moment, &unused);
+    int64_t top = -1;
+    for (int64_t i = 0; i < count_; ++i)
+      if (lp_[i] > (top < 0 ? -kInfinity : lp_[top])) top = i;
+    for (int64_t i = 0; i <= count_; ++i) of_teacher += lp_[i] == -kInfinity ? 0 : ::exp(lp_[i]) * lp_[i];
+    for (int64_t i = 0; i < count_; ++i) of_student += lq_[i] == -kInfinity ? 0 : ::exp(lq_[i]) * lq_[i];
+    if (log_tail_ != -kInfinity) {
+      const double mean = row_.student.max + moment / sums_.student;
+      of_student += ::exp(log_tail_ - log_student_) * (row_.student.inverse_temperature() * mean - log_student_);
+    }
+    const int64_t best = top < 0 ? -1 : indices_[top];
+    const double unknown = __builtin_nan("");
+    metrics[0] = (F)kd, metrics[1] = (F)ce;
+    metrics[2] = (F)-of_teacher, metrics[3] = (F)-of_student;
+    metrics[4] = top_student_ == best;
+    metrics[5] = (F)(call_.labels ? top_student_ == label_ : unknown);
+    metrics[6] = (F)(call_.labels ? best == label_ : unknown);
+  }
+
+  // Outside the ids d loss / d s = A q + C q_1 + ..., with the tail's derivative as part of A.
+  void gradient(double weight) {
+    const double soft = weight * call_.kd_scale / call_.student_temperature;
+    const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
+    const bool separate = unit_ && hard != 0;
+    double student = soft == 0 ? 0 : -soft * grad_sum_ * ::exp(log_one(row_.student, log_student_));
+    if (tail() && row_.student.seen) student += soft * entry_grad_[count_] / sums_.student;
+    double unit = hard == 0 ? 0 : hard * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
+    if (!separate) student += unit;
+    const Coefficients<F> c{(F)(-hard * call_.label_smoothing / call_.vocabulary), (F)student, (F)soft, 0, 0, 0, (F)unit};
+    if (const double every = student + unit + log_student_; every - every != 0) {  // the row holds a NaN
+      fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.vocabulary);
+    } else {
+      double slope = 0;
+      const bool label_outside = hard != 0 && !is_id(label_);
+      const double label = label_outside ? label_outside_gradient(soft, hard, &slope) : 0;
+      for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, outside_ && soft != 0 ? kEntrywise : kNone, separate, c);
+      if (label_outside) put(label_, student_label_, label * slope);
+      for (int64_t i = 0; i < count_; ++i)
+        put(indices_[i], z_[i], slopes_[i] * at(indices_[i], z_[i], soft == 0 ? 0 : entry_grad_[i], soft, hard));
+    }
+    this->zero(call_.vocabulary, call_.grad_columns);
+  }
+  bool tail() const { return sparse_.bucket && kind_ != kNone; }
+  bool is_id(int64_t column) const {
+    const int32_t* id = ids_until(indices_, column);
+    return id < indices_ + count_ && *id == column;
+  }
+
+  // The gradient of one logit in fp64; `own` is d value / d log q of its entry.
+  double at(int64_t column, double z, double own, double soft, double hard) const {
+    double g = 0;
+    if (soft != 0) g = soft * (own - ::exp(z * row_.student.inverse_temperature() - log_student_) * grad_sum_);
+    if (hard == 0) return g;
+    const double smoothing = call_.label_smoothing, q = ::exp(z * row_.unit.inverse_temperature() - log_unit_);
+    return g + hard * (q - (column == label_ ? 1 - smoothing : 0) - smoothing / call_.vocabulary);
+  }
+  double label_outside_gradient(double soft, double hard, double* slope) const {
+    const double z = logit(call_.student, student_.row, label_, slope);
+    double own = 0;
+    if (tail()) own = entry_grad_[count_] * ::exp(z * row_.student.inverse_temperature() - log_tail_);
+    if (outside_ && soft != 0) {
+      int64_t k = 0;
+      while (end(k) <= label_) ++k;
+      own = kept(k)[Fmt::slot(label_ - begin(k))];
+    }
+    return at(label_, z, own, soft, hard);
+  }
+  void put(int64_t column, double z, double g) {
+    if (z == -kInfinity) g = 0;
+    write(call_.grad.dtype, &g, grad_ + column * size_of(call_.grad.dtype), 1);
+  }
+
+  const SparseCall& sparse_;
+  const int32_t* indices_;
+  int64_t padded_, count_ = 0;
+  double *z_, *slopes_, *lp_, *lq_, *entry_grad_;
+  double log_tail_;
+  bool outside_;
+};
+
+inline void sparse_row(const SparseCall& call, const Workspace& work, int64_t n) {
+  if (call.wide) return SparseRow<double>(call, work, n).run();
+  if (native_bf16(call)) return SparseRow<uint16_t>(call, work, n).run();
+  SparseRow<float>(call, work, n).run();
+}
+
+constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, keeps, row, scale, sparse_row};
+
+}  // namespace FUSEDKD_ISA
+}  // namespace fusedkd

@@ -1,0 +1,542 @@
+"""Rows against a teacher of K entries: statistics -> [middle sweep] -> gradient, over the student.
+
+The sweeps are those of sweeps.py for one side. In the first two the row's ids are covered with
+-inf, so that what the student has outside them is summed as it is, not as a small difference. They
+are sorted, so a cursor walks along with the tiles: a tile without ids costs one comparison, each
+id one more pass over its tile's registers. The third sweep writes anything over the ids; their
+gradients follow when it is done (barriers keep the order within a program).
+
+The K entries are walked in blocks, and always from ``held``, a copy of their raw logits and the
+label's: the gradient may be written over the logits, by other programs of the row too.
+
+Stages as in programs.py; "middle" exists only where entries outside the ids have a say: without
+the bucket, for divergences that are no mix of KLs (of those only forward KL is finite there, and
+it is 0).
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import LN2, LOG2E, log_sum, lowest, reciprocal, rounded, scalar, transform
+from .programs import _drop, _pieces, _span
+from .sweeps import (
+    INFINITY,
+    NO_COLUMN,
+    _add,
+    _at_one,
+    _edge_columns,
+    _first,
+    _geometry,
+    _load,
+    _log_prob,
+    _offsets,
+    _row,
+    _shifted,
+    _tile,
+    _total,
+    zeros,
+)
+
+BLOCK = tl.constexpr(128)
+POINTERS = (
+    *("student", "grad", "indices", "log_probs", "labels", "row_scale"),
+    *("loss", "metrics", "held", "partial", "sums"),
+)
+SIZES = ("entries", "length", "s_b", "s_t", "g_b", "g_t", "vocab", "columns", "power")
+
+# --------------------------------------------------------------------------------------------------
+# ids among columns; ``known`` is (their pointer, how many slots)
+
+
+@triton.jit
+def _rank(known, column):
+    """How many ids come before a column."""
+    ids, entries = known
+    count = tl.full([], 0, tl.int32)
+    for start in range(0, entries, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        id = tl.load(ids + slot, mask=slot < entries, other=NO_COLUMN)
+        count += tl.sum((id < column).to(tl.int32), axis=0)
+    return count
+
+
+@triton.jit
+def _cover(z, at, stop, known, cursor):
+    """-inf over the ids from the cursor on that lie before ``stop``; and where the cursor is then."""
+    ids, entries = known
+    id = tl.load(ids + cursor, mask=cursor < entries, other=NO_COLUMN)
+    while id < stop:
+        z = tl.where(at == id, -INFINITY, z)
+        cursor += 1
+        id = tl.load(ids + cursor, mask=cursor < entries, other=NO_COLUMN)
+    return z, cursor
+
+
+@triton.jit
+def _cover_edges(z, at, shape, known, plan: tl.constexpr):
+    head, tiles, _ = shape
+    z, _ = _cover(z, at, head, known, tl.full([], 0, tl.int32))
+    behind = _rank(known, head + tiles * (plan.lanes * plan.width))
+    z, _ = _cover(z, at, NO_COLUMN, known, behind)
+    return z
+
+
+# --------------------------------------------------------------------------------------------------
+# statistics of the student: outside the ids, with a = (z - top) log2(e) / T,
+#   top  largest logit    total  sum 2^a    one  sum e^(z - top)    own  sum 2^a a
+# and of all entries
+#   mean  sum z / V       best  largest logit, ``at`` its first column
+
+
+@triton.jit
+def _move(state, new, k):
+    top, total, one, own, mean, best, at = state
+    by = (top - new) * k
+    keep = tl.exp2(by)
+    own = _shifted(own, keep, by, total)
+    return new, total * keep, one * tl.exp2((top - new) * LOG2E), own, mean, best, at
+
+
+@triton.jit
+def _observe(state, z, rest, columns, mask, numbers, plan: tl.constexpr):
+    """Take a tile into the statistics; ``rest`` is z with the ids covered."""
+    k, share, power = numbers
+    here = tl.max(z, axis=1)
+    state = _move(state, tl.maximum(state[0], tl.max(rest, axis=1)), k)
+    top, total, one, own, mean, best, at = state
+    below = rest - top[:, None]
+    a = below * k
+    e = tl.exp2(a)
+    total += tl.sum(e, axis=1)
+    if plan.ce:
+        one += tl.sum(_at_one(e, below, power), axis=1)
+        mean += _total(z * share, mask)
+    if plan.metrics:
+        own += tl.sum(tl.where(e == 0, 0.0, e * a), axis=1)
+        at = _first(z, here, best, at, columns)
+    return top, total, one, own, mean, tl.maximum(best, here), at
+
+
+@triton.jit
+def _merge(state, k):
+    """Statistics of (pieces,) -> of the whole, the sums among them in fp64."""
+    best = tl.max(state[5], axis=0)
+    at = tl.min(tl.where(state[5] == best, state[6], NO_COLUMN), axis=0)
+    top, total, one, own, mean, _, _ = _move(state, tl.max(state[0], axis=0), k)
+    return top, _add(total), _add(one), _add(own), _add(mean), best, at
+
+
+@triton.jit
+def _statistics(student, known, shape, span, bend, numbers, plan: tl.constexpr):
+    first, last, edges = span
+    size: tl.constexpr = plan.lanes * plan.width
+    zero = tl.full([plan.lanes], 0, plan.acc)
+    low = zero + lowest(plan.acc)
+    state = (low, zero, zero, zero, zero, low, tl.full([plan.lanes], 0, tl.int32))
+    cursor = _rank(known, shape[0] + first * size)
+    for tile in range(first, last):
+        start = shape[0] + tile * size
+        at = start + _offsets(plan)
+        pointers = _tile(student, shape[0], tile, plan)
+        z, _ = _load(pointers, None, bend, plan.acc, plan.bent_s, "evict_last")
+        rest, cursor = _cover(z, at, start + size, known, cursor)
+        state = _observe(state, z, rest, at, None, numbers, plan)
+    for start in range(0, edges, size):
+        at, mask = _edge_columns(start, shape, plan)
+        z, _ = _load(student + at, mask, bend, plan.acc, plan.bent_s, "")
+        rest = _cover_edges(z, at, shape, known, plan)
+        state = _observe(state, z, rest, at, mask, numbers, plan)
+    return _merge(state, numbers[0])
+
+
+@triton.jit
+def _leave(partial, n, piece, state, plan: tl.constexpr):
+    at = partial + n.to(tl.int64) * (7 * plan.pieces) + piece
+    for field in tl.static_range(7):
+        tl.store(at + field * plan.pieces, state[field].to(tl.float64))
+
+
+@triton.jit
+def _recall(partial, n, plan: tl.constexpr):
+    return (
+        _pieces(partial, n, 0, 7, plan).to(plan.acc), _pieces(partial, n, 1, 7, plan),
+        _pieces(partial, n, 2, 7, plan), _pieces(partial, n, 3, 7, plan),
+        _pieces(partial, n, 4, 7, plan), _pieces(partial, n, 5, 7, plan).to(plan.acc),
+        _pieces(partial, n, 6, 7, plan).to(tl.int32),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# the entries: slots 0 to K - 1 are ids, slot K is the tail
+
+
+@triton.jit
+def _hold(student, held, known, label):
+    """Copy the ids' raw logits to ``held``, and behind them the label's."""
+    ids, entries = known
+    for start in range(0, entries, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        id = tl.load(ids + slot, mask=slot < entries, other=NO_COLUMN)
+        z = tl.load(student + id, mask=id != NO_COLUMN, other=0.0)
+        tl.store(held + slot, z, mask=id != NO_COLUMN)
+    if label >= 0:
+        tl.store(held + entries, tl.load(student + label))
+
+
+@triton.jit
+def _held(held, known, start, bend, plan: tl.constexpr):
+    """(ids, logits after the transform or -inf at padding, d of that / d raw) of a block."""
+    ids, entries = known
+    slot = start + tl.arange(0, BLOCK)
+    id = tl.load(ids + slot, mask=slot < entries, other=NO_COLUMN)
+    z, slope = _load(held + slot, id != NO_COLUMN, bend, plan.acc, plan.bent_s, "")
+    return id, z, slope
+
+
+@triton.jit
+def _norm(state, held, known, bend, inverse, plan: tl.constexpr):
+    """(largest logit, 1 / T, log and 1 / of its sum over all entries at T, the same at T = 1), and
+    how much lower the largest one outside the ids is."""
+    top, total, one, _, _, best, _ = state
+    shift = top - best
+    total = total * tl.exp2(shift * inverse * LOG2E)
+    one = one * tl.exp2(shift * LOG2E)
+    for start in range(0, known[1], BLOCK):
+        _, z, _ = _held(held, known, start, bend, plan)
+        total += _add(tl.exp2((z - best) * inverse * LOG2E))
+        if plan.ce:
+            one += _add(tl.exp2((z - best) * LOG2E))
+    over, over_one = reciprocal(total).to(plan.acc), reciprocal(one).to(plan.acc)
+    log_one = log_sum(one, plan.acc)
+    return best, inverse, log_sum(total, plan.acc), over, log_one, over_one, shift
+
+
+@triton.jit
+def _log_tail(state, norm, plan: tl.constexpr):
+    """log of what the student has outside the ids."""
+    log_total = norm[6] * norm[1] + log_sum(state[1], plan.acc) - norm[2]
+    return tl.where(state[1] == 0, -INFINITY, log_total)
+
+
+@triton.jit
+def _points(
+    start, log_probs, log_tail, held, known, bend, norm, a_b, least,
+    DIVERGENCE: tl.constexpr, BUCKET: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """A block of slots: (id, z, slope, lp, lq, q, value, grad), nothing at padding."""
+    id, z, slope = _held(held, known, start, bend, plan)
+    slot = start + tl.arange(0, BLOCK)
+    last = slot == known[1]
+    lp = tl.load(log_probs + slot, mask=slot <= known[1], other=-INFINITY)
+    if BUCKET:
+        lp = tl.where(last & (tl.exp(lp) <= least), -INFINITY, lp)
+    lq = _log_prob(z, z - norm[0], norm[1], norm[2], plan)
+    if BUCKET:
+        lq = tl.where(last, log_tail, lq)
+    absent = (lp == -INFINITY) & (lq == -INFINITY)
+    q = tl.exp(lq)
+    value, grad = DIVERGENCE(lp, lq, tl.where(absent, 0.0, lp - lq), tl.exp(lp), q, *a_b)
+    value, grad = tl.where(absent, 0.0, value), tl.where(absent, 0.0, grad)
+    return id, z, slope, lp, lq, q, value, grad
+
+
+@triton.jit
+def _weighted(lp):
+    """sum p log p"""
+    return _add(tl.where(lp == -INFINITY, 0.0, tl.exp(lp) * lp))
+
+
+@triton.jit
+def _compare(
+    log_probs, log_tail, held, known, bend, norm, a_b, least,
+    DIVERGENCE: tl.constexpr, BUCKET: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """Over all slots: value, sum of grad, the tail's grad, sum p log p, the ids' sum q log q, and
+    the teacher's first choice; the sums in fp64."""
+    value = tl.full([], 0, tl.float64)
+    slope, of_tail, own_t, own_s = value, value, value, value
+    most, top = tl.full([], -INFINITY, plan.acc), tl.full([], -1, tl.int32)
+    for start in range(0, known[1] + 1, BLOCK):
+        id, _, _, lp, lq, _, v, g = _points(start, log_probs, log_tail, held, known, bend, norm,
+                                            a_b, least, DIVERGENCE, BUCKET, plan)  # fmt: skip
+        value += _add(v)
+        slope += _add(g)
+        last = start + tl.arange(0, BLOCK) == known[1]
+        of_tail += _add(tl.where(last, g, 0.0))
+        if plan.metrics:
+            own_t += _weighted(lp)
+            own_s += _weighted(tl.where(last, -INFINITY, lq))
+            lp = tl.where(last, -INFINITY, lp)
+            here = tl.max(lp, axis=0)
+            first = tl.min(tl.where(lp == here, id, NO_COLUMN), axis=0)
+            top = tl.where(here > most, first, top)
+            most = tl.maximum(here, most)
+    return value, slope, of_tail, own_t, own_s, top
+
+
+# --------------------------------------------------------------------------------------------------
+# the other two sweeps
+
+
+@triton.jit
+def _without(z, norm, a_b, DIVERGENCE: tl.constexpr, plan: tl.constexpr):
+    """The divergence where the teacher has nothing."""
+    lq = _log_prob(z, z - norm[0], norm[1], norm[2], plan)
+    nothing = tl.zeros_like(lq)
+    value, grad = DIVERGENCE(nothing - INFINITY, lq, nothing - INFINITY, nothing, tl.exp(lq), *a_b)
+    absent = z == -INFINITY
+    return tl.where(absent, 0.0, value), tl.where(absent, 0.0, grad)
+
+
+@triton.jit
+def _middle(
+    student, known, shape, span, bend, norm, a_b, DIVERGENCE: tl.constexpr, plan: tl.constexpr
+):
+    """(value, sum of grad) outside the ids."""
+    first, last, edges = span
+    size: tl.constexpr = plan.lanes * plan.width
+    value = tl.full([plan.lanes], 0, plan.acc)
+    slope = value
+    cursor = _rank(known, shape[0] + first * size)
+    for tile in range(first, last):
+        start = shape[0] + tile * size
+        pointers = _tile(student, shape[0], tile, plan)
+        z, _ = _load(pointers, None, bend, plan.acc, plan.bent_s, "evict_last")
+        z, cursor = _cover(z, start + _offsets(plan), start + size, known, cursor)
+        v, g = _without(z, norm, a_b, DIVERGENCE, plan)
+        value += tl.sum(v, axis=1)
+        slope += tl.sum(g, axis=1)
+    for start in range(0, edges, size):
+        at, mask = _edge_columns(start, shape, plan)
+        z, _ = _load(student + at, mask, bend, plan.acc, plan.bent_s, "")
+        v, g = _without(_cover_edges(z, at, shape, known, plan), norm, a_b, DIVERGENCE, plan)
+        value += tl.sum(v, axis=1)
+        slope += tl.sum(g, axis=1)
+    return _add(value), _add(slope)
+
+
+@triton.jit
+def _slope(
+    z, bent, at, start, top, norm, pull, a_b,
+    DIVERGENCE: tl.constexpr, OUTSIDE: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile, right outside the ids."""
+    soft, kd, _, one, _, smooth, hot, label, power = pull
+    below = z - top
+    e = tl.exp2(below * norm[1] * LOG2E)
+    g = e * soft
+    if OUTSIDE:
+        if kd != 0:
+            _, own = _without(z, norm, a_b, DIVERGENCE, plan)
+            g += own * kd
+    if plan.ce:
+        g += _at_one(e, below, power) * one - smooth
+        if (label >= start) & (label - start < plan.lanes * plan.width):  # uniform
+            g = tl.where(at == label, g - hot, g)
+    if plan.bent_s:
+        g *= bent
+    return tl.where(z == -INFINITY, 0.0, g)
+
+
+@triton.jit
+def _gradient(
+    student, grad, shape, span, bend, top, norm, pull, a_b,
+    DIVERGENCE: tl.constexpr, OUTSIDE: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    first, last, edges = span
+    size: tl.constexpr = plan.lanes * plan.width
+    for step in range(first, last):
+        tile = last - 1 - (step - first)  # backwards: what was read last is still in L2
+        start = shape[0] + tile * size
+        pointers = _tile(student, shape[0], tile, plan)
+        z, bent = _load(pointers, None, bend, plan.acc, plan.bent_s, "evict_first")
+        g = _slope(z, bent, start + _offsets(plan), start, top, norm, pull, a_b, DIVERGENCE,
+                   OUTSIDE, plan)  # fmt: skip
+        out = _tile(grad, shape[0], tile, plan)
+        tl.store(out, rounded(g, grad.dtype.element_ty), eviction_policy="evict_first")
+    for begin in range(0, edges, size):
+        at, mask = _edge_columns(begin, shape, plan)
+        z, bent = _load(student + at, mask, bend, plan.acc, plan.bent_s, "")
+        g = _slope(z, bent, at, pull[7], top, norm, pull, a_b, DIVERGENCE, OUTSIDE, plan)
+        tl.store(grad + at, rounded(g, grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scatter(
+    grad, shape, span, log_probs, log_tail, held, known, bend, norm, pull, a_b, least,
+    DIVERGENCE: tl.constexpr, BUCKET: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """The gradients of those ids that lie in the span."""
+    _, kd, sum_grad, _, one, smooth, hot, label, _ = pull
+    head, tiles, _ = shape
+    first, last, edges = span
+    size: tl.constexpr = plan.lanes * plan.width
+    for start in range(0, known[1], BLOCK):
+        id, z, bent, _, _, q, _, g = _points(start, log_probs, log_tail, held, known, bend, norm,
+                                             a_b, least, DIVERGENCE, BUCKET, plan)  # fmt: skip
+        g = (g - q * sum_grad) * kd
+        if kd == 0:  # left out, so that a NaN teacher has no say
+            g = tl.zeros_like(g)
+        if plan.ce:
+            g += tl.exp2((z - norm[0]) * LOG2E) * one - smooth
+            g = tl.where(id == label, g - hot, g)
+        if plan.bent_s:
+            g *= bent
+        g = tl.where(z == -INFINITY, 0.0, g)
+        inside = (id >= head + first * size) & (id < head + last * size)
+        edge = (id < head) | (id >= head + tiles * size)
+        mine = (id != NO_COLUMN) & (inside | (edge & (edges > 0)))
+        tl.store(grad + id, rounded(g, grad.dtype.element_ty), mask=mine)
+
+
+# --------------------------------------------------------------------------------------------------
+# the kernel
+
+
+@triton.jit
+def _cross_entropy(state, norm, held, known, bend, smoothing, plan: tl.constexpr):
+    z, _ = _load(held + known[1], None, bend, plan.acc, plan.bent_s, "")
+    hard, soft = (norm[0] - z) + norm[4], (norm[0] - state[4].to(plan.acc)) + norm[4]
+    # Without smoothing the mean plays no part: it is -inf in a row with a masked entry.
+    return tl.where(smoothing == 0, hard, (1.0 - smoothing) * hard + smoothing * soft)
+
+
+@triton.jit
+def _write(loss, metrics, n, state, norm, found, value, ce, label, weights, plan: tl.constexpr):
+    scale, kd_scale, ce_weight, _ = weights
+    kd_term = tl.where(kd_scale == 0, 0.0, kd_scale * value)
+    ce_term = tl.where(ce_weight == 0, 0.0, ce_weight * ce)
+    tl.store(loss + n, scale * (kd_term + ce_term))
+    if metrics is not None:
+        out = metrics + n.to(tl.int64) * 7
+        # sum q log q outside the ids: q = 2^a share, log q = a ln 2 + log share
+        share = tl.exp2(norm[6] * norm[1] * LOG2E) * norm[3]
+        log_share = norm[6] * norm[1] - norm[2]
+        tail = share * (state[3] * LN2 + state[1] * log_share)
+        own_s = found[4] + tl.where(state[1] == 0, 0.0, tail)
+        tl.store(out, value)
+        tl.store(out + 1, ce)
+        tl.store(out + 2, (-found[3]).to(plan.acc))
+        tl.store(out + 3, (-own_s).to(plan.acc))
+        tl.store(out + 4, (state[6] == found[5]).to(plan.acc))
+        unknown = scalar(float("nan"), plan.acc)
+        tl.store(out + 5, (state[6] == label).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 6, (found[5] == label).to(plan.acc) if plan.ce else unknown)
+
+
+@triton.jit
+def _pull(state, norm, found, slope, label, weights, vocab, power, BUCKET: tl.constexpr,
+          plan: tl.constexpr):  # fmt: skip
+    """The factors of the gradient: outside the ids it is soft 2^a + one e^(z - top) + ..."""
+    scale, kd_scale, ce_weight, smoothing = weights
+    kd = scale * kd_scale * norm[1]
+    share = tl.exp2(norm[6] * norm[1] * LOG2E) * norm[3]
+    soft = -(slope * share)
+    if BUCKET:  # the tail's derivative goes to its entries in proportion to 2^a
+        soft += tl.where(state[1] == 0, 0.0, found[2] * reciprocal(state[1]))
+    soft = tl.where(kd == 0, 0.0, soft * kd).to(plan.acc)
+    one = scale * ce_weight * norm[5]
+    outside = one * tl.exp2(norm[6] * LOG2E)
+    smooth = scale * ce_weight * smoothing / vocab.to(plan.acc)
+    hot = scale * ce_weight * (1.0 - smoothing)
+    return soft, kd, slope.to(plan.acc), outside, one, smooth, hot, label, power
+
+
+@triton.jit
+def _outside(student, known, sums, n, piece, shape, span, bend, norm, a_b,
+             DIVERGENCE: tl.constexpr, plan: tl.constexpr):  # fmt: skip
+    """(value, sum of grad) outside the ids; the stage "middle" leaves those of its piece."""
+    if plan.stage == "gradient":
+        value = tl.sum(_pieces(sums, n, 0, 2, plan), axis=0)
+        slope = tl.sum(_pieces(sums, n, 1, 2, plan), axis=0)
+    else:
+        value, slope = _middle(student, known, shape, span, bend, norm, a_b, DIVERGENCE, plan)
+    if plan.stage == "middle":
+        at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
+        tl.store(at, value)
+        tl.store(at + plan.pieces, slope)
+    return value, slope
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
+def sparse_kernel(
+    student, grad,  # (B, T, C), the same or None
+    indices, log_probs,  # (N, K) int32, (N, K + 1); N = B T
+    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None
+    held,  # (N, K + 1) of the student's dtype: scratch
+    partial, sums,  # fp64 (N, 7, pieces), (N, 2, pieces), or None in the stage "whole"
+    entries: tl.int32, rounding: tl.float64,
+    length: tl.int32, s_b: tl.int64, s_t: tl.int64, g_b: tl.int64, g_t: tl.int64,
+    vocab: tl.int32, columns: tl.int32,
+    inverse_s: tl.float64, s_scale: tl.float64, s_cap: tl.float64,
+    kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
+    a: tl.float64, b: tl.float64, power: tl.int32,
+    DIVERGENCE: tl.constexpr, BUCKET: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """One row, or a piece of one; grid (N, pieces). See programs.row_kernel."""
+    acc: tl.constexpr = plan.acc
+    OUTSIDE: tl.constexpr = not (BUCKET or plan.closed)
+    n, piece = tl.program_id(0), tl.program_id(1)
+    row = _row(student, n, length, s_b, s_t)
+    if grad is not None:
+        grad = _row(grad, n, length, g_b, g_t)
+    lead = row if plan.lead == "student" else grad
+    shape = _geometry(lead, vocab, plan)
+    if plan.stage == "whole":
+        span, leader = (0, shape[1], shape[2]), True
+    else:
+        span, leader = _span(shape, piece, plan), piece == 0
+    scale = tl.load(row_scale + n)
+    if scale == 0:
+        if plan.stage == "whole" or plan.stage == "gradient":
+            _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
+    else:
+        a_b = scalar(a, acc), scalar(b, acc)
+        inverse = scalar(inverse_s, acc)
+        bend = scalar(s_scale, acc), scalar(s_cap, acc)
+        known = indices + n.to(tl.int64) * entries, entries
+        held += n.to(tl.int64) * (entries + 1)
+        log_probs += n.to(tl.int64) * (entries + 1)
+        label = tl.full([], -1, tl.int32)
+        if plan.ce:
+            label = tl.load(labels + n).to(tl.int32)
+        if plan.stage == "whole" or plan.stage == "statistics":
+            if leader:
+                _hold(row, held, known, label)
+            numbers = inverse * LOG2E, 1.0 / vocab.to(acc), power
+            state = _statistics(row, known, shape, span, bend, numbers, plan)
+        else:
+            state = _merge(_recall(partial, n, plan), inverse * LOG2E)
+        if plan.stage == "statistics":
+            _leave(partial, n, piece, state, plan)
+        else:
+            tl.debug_barrier()  # what is held was written by other threads
+            norm = _norm(state, held, known, bend, inverse, plan)
+            value, slope = tl.full([], 0, tl.float64), tl.full([], 0, tl.float64)
+            if OUTSIDE:
+                value, slope = _outside(row, known, sums, n, piece, shape, span, bend, norm, a_b,
+                                        DIVERGENCE, plan)  # fmt: skip
+            if plan.stage != "middle":
+                log_tail = _log_tail(state, norm, plan)
+                # what counts as nothing of the teacher where the student has nothing
+                least = tl.where(log_tail == -INFINITY, scalar(rounding, acc), 0.0)
+                found = _compare(log_probs, log_tail, held, known, bend, norm, a_b, least,
+                                 DIVERGENCE, BUCKET, plan)  # fmt: skip
+                value, slope = (value + found[0]).to(acc), slope + found[1]
+                weights = (scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
+                           scalar(smoothing, acc))  # fmt: skip
+                if leader:
+                    ce = scalar(float("nan"), acc)
+                    if plan.ce:
+                        ce = _cross_entropy(state, norm, held, known, bend, weights[3], plan)
+                    _write(loss, metrics, n, state, norm, found, value, ce, label, weights, plan)
+                if grad is not None:
+                    pull = _pull(state, norm, found, slope, label, weights, vocab, power, BUCKET,
+                                 plan)  # fmt: skip
+                    _gradient(row, grad, shape, span, bend, state[0], norm, pull, a_b, DIVERGENCE,
+                              OUTSIDE, plan)  # fmt: skip
+                    tl.debug_barrier()  # the ids' gradients go over what the sweep wrote
+                    _scatter(grad, shape, span, log_probs, log_tail, held, known, bend, norm, pull,
+                             a_b, least, DIVERGENCE, BUCKET, plan)  # fmt: skip
+                    beyond = vocab if leader else columns
+                    zeros(grad, shape, (0, 0, 0), beyond, columns, plan)
