@@ -191,8 +191,8 @@ def _answers(record: Record, layout: Layout) -> Answers:
     ids = np.full((length, layout.k), -1, np.int64)
     values = np.full((length, layout.k), -np.inf)
     odds = np.full((length, 1), -np.inf)
-    for row, (tokens, logs) in enumerate(record.entries):
-        logs = np.asarray(logs, np.float64)
+    for row, (tokens, given) in enumerate(record.entries):
+        logs = np.asarray(given, np.float64)
         order = np.argsort(-logs, kind="stable")[: layout.k]
         reach = LARGEST_GAP / layout.temperatures[0]  # codes are for T = 1
         order = order[logs[order] >= logs.max(initial=-np.inf) - reach]
