@@ -196,10 +196,10 @@ class _OnDemo:
     def gradients(self) -> None:
         """Rms over tokens and entries, of d loss / d logits of a student that has learnt a bit,
         against the full teacher's, at equal bytes."""
+        student = self.demo.model(*self.setting.student)
+        self.demo.train("plain", student, 40)
         with torch.no_grad():
             teacher = self.teacher(input_ids=self.held_out).logits
-            student = self.demo.model(*self.setting.student)
-            self.demo.train("plain", student, 40)
             logits = student.eval()(input_ids=self.held_out).logits
         truth = _gradient(logits, teacher)
         scale = truth.square().mean().sqrt().item()

@@ -36,7 +36,7 @@ class Record(NamedTuple):
 
     where: str  # for messages: file and line, or row
     input_ids: list[int]
-    entries: list[tuple[Sequence[int], Sequence[float]]]
+    entries: Sequence[tuple[Sequence[int], Sequence[float]]]
 
 
 def read_vllm(path: Path) -> Iterator[Record]:

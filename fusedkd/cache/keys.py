@@ -24,7 +24,7 @@ def sequence_key(ids: Sequence[int] | np.ndarray, tokenizer: str) -> bytes:
     """The 16 bytes under which a sequence is found: BLAKE2b-128, keyed with the tokenizer's hash
     (its 32 bytes), of the token ids as little-endian int64."""
     data = np.ascontiguousarray(ids, dtype="<i8")
-    return hashlib.blake2b(data, digest_size=KEY_BYTES, key=bytes.fromhex(tokenizer)).digest()
+    return hashlib.blake2b(data.data, digest_size=KEY_BYTES, key=bytes.fromhex(tokenizer)).digest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -40,5 +40,5 @@ def weight_hash(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
