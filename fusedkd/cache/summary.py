@@ -89,8 +89,8 @@ def _top(logits: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     logits.scatter_(1, ids, torch.where(kept, _NEVER, gaps))  # what remains is the tail
     logits.clamp_min_(_NEVER)
     heads = torch.where(kept, gaps, _NEVER)
-    odds = [_log_sum(heads, t) - _log_sum(logits, t) for t in layout.temperatures]
     exps, head_exps = logits.exp(), heads.exp()
+    odds = [_log_sum(heads, head_exps, t) - _log_sum(logits, exps, t) for t in layout.temperatures]
     total = exps.sum(1) + head_exps.sum(1)
     slant = _dot(exps, logits) + _dot(head_exps, heads)
     normalizer = total.log()
@@ -112,9 +112,9 @@ def _kept(logits: Tensor, gaps: Tensor, layout: Layout) -> Tensor:
     return kept
 
 
-def _log_sum(gaps: Tensor, temperature: float) -> Tensor:
-    """log sum exp(gaps / T); -inf where nothing is left."""
-    return (gaps if temperature == 1.0 else gaps / temperature).exp().sum(1).log()
+def _log_sum(gaps: Tensor, exps: Tensor, temperature: float) -> Tensor:
+    """log sum exp(gaps / T), with exp(gaps) at hand; -inf where nothing is left."""
+    return (exps if temperature == 1.0 else (gaps / temperature).exp_()).sum(1).log()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
