@@ -14,7 +14,8 @@ from fusedkd.logits import LMHead
 
 __all__ = ["summarize"]
 
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits at a time; a CPU's cache
+PRODUCT_BYTES = 256 << 20  # of fp32 logits made at a time: a product of few rows reads all weights
+CACHE_BYTES = 4 << 20  # of them looked at at a time on a CPU
 _NEVER = -1e30  # a logit that stands for probability 0 and can be multiplied by 0
 
 
@@ -59,13 +60,16 @@ def _chunks(distribution: Tensor | LMHead, size: int) -> Iterator[tuple[int, Ten
     """(first row, logits (rows, size) in fp32 that may be written to) over all rows."""
     source = distribution.hidden if isinstance(distribution, LMHead) else distribution
     flat = source.reshape(-1, source.shape[-1])
-    rows = max(1, CHUNK_BYTES["cpu" if flat.device.type == "cpu" else "cuda"] // (4 * size))
-    for start in range(0, len(flat), rows):
-        part = flat[start : start + rows]
+    many = max(1, PRODUCT_BYTES // (4 * size))
+    few = many if flat.is_cuda else max(1, CACHE_BYTES // (4 * size))
+    for start in range(0, len(flat), many):
+        part = flat[start : start + many]
         if isinstance(distribution, LMHead):
-            yield start, _logits(distribution, part, size)
+            logits = _logits(distribution, part, size)
         else:
-            yield start, part[:, :size].to(torch.float32, copy=True)
+            logits = part[:, :size].to(torch.float32, copy=True)
+        for offset in range(0, len(logits), few):
+            yield start + offset, logits[offset : offset + few]
 
 
 def _logits(head: LMHead, hidden: Tensor, size: int) -> Tensor:
