@@ -108,8 +108,9 @@ def distill(run: RunArguments, args: DistillationArguments) -> int:
 
 def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrainer:
     """Everything that can be wrong, in the order in which it is cheap to find out."""
-    cached, student = _cache(run), required("student", run.student)
+    cached = _cache(run)
     teacher = None if cached else required("teacher", run.teacher)
+    student = required("student", run.student)
     if not run.data:
         raise UserError("--data is missing: expected files or folders of text.")
     _checkpoint(args)
