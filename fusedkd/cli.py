@@ -20,6 +20,7 @@ Distil language models with fused, memory-saving losses.
 
   fusedkd distill --teacher DIR --student DIR --data corpus/ --output_dir out
   fusedkd distill --config recipes/hinton.yaml --teacher DIR --student DIR --data corpus/
+  fusedkd cache --teacher DIR --data corpus/ --output cache/     a teacher that runs only once
   fusedkd demo                     a whole distillation on real text, in about six minutes
   fusedkd doctor                   what runs on this machine, and whether it is right
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
@@ -29,9 +30,10 @@ Distil language models with fused, memory-saving losses.
 DISTILL = """\
 Train a student to match a teacher's next-token distribution, without ever making the logits.
 
-What is needed: --teacher, --student and --data. The student is saved to --output_dir with its
-tokenizer, for from_pretrained. Keys of a --config file are these flags; flags given beside it win.
-Every flag of transformers.TrainingArguments is accepted; --help-all lists them."""
+What is needed: --teacher (or --teacher_cache, see fusedkd cache), --student and --data. The student
+is saved to --output_dir with its tokenizer, for from_pretrained. Keys of a --config file are these
+flags; flags given beside it win. Every flag of transformers.TrainingArguments is accepted;
+--help-all lists them."""
 
 EXAMPLES = """\
 examples:
@@ -44,6 +46,8 @@ examples:
       --data train.jsonl --eval_data test.jsonl --eval_strategy steps --eval_steps 100
   A run that was killed:
     fusedkd distill ... --output_dir out --resume_from_checkpoint last
+  From a teacher that ran before (fusedkd cache):
+    fusedkd distill --teacher_cache cache/ --student ./student --data corpus/ --output_dir out
   On four GPUs:
     torchrun --nproc_per_node 4 --no-python fusedkd distill ..."""
 
@@ -67,7 +71,13 @@ COMMON = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for a user's mistake)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"distill": _distill, "demo": _demo, "doctor": _doctor, "bench": _bench}
+    commands = {
+        "distill": _distill,
+        "cache": _cache,
+        "demo": _demo,
+        "doctor": _doctor,
+        "bench": _bench,
+    }
     parser = argparse.ArgumentParser(
         prog="fusedkd", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,6 +134,12 @@ def _distill(argv: list[str]) -> int:
     if unknown:
         raise UserError(f"{unknown[0]}: not a flag{_near(unknown[0].lstrip('-'), known)}.")
     return distill(run, args)
+
+
+def _cache(argv: list[str]) -> int:
+    from fusedkd.cli_cache import main
+
+    return main(argv)
 
 
 def _hide(parser: argparse.ArgumentParser, names: set[str]) -> None:

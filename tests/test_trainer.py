@@ -149,7 +149,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) 
 def test_loss_and_gradient_are_those_of_the_logits(kind: str, tmp_path: Path) -> None:
     student, teacher = build(kind, 1).eval(), build(kind, 2).eval()
     tested = trainer(student, teacher, tmp_path)
-    assert tested._student_head is not None and tested._teacher_head is not None
+    assert tested._student_head is not None and tested._teacher_side.head is not None
     data = batch(rows())
     loss = tested.compute_loss(student, dict(data))
     loss.backward()
@@ -264,7 +264,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(
         )
         _without_dropout(student)
         if dense:
-            tested._student_head = tested._teacher_head = None
+            tested._student_head = tested._teacher_side.head = None
         tested.train()
         results.append((tested.state.log_history[0]["loss"], seen[0]))
     for loss, grads in results[1:]:

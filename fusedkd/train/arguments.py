@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from fusedkd import divergences
+from fusedkd.logits import TAILS
 from fusedkd.spec import LossSpec
 
 __all__ = ["DistillationArguments", "parse_divergence"]
@@ -91,6 +92,13 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={"help": "The teacher's own temperature, if it differs from --temperature."},
     )
+    teacher_tail: str = field(
+        default="bucket",
+        metadata={
+            "help": "With a teacher cache, mass that it does not spell out: bucket (compared as "
+            "one more entry), renormalize or drop."
+        },
+    )
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
     ce_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy with the labels."}
@@ -121,6 +129,10 @@ class DistillationArguments(TrainingArguments):
         LossSpec(
             **{**keywords, "vocab_size": self.vocab_size or 1}
         )  # checks, before anything expensive
+        if self.teacher_tail not in TAILS:
+            raise ValueError(
+                f"teacher_tail={self.teacher_tail!r}: expected one of {', '.join(TAILS)}."
+            )
         super().__post_init__()
 
     def loss_keywords(self) -> dict[str, Any]:

@@ -83,13 +83,17 @@ def _load(reader: str, files: list[str]) -> Dataset:
     return dataset.select_columns(keep)
 
 
-def split(documents: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
+SPLIT_SEED = 42
+
+
+def split(documents: Dataset, share: float) -> tuple[Dataset, Dataset | None]:
     """Put a share of the documents aside for evaluation; none where there is only one document or
-    no share."""
+    no share. Always the same ones: runs with other seeds can be compared, and a teacher's cache
+    stays good for them."""
     if not share or len(documents) < 2:
         return documents, None
     held_out = min(max(1, round(share * len(documents))), len(documents) - 1)
-    parts = documents.train_test_split(test_size=held_out, seed=seed)
+    parts = documents.train_test_split(test_size=held_out, seed=SPLIT_SEED)
     return parts["train"], parts["test"]
 
 

@@ -5,30 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    default_data_collator,
-    set_seed,
-)
+from torch import nn
+from transformers import DataCollatorForLanguageModeling, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from fusedkd.cache.keys import tokenizer_hash
+from fusedkd.cache.reader import TeacherCache
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.data import load_documents, pack, split
+from fusedkd.train.loading import (
+    DTYPES,
+    is_masked,
+    load_blocks,
+    load_model,
+    load_tokenizer,
+    refuse_masked,
+    required,
+)
 from fusedkd.train.trainer import DistillationTrainer
 
 __all__ = ["RunArguments", "distill"]
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 LAST = ("last", "true")  # --resume_from_checkpoint
 
 
@@ -38,6 +38,10 @@ class RunArguments:
 
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or hub name of the teacher."}
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that `fusedkd cache` wrote, instead of --teacher."},
     )
     student: str | None = field(
         default=None, metadata={"help": "Folder or hub name of the student to start from."}
@@ -104,32 +108,29 @@ def distill(run: RunArguments, args: DistillationArguments) -> int:
 
 def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrainer:
     """Everything that can be wrong, in the order in which it is cheap to find out."""
-    teacher, student = _required("teacher", run.teacher), _required("student", run.student)
+    cached = _cache(run)
+    teacher = None if cached else required("teacher", run.teacher)
+    student = required("student", run.student)
     if not run.data:
         raise UserError("--data is missing: expected files or folders of text.")
     _checkpoint(args)
-    masked = _is_masked("student", student)
-    tokenizer = _tokenizer(run)
-    with as_user_error("--data"):
-        documents = load_documents(run.data)
-    with as_user_error("--eval_data"):
-        held_out = load_documents(run.eval_data) if run.eval_data else None
-    if held_out is None:
-        documents, held_out = split(documents, run.eval_share, args.seed)
-    with as_user_error("--data"):
-        train = pack(documents, tokenizer, run.block_size)
-    with as_user_error("--eval_data"):
-        test = None if held_out is None else pack(held_out, tokenizer, run.block_size)
+    masked = is_masked("student", student)
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    tokenizer = load_tokenizer(run.tokenizer, **models)
+    if cached is not None:
+        refuse_masked(masked)
+        cached.check_tokenizer(tokenizer_hash(tokenizer))
+    train, test = load_blocks(run.data, run.eval_data, run.eval_share, tokenizer, run.block_size)
     if test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
     set_seed(args.seed)  # before random weights are drawn
     random = run.student_init == "random"
-    student_model = _model("student", student, masked, run.student_dtype, random)
-    teacher_model = _model("teacher", teacher, masked, run.teacher_dtype)
+    student_model = load_model("student", student, masked, run.student_dtype, random)
+    teacher_side = cached or load_model("teacher", str(teacher), masked, run.teacher_dtype)
     with as_user_error():
         return DistillationTrainer(
             student_model,
-            teacher_model,
+            teacher_side,
             args,
             train_dataset=train,
             eval_dataset=test,
@@ -140,12 +141,15 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
         )
 
 
-def _required(name: str, value: str | None) -> str:
-    if value is None:
-        raise UserError(f"--{name} is missing: expected a folder with a saved model or a hub name.")
-    if value.startswith((".", "/", "~")) and not Path(value).expanduser().is_dir():
-        raise UserError(f"--{name} {value}: no such folder; expected one with a saved model.")
-    return str(Path(value).expanduser()) if value.startswith("~") else value
+def _cache(run: RunArguments) -> TeacherCache | None:
+    if run.teacher_cache is None:
+        return None
+    if run.teacher is not None:
+        raise UserError(
+            "--teacher and --teacher_cache: expected one of them; a cache needs no model."
+        )
+    with as_user_error(f"--teacher_cache {run.teacher_cache}"):
+        return TeacherCache(Path(run.teacher_cache).expanduser())
 
 
 def _checkpoint(args: DistillationArguments) -> str | None:
@@ -168,47 +172,6 @@ def _checkpoint(args: DistillationArguments) -> str | None:
     return asked
 
 
-def _is_masked(role: str, name: str) -> bool:
-    with as_user_error(f"--{role} {name} has no model that can be loaded"):
-        config = AutoConfig.from_pretrained(name)
-    return any("MaskedLM" in architecture for architecture in config.architectures or [])
-
-
-def _model(role: str, name: str, masked: bool, dtype: str, random: bool = False) -> Any:
-    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    with as_user_error(f"--{role} {name} cannot be loaded"):
-        if random:
-            config = AutoConfig.from_pretrained(name)
-            return auto.from_config(config, dtype=torch.float32 if dtype == "auto" else kind)
-        return auto.from_pretrained(name, dtype=kind)
-
-
-def _tokenizer(run: RunArguments) -> Any:
-    """The one asked for, or the student's or teacher's; both must agree where both have one."""
-    if run.tokenizer:
-        with as_user_error(f"--tokenizer {run.tokenizer} cannot be loaded"):
-            return AutoTokenizer.from_pretrained(run.tokenizer)
-    found = {}
-    for role, name in (("student", run.student), ("teacher", run.teacher)):
-        try:
-            found[role] = AutoTokenizer.from_pretrained(name)
-        except Exception:  # a model without a tokenizer raises one of many things
-            continue
-    if not found:
-        raise UserError("neither student nor teacher has a tokenizer: pass --tokenizer.")
-    if len(found) == 2:
-        theirs, ours = found["teacher"].get_vocab(), found["student"].get_vocab()
-        for token, number in ours.items():
-            if theirs.get(token) != number:
-                raise UserError(
-                    f"the tokenizers differ: {token!r} is {number} for the student and "
-                    f"{theirs.get(token)} for the teacher. Distillation by token needs one "
-                    "vocabulary; if you know better, say which with --tokenizer."
-                )
-    return next(iter(found.values()))
-
-
 ROWS = {
     "train_runtime": ("training, seconds", ",.0f"),
     "train_loss": ("training loss, mean", ".4f"),
@@ -221,11 +184,17 @@ ROWS = {
 }
 
 
+def _teacher(teacher: nn.Module | TeacherCache) -> str:
+    if isinstance(teacher, TeacherCache):
+        return f"{teacher.manifest.teacher}, {teacher.layout.policy}, from {teacher.folder}"
+    return f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
+
+
 def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
     args = trainer.args
     table = Table(show_header=False, title="Distilled")
     table.add_row("student", f"{trainer.model.num_parameters():,} parameters in {args.output_dir}")
-    table.add_row("teacher", f"{sum(p.numel() for p in trainer.teacher.parameters()):,} parameters")
+    table.add_row("teacher", _teacher(trainer.teacher))
     table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")
     table.add_row("steps", f"{trainer.state.global_step:,}")
     for name, (label, form) in ROWS.items():

@@ -3,7 +3,6 @@ Trainer's."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from typing import Any
@@ -15,17 +14,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fusedkd import KDMetrics, LMHead, kd_loss_and_metrics
+from fusedkd import KDMetrics, LMHead, SparseTeacher, kd_loss_and_metrics
+from fusedkd.cache.reader import TeacherCache
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.heads import PlainHead, tap
 from fusedkd.train.meter import Meter
 from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
+from fusedkd.train.teachers import CachedTeacher, LiveTeacher
 
 __all__ = ["DistillationTrainer"]
 
 logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
+Teacher = Tensor | LMHead | SparseTeacher
 
 
 class DistillationTrainer(Trainer):
@@ -52,13 +54,16 @@ class DistillationTrainer(Trainer):
         model: the student, a transformers model with a language-modelling head.
         teacher: same vocabulary (padding aside). Switched to ``eval()`` and
             ``requires_grad_(False)`` and moved to the device; never wrapped, trained or saved. Its
-            dtype is left alone.
+            dtype is left alone. Or a :class:`fusedkd.cache.TeacherCache` that holds the answers to
+            every sequence of the data; there is then no model, and ``args.teacher_tail`` counts.
         args: see :class:`DistillationArguments`.
         **kwargs: as for :class:`transformers.Trainer` (datasets, collator, ``processing_class``,
             callbacks, ...).
 
     Raises:
         ValueError: teacher and student share parameters, or their vocabularies differ.
+        CacheError: a cache of another tokenizer, without the temperature, not for this divergence,
+            or without some sequence of a data set.
     """
 
     args: DistillationArguments
@@ -68,13 +73,14 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
-        teacher: PreTrainedModel | nn.Module | None = None,
+        teacher: PreTrainedModel | nn.Module | TeacherCache | None = None,
         args: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(teacher, nn.Module):
+        if not isinstance(teacher, nn.Module | TeacherCache):
             raise TypeError(
-                f"teacher={teacher!r}: expected a model, such as AutoModelForCausalLM returns."
+                f"teacher={teacher!r}: expected a model, such as AutoModelForCausalLM returns, or "
+                "a TeacherCache."
             )
         args = DistillationArguments() if args is None else args
         if args.n_gpu > 1:  # hooks and DataParallel's replicas in threads do not go together
@@ -83,20 +89,38 @@ class DistillationTrainer(Trainer):
             )
             args._n_gpu = 1
         super().__init__(model, args, **kwargs)
-        self.teacher = frozen(teacher, self.model, args.device)
         # have the Trainer count the tokens of a step, in the alignment used here: the loss divides
         # by them
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = is_causal(self.accelerator.unwrap_model(self.model))
-        self._teacher_parameters = inspect.signature(teacher.forward).parameters
-        self._teacher_head = plain_head_or_none(teacher, "teacher")
         if self.model_init is None:
             self._student_head = self._head_of_student(self.model)
         self._loss_keywords = args.loss_keywords()
-        self._loss_keywords["vocab_size"] = true_vocabulary(
-            self.model, teacher, args.vocab_size, self.processing_class
-        )
+        self.teacher = teacher
+        if isinstance(teacher, TeacherCache):
+            self._read(teacher)
+        else:
+            self._run(teacher)
         self._meters = {True: Meter(), False: Meter()}  # by model.training
+
+    def _run(self, teacher: nn.Module) -> None:
+        self.teacher = frozen(teacher, self.model, self.args.device)
+        self._teacher_side: Any = LiveTeacher(self.teacher, self.accelerator.autocast)
+        self._loss_keywords["vocab_size"] = true_vocabulary(
+            self.model, teacher, self.args.vocab_size, self.processing_class
+        )
+
+    def _read(self, cache: TeacherCache) -> None:
+        side = CachedTeacher(
+            cache,
+            self._loss_keywords["divergence"],
+            self.args.teacher_temperature or self.args.temperature,
+            self.args.teacher_tail,
+        )
+        self._teacher_side = side
+        self._loss_keywords["vocab_size"] = side.vocabulary(self.model, self.args.vocab_size)
+        side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
+        self.data_collator = side.collator(self.data_collator)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As the Trainer's; the new model's head is looked up."""
@@ -145,7 +169,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module,
         head: PlainHead,
         inputs: Inputs,
-        teacher: Tensor | LMHead,
+        teacher: Teacher,
         labels: Tensor,
         num_items: Tensor | int | None,
     ) -> tuple[Tensor, Any, Any]:
@@ -170,7 +194,7 @@ class DistillationTrainer(Trainer):
     def _loss(
         self,
         student: Tensor | LMHead,
-        teacher: Tensor | LMHead,
+        teacher: Teacher,
         labels: Tensor,
         num_items: Tensor | int | None,
         training: bool,
@@ -184,24 +208,6 @@ class DistillationTrainer(Trainer):
                 label_smoothing=self.args.label_smoothing_factor if training else 0.0,
                 normalizer=num_items,
             )
-
-    @torch.no_grad()
-    def _teacher_side(self, inputs: Inputs) -> Tensor | LMHead:
-        names = self._teacher_parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values()):
-            inputs = {name: value for name, value in inputs.items() if name in names}
-        if "use_cache" in names:
-            inputs = {
-                **inputs,
-                "use_cache": False,
-            }  # nothing is generated: no keys and values to keep
-        hidden: list[Tensor] = []
-        with self.accelerator.autocast():
-            if self._teacher_head is None:
-                return self.teacher(**inputs).logits
-            with tap(self._teacher_head, hidden.append):
-                self.teacher(**inputs)
-        return self._teacher_head.of(hidden[0])
 
     def _aligned_labels(self, inputs: Inputs) -> Tensor:
         """Take the labels out of ``inputs`` and align them with the logits: label n is the target

@@ -1,0 +1,140 @@
+"""Running a teacher over sequences, once each, into a cache."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedkd.cache.errors import CacheError
+from fusedkd.cache.keys import sequence_key
+from fusedkd.cache.layout import Layout
+from fusedkd.cache.summary import summarize
+from fusedkd.cache.writer import SHARD_BYTES, Plan, Writer, only_writer, per_shard
+from fusedkd.logits import LMHead
+
+__all__ = ["Job", "build", "plan"]
+
+Ids = Sequence[int] | np.ndarray
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cache is made from, and how.
+
+    Args:
+        sequences: token ids, without padding; any number of lengths. Repeats are kept once.
+        layout: what is kept of the teacher's answers.
+        facts: ``teacher``, ``teacher_hash``, ``tokenizer_hash``, ``padded_vocab_size`` of
+            :class:`~fusedkd.cache.manifest.Manifest`, and ``dtype``.
+        batch_size: sequences of one length in a forward pass.
+        shard_bytes: about the size of a file; no more than one is lost to an interruption.
+    """
+
+    sequences: Sequence[Ids]
+    layout: Layout
+    facts: dict[str, Any]
+    batch_size: int = 8
+    shard_bytes: int = SHARD_BYTES
+
+
+def build(
+    folder: Path,
+    job: Job,
+    answer: Callable[[Tensor], Tensor | LMHead],
+    progress: Progress = lambda tokens: None,
+) -> None:
+    """Write the cache, or what is missing or damaged of it.
+
+    Args:
+        folder: of the cache.
+        job: see there. The same job gives the same bytes, however often it is interrupted.
+        answer: input ids (B, L) to logits (B, L, columns), or a head with hidden states (B, L, H).
+        progress: called with the number of tokens that have been done since the last call; those
+            of shards that were there before come first.
+
+    Raises:
+        CacheError: another process writes there, the folder holds something else, the disk is too
+            small, or the teacher answers with NaN.
+    """
+    found, first = plan(job.sequences, job.facts["tokenizer_hash"])
+    size = job.layout.most_bytes_per_token
+    facts = {
+        **{name: value for name, value in job.facts.items() if name != "dtype"},
+        "vocab_size": job.layout.vocab_size,
+        "temperatures": job.layout.temperatures,
+        "policy": job.layout.policy,
+        "source": f"{job.facts['dtype']} forward passes of {job.batch_size} sequences",
+        "per_shard": per_shard(found, size, job.shard_bytes, of=job.batch_size),
+    }
+    with only_writer(folder):
+        writer = Writer(folder, found, facts)
+        missing = writer.missing()
+        left = sum(sum(found.lengths[i] for i in writer.sequences_of(n)) for n in missing)
+        _check_space(folder, left * size)
+        progress(writer.manifest.tokens - left)
+        for number in missing:
+            members = [first[i] for i in writer.sequences_of(number)]
+            writer.write(number, _rows(job, members, answer, progress))
+
+
+def plan(sequences: Iterable[Ids], tokenizer: str) -> tuple[Plan, list[int]]:
+    """The different sequences in the order of their first appearance, and where that was.
+
+    Raises:
+        CacheError: there are none.
+    """
+    places: dict[bytes, int] = {}
+    lengths = []
+    for place, ids in enumerate(sequences):
+        key = sequence_key(ids, tokenizer)
+        if key not in places:
+            places[key] = place
+            lengths.append(len(ids))
+    if not places:
+        raise CacheError("the data hold no sequence: nothing to cache.")
+    return Plan(list(places), lengths), list(places.values())
+
+
+def _check_space(folder: Path, needed: float) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(
+            f"--output {folder}: up to {needed / 1e9:.1f} GB are still to be written, but the disk "
+            f"has {free / 1e9:.1f} GB left. Keep less (--top-k, --sample) or choose another disk."
+        )
+
+
+def _rows(
+    job: Job,
+    members: list[int],
+    answer: Callable[[Tensor], Tensor | LMHead],
+    progress: Progress,
+) -> Iterator[dict[str, bytes]]:
+    """The columns of these sequences, in order."""
+    for batch in _batches([job.sequences[i] for i in members], job.batch_size):
+        keys = [sequence_key(ids, job.facts["tokenizer_hash"]) for ids in batch]
+        with torch.inference_mode():
+            answers = summarize(answer(torch.as_tensor(np.stack(batch))), job.layout, keys)
+            for row in answers:
+                yield job.layout.encode(row)
+        progress(sum(len(ids) for ids in batch))
+
+
+def _batches(sequences: Sequence[Ids], size: int) -> Iterator[list[np.ndarray]]:
+    """Neighbours of one length, at most ``size`` of them."""
+    batch: list[np.ndarray] = []
+    for ids in sequences:
+        if batch and (len(batch) == size or len(batch[0]) != len(ids)):
+            yield batch
+            batch = []
+        batch.append(np.asarray(ids, dtype=np.int64))
+    if batch:
+        yield batch

@@ -1,0 +1,73 @@
+"""What of the teacher's distribution is kept, and for which losses that is enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedkd.cache.errors import CacheError
+from fusedkd.divergences import Divergence
+
+__all__ = ["Policy", "linear_in_teacher"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which entries of the teacher's distribution a token keeps.
+
+    Args:
+        kind: ``"top"`` keeps the most probable entries and the mass of all others; ``"sample"``
+            keeps ``k`` ids drawn from the distribution with replacement (Anshumann et al. 2025,
+            arXiv 2503.16870).
+        k: the most entries that a token keeps, or the number of draws; 1 to 4096.
+        top_p: keep no more of the ``k`` than reach this probability together, in (0, 1]; None
+            keeps all of them. At T = 1, whatever the temperatures.
+
+    Raises:
+        CacheError: a number out of range, or ``top_p`` beside draws.
+    """
+
+    kind: str = "top"
+    k: int = 64
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("top", "sample"):
+            raise CacheError(f"policy {self.kind!r}: expected 'top' or 'sample'.")
+        if not 1 <= self.k <= 4096:
+            name = "--top-k" if self.kind == "top" else "--sample"
+            raise CacheError(f"{name} {self.k}: expected 1 to 4096 entries per token.")
+        if self.top_p is not None and self.kind != "top":
+            raise CacheError("--top-p does not go with --sample: draws are not cut.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise CacheError(f"--top-p {self.top_p:g}: expected a probability in (0, 1].")
+
+    def __str__(self) -> str:
+        if self.kind == "sample":
+            return f"{self.k} draws"
+        cut = "" if self.top_p is None else f", as many as reach p = {self.top_p:g}"
+        return f"top {self.k}{cut}"
+
+
+def linear_in_teacher(divergence: Divergence) -> bool:
+    """Whether the student's gradient is linear in the teacher's probabilities.
+
+    Only then does a random p with the right mean give a gradient with the right mean, so that
+    training on draws is unbiased: forward KL is linear, reverse KL and JSD are not. Nothing is
+    known here about names: the formula's own derivative is tried on a grid, where it has to be
+    additive and to vanish at p = 0.
+    """
+    p = torch.tensor([1e-6, 1e-3, 0.05, 0.2, 0.45], dtype=torch.float64)
+    a, b, q = (grid.flatten() for grid in torch.meshgrid(p, p, p, indexing="ij"))
+    together = _slope(divergence, a + b, q)
+    apart = _slope(divergence, a, q) + _slope(divergence, b, q)
+    nothing = _slope(divergence, torch.zeros_like(q), q)
+    return torch.allclose(together, apart, rtol=1e-9, atol=1e-12) and not bool(nothing.any())
+
+
+def _slope(divergence: Divergence, p: Tensor, q: Tensor) -> Tensor:
+    """d value / d log q, entry by entry."""
+    log_q = q.log().requires_grad_()
+    return torch.autograd.grad(divergence.value(p.log(), log_q).sum(), log_q)[0]

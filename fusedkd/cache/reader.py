@@ -1,0 +1,167 @@
+"""Reading a cache: sequences are found by what they contain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fusedkd.cache.errors import CacheError, Damaged
+from fusedkd.cache.keys import KEY_BYTES, sequence_key
+from fusedkd.cache.layout import Target
+from fusedkd.cache.manifest import Manifest
+from fusedkd.cache.policy import linear_in_teacher
+from fusedkd.cache.shard import REMEDY, open_checked
+from fusedkd.divergences import Divergence
+
+__all__ = ["TeacherCache", "verify"]
+
+
+class TeacherCache:
+    """A teacher's answers on the disk.
+
+    The manifest and the index are checked here, each shard when it is first needed: its checksum is
+    taken once, and then it is a memory map. Safe to use from several processes at once.
+
+    Args:
+        folder: what ``fusedkd cache`` wrote.
+
+    Raises:
+        CacheError: no cache there, one of another schema, or one that is not complete.
+        Damaged: the manifest or the index is not what was written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder)
+        if not self.manifest.complete:
+            raise CacheError(
+                f"{folder}: only {len(self.manifest.shards)} of "
+                f"{self.manifest.number_of_shards} shards are there. Run the `fusedkd cache` "
+                "command that began it again: it goes on where it was."
+            )
+        self.layout = self.manifest.layout
+        index = open_checked(self.folder, self.manifest.index)
+        keys = np.frombuffer(index["sequence"].buffers()[1], f"S{KEY_BYTES}")[: len(index)]
+        self._order = np.argsort(keys)
+        self._keys = keys[self._order]
+        self._shards: dict[int, pa.RecordBatch] = {}
+
+    def __reduce__(self) -> tuple[Callable[..., TeacherCache], tuple[Path]]:
+        return TeacherCache, (self.folder,)  # another process maps the files for itself
+
+    @property
+    def sampled(self) -> bool:
+        """Whether it holds draws, and not the most probable entries."""
+        return self.layout.policy.kind == "sample"
+
+    def find(self, ids: Sequence[int] | np.ndarray) -> int | None:
+        """Which sequence of the cache this is; None if it is not there."""
+        key = np.frombuffer(sequence_key(ids, self.manifest.tokenizer_hash), self._keys.dtype)
+        place = int(np.searchsorted(self._keys, key)[0])
+        found = place < len(self._keys) and self._keys[place] == key[0]
+        return int(self._order[place]) if found else None
+
+    def get(self, ids: Sequence[int] | np.ndarray, temperature: float) -> Target:
+        """The teacher's distributions after each of the tokens ``ids``, without padding.
+
+        Raises:
+            CacheError: the sequence is not in the cache, or the temperature was not declared.
+            Damaged: its shard is not what was written.
+        """
+        place = self.find(ids)
+        if place is None:
+            raise CacheError(
+                f"a sequence of {len(ids)} tokens that begins with {list(map(int, ids[:8]))} is "
+                f"not in the cache {self.folder}. {SAME_DATA}"
+            )
+        number, row = divmod(place, self.manifest.per_shard)
+        shard = self._shards.get(number) or self._open(number)
+        columns = {name: shard[name][row].as_buffer() for name in self.layout.columns}
+        return self.layout.decode(columns, len(ids), temperature)
+
+    def _open(self, number: int) -> pa.RecordBatch:
+        shard = open_checked(self.folder, self.manifest.shards[number])
+        self._shards[number] = shard
+        return shard
+
+    # ---- what can be known before training ----
+
+    def check_tokenizer(self, found: str) -> None:
+        """Compare a :func:`~fusedkd.cache.keys.tokenizer_hash`.
+
+        Raises:
+            CacheError: it is another one.
+        """
+        if found != self.manifest.tokenizer_hash:
+            raise CacheError(
+                f"the tokenizer has the hash {found[:12]}..., but the cache {self.folder} was made "
+                f"with {self.manifest.tokenizer_hash[:12]}...: ids mean other tokens. Use the "
+                f"tokenizer of {self.manifest.teacher}."
+            )
+
+    def check_loss(self, divergence: Divergence, temperature: float) -> None:
+        """Whether a loss can be computed from this cache.
+
+        Raises:
+            CacheError: a teacher's temperature that was not declared, or draws for a divergence
+                whose gradient they would bias.
+        """
+        self.layout.slot(temperature)
+        if self.sampled and not linear_in_teacher(divergence):
+            raise CacheError(
+                f"divergence {divergence.name}: the cache {self.folder} holds "
+                f"{self.layout.policy}, which are unbiased only where the gradient is linear in "
+                "the teacher's probabilities. Use forward_kl, or a cache with --top-k."
+            )
+
+    def check_rows(self, name: str, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
+        """Look all sequences of a data set up.
+
+        Raises:
+            CacheError: some are not there.
+        """
+        total, missing, first = 0, 0, 0
+        for total, ids in enumerate(rows, 1):
+            if self.find(ids) is None:
+                missing += 1
+                first = first or total
+        if missing:
+            raise CacheError(
+                f"{missing:,} of the {total:,} sequences of the {name} data are not in the cache "
+                f"{self.folder} (the first is number {first}). {SAME_DATA}"
+            )
+
+
+SAME_DATA = (
+    "Make the cache from the same --data, --eval_data, --eval_share and --block_size as are "
+    "trained with."
+)
+
+
+def verify(folder: str | Path) -> tuple[Manifest | None, list[str]]:
+    """Read every byte of a cache.
+
+    Returns:
+        The manifest, unless it is itself damaged, and what is wrong, one line each.
+
+    Raises:
+        CacheError: no cache there.
+    """
+    folder = Path(folder)
+    try:
+        manifest = Manifest.load(folder)
+    except Damaged as error:
+        return None, [str(error)]
+    wrong = []
+    for file in (manifest.index, *manifest.shards):
+        try:
+            open_checked(folder, file)
+        except Damaged as error:
+            wrong.append(str(error))
+    if not manifest.complete:
+        expected = manifest.number_of_shards
+        wrong.append(f"{folder}: {len(manifest.shards)} of {expected} shards are there. {REMEDY}")
+    return manifest, wrong
