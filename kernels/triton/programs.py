@@ -8,9 +8,10 @@
   merges the pieces itself, in a fixed order. No atomics and no waiting for one another, so the
   order of the launches is the only order there is.
 
-No argument is specialised on: integers and floats are annotated, so that neither a value of 1 nor a
-multiple of 16 compiles a kernel anew. Hyper-parameters travel as fp64 and are rounded once, to the
-accumulation type.
+No argument is specialised on: neither a size of 1, nor a multiple of 16, nor where a pointer lies
+compiles a kernel anew. (An annotation alone does not stop Triton from specialising an integer.) So
+what is compiled ahead of time in benchmarks/resources.py is what is launched. Hyper-parameters
+travel as fp64 and are rounded once, to the accumulation type.
 """
 
 import triton
@@ -29,6 +30,9 @@ from .sweeps import (
     statistics,
     zeros,
 )
+
+POINTERS = ("student", "teacher", "grad", "labels", "row_scale", "loss", "metrics", "partial", "sums")
+SIZES = ("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t", "vocab", "columns", "power")
 
 
 @triton.jit
@@ -209,7 +213,7 @@ def _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
     return value, sum_grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
     labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None; N = B T
@@ -262,7 +266,10 @@ def row_kernel(
                         weights, vocab, columns, power, a_b, leader, DIVERGENCE, plan)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("length", "x_b", "x_t", "columns", "factor_step"),
+    do_not_specialize_on_alignment=("x", "factor"),
+)
 def scale_kernel(
     x,  # (B, T, C)
     factor,  # 0-d or (N,)
