@@ -28,22 +28,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import pointwise
+from . import launches, pointwise
+from .launches import Launch
 
 # Threads of a warp on NVIDIA; AMD's CDNA has 64.
 WARP = {"cuda": 32, "hip": 64}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How many programs share a row, and how big each is."""
-
-    pieces: int  # programs per row; a power of two
-    warps: int
-    unroll: int  # 16-byte accesses per thread, tensor and tile: latency hidden within a thread
-    # Tiles on their way to shared memory, 1: none, loads go straight to registers. More hide more
-    # latency, for a barrier per tile and without the eviction hints (cp.async has none).
-    stages: int = 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,22 +73,8 @@ class Plan(Tiling):
 
 def choose(rows: int, vocab: int, processors: int) -> Launch:
     """The launch for so many rows of so many columns on a GPU with so many SMs (AMD: CUs)."""
-    if vocab < 8192:
-        # 4 warps take 1,024 bf16 columns per tile; more threads would mostly walk the edges.
-        return Launch(pieces=1, warps=4, unroll=1)
-    if vocab < 32768:
-        # Several programs per SM: a row is short, and what it waits for at its end, others fill.
-        return Launch(pieces=1, warps=8, unroll=1)
-    if rows >= processors:
-        # 16 warps of up to 128 registers fill an SM's register file: one row per SM (see above).
-        # Twice the unroll needs more than 128 and spills (benchmarks/resources.py).
-        return Launch(pieces=1, warps=16, unroll=1)
-    # Few rows: pieces enough for four programs of 8 warps per SM, but at least 8k columns in each,
-    # so that reading a piece takes longer than merging the 12 numbers that come of it.
-    pieces = 2
-    while pieces < 64 and rows * pieces < 4 * processors and vocab // (2 * pieces) >= 8192:
-        pieces *= 2
-    return Launch(pieces=pieces, warps=8, unroll=1)
+    entry = next(entry for entry in launches.TABLE if entry.fits(rows, vocab, processors))
+    return entry.launch(rows, vocab, processors)
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:

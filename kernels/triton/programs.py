@@ -31,7 +31,10 @@ from .sweeps import (
     zeros,
 )
 
-POINTERS = ("student", "teacher", "grad", "labels", "row_scale", "loss", "metrics", "partial", "sums")
+POINTERS = (
+    *("student", "teacher", "grad", "labels", "row_scale"),
+    *("loss", "metrics", "partial", "sums"),
+)
 SIZES = ("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t", "vocab", "columns", "power")
 
 
