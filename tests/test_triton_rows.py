@@ -200,7 +200,7 @@ def test_rows_beyond_two_to_the_31(use, device: torch.device) -> None:
     """Row offsets are 64 bits wide, in both structures."""
     store = torch.empty((1 << 31) + 2048, dtype=BF16, device=device)  # untouched pages are free
     case = _plain_case(0, device, 2, 515, BF16)
-    far = store.as_strided((2, 515), ((1 << 31) + 1000, 1))
+    far = store.as_strided((2, 515), ((1 << 31) + 1003, 1))  # as (mis)aligned as 515
     far.copy_(case.teacher)
     for launch in (ONE_WARP, pieces(2)):
         use(launch)

@@ -213,7 +213,8 @@ def _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
             at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
             tl.store(at, value.to(tl.float64))
             tl.store(at + plan.pieces, sum_grad.to(tl.float64))
-    return value, sum_grad
+    unsound = (norm[6] - norm[6]) + (norm[7] - norm[7])  # 0, or NaN where a logit was
+    return value + unsound, sum_grad + unsound
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
