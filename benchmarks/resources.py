@@ -266,7 +266,9 @@ def _read_hip(compiled: Any, job: Job) -> Report:
     return Report(
         job=job,
         registers=found["vgpr_count"],
-        budget=min(512, 512 // -(-job.launch.warps // 4)),  # 4 SIMDs with 512 each
+        budget=min(
+            512, 512 // -(-config.options(job.launch, "hip")["num_warps"] // 4)
+        ),  # 4 SIMDs with 512 each
         shared=compiled.metadata.shared,
         # SGPRs spill to lanes of a VGPR, which is no memory; scratch is what a spill costs.
         spilled=found["vgpr_spill_count"] + found["private_segment_fixed_size"],

@@ -53,6 +53,12 @@ WARP = {"cuda": 32, "hip": 64}
 MOST_REGISTERS = 128  # per thread, on NVIDIA
 
 
+def _threads(launch: Launch, target: str) -> int:
+    """The table counts warps of 32; a CDNA one is 64 wide, and with 16 of those per program, of 128
+    registers each, alpha and mixed_kl spill (gfx942, Triton 3.7.1)."""
+    return max(launch.warps * 32, WARP[target])
+
+
 @dataclass(frozen=True, repr=False)
 class Tiling:
     """How a kernel walks a row; see sweeps.py."""
@@ -140,7 +146,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     wide = torch.float64 in (variant.student, variant.teacher)
     return Plan(
         acc=tl.float64 if wide else tl.float32,
-        lanes=launch.warps * WARP[target] * launch.unroll,
+        lanes=_threads(launch, target) * launch.unroll,
         width=16 // item,
         item=item,
         aligned=variant.aligned,
@@ -165,7 +171,8 @@ def options(launch: Launch, target: str) -> dict[str, int]:
     lower on its own, for small programs, and spills: skew_reverse_kl with 4 warps on sm_90 took 96
     registers and 8 bytes of stack, and with the bound 125 and none (Triton 3.7.1).
     """
-    return {"num_warps": launch.warps} | ({"maxnreg": MOST_REGISTERS} if target == "cuda" else {})
+    warps = _threads(launch, target) // WARP[target]
+    return {"num_warps": warps} | ({"maxnreg": MOST_REGISTERS} if target == "cuda" else {})
 
 
 # A copy with one factor: wide enough to saturate memory, nothing else to weigh.
@@ -176,7 +183,7 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
     """The compile-time half of ``scale_kernel``."""
     return Tiling(
         acc=tl.float64 if dtype == torch.float64 else tl.float32,
-        lanes=SCALE.warps * WARP[target] * SCALE.unroll,
+        lanes=_threads(SCALE, target) * SCALE.unroll,
         width=16 // dtype.itemsize,
         item=dtype.itemsize,
         aligned=True,  # a tensor is always aligned with itself

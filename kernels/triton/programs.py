@@ -287,10 +287,11 @@ def scale_kernel(
     if by != 1:
         row = _row(x, n, length, x_b, x_t)
         head, tiles, edges = _geometry(row, columns, plan)
-        for tile in range(first, tiles, tl.num_programs(1)):
-            at = _tile(row, head, tile, plan)
+        size: tl.constexpr = plan.lanes * plan.width
+        for tile in range(first, tiles.to(tl.int32), tl.num_programs(1)):
+            at = _tile(row + tile.to(tl.int64) * size, head, 0, plan)
             tl.store(at, rounded(tl.load(at).to(plan.acc) * by, x.dtype.element_ty))
-        for start in range(0, edges if first == 0 else 0, plan.lanes * plan.width):
+        for start in range(0, tl.where(first == 0, edges, 0), plan.lanes * plan.width):
             column, mask = _edge_columns(start, (head, tiles, edges), plan)
             value = tl.load(row + column, mask=mask).to(plan.acc) * by
             tl.store(row + column, rounded(value, x.dtype.element_ty), mask=mask)
