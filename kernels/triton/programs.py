@@ -287,9 +287,10 @@ def scale_kernel(
     if by != 1:
         row = _row(x, n, length, x_b, x_t)
         head, tiles, edges = _geometry(row, columns, plan)
-        size: tl.constexpr = plan.lanes * plan.width
-        for tile in range(first, tiles.to(tl.int32), tl.num_programs(1)):
-            at = _tile(row + tile.to(tl.int64) * size, head, 0, plan)
+        # int32, as in the other sweeps: with an int64 tile Triton sees no 16-byte access.
+        size = tl.full([], plan.lanes * plan.width, tl.int64)
+        for tile in range(first, tl.cast(tiles, tl.int32), tl.num_programs(1)):
+            at = _tile(row + tile * size, head, 0, plan)
             tl.store(at, rounded(tl.load(at).to(plan.acc) * by, x.dtype.element_ty))
         for start in range(0, tl.where(first == 0, edges, 0), plan.lanes * plan.width):
             column, mask = _edge_columns(start, (head, tiles, edges), plan)
