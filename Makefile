@@ -12,7 +12,7 @@ help:
 	@echo "make demo        distil a small decoder on real text into outputs/demo/ (about 6 minutes)"
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
 	@echo "make test-slow   the tests that take longer"
-	@echo "make gpu         on a machine with a GPU: the suite on it, compute-sanitizer"
+	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
 
 setup: $(STAMP)
 
@@ -47,10 +47,17 @@ wheel-test: setup
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
 	cd build/wheel && ../../$(BIN)/python ../../tests/wheel_check.py site
 
+# On the machine's own Python, torch and triton: nothing is installed but this checkout.
+# compute-sanitizer makes kernels 10 to 100 times slower: a few tests, each kernel once.
+SANITIZE := $(PYTHON) -m pytest -p no:cacheprovider tests/test_triton_rows.py \
+	-k "test_around_a_tile or test_a_row_in_pieces or test_scale"
 gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: torch sees no GPU'"
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m "not slow"
-	compute-sanitizer --tool memcheck $(PYTHON) -m pytest tests/test_contract.py -k triton
-	compute-sanitizer --tool racecheck $(PYTHON) -m pytest tests/test_contract.py -k triton
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(SANITIZE)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(SANITIZE)
+	$(PYTHON) -m fusedkd.benchmarks --device cuda --save
 
 clean:
 	rm -rf build dist outputs *.egg-info kernels/cpu/*.so

@@ -2,6 +2,7 @@
 
     python -m benchmarks.resources           # the table for sm_90, every divergence
     python -m benchmarks.resources --all     # every target, dtype and flag (an hour on 2 cores)
+    python -m benchmarks.resources --all --targets gfx942 --dtypes head --workers 2
 
 It compiles what the launcher would compile (``config.plan`` and ``config.constants`` are shared)
 and reads registers, spills and access widths out of the machine code. ``problems`` is the verdict
@@ -16,7 +17,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusedkd.kernels.triton import config, programs
+from fusedkd.kernels.triton import config, launches, programs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,14 +47,9 @@ DTYPES = {
     "head": (FP32, FP32, BF16),
 }
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
-# Every launch that config.choose can return, but of the pieces only one count: it enters a kernel
-# as the length of one tiny load.
-LAUNCHES = (
-    config.choose(1, 4096, 132),
-    config.choose(1, 16384, 132),
-    config.choose(8192, 151936, 132),
-    config.choose(32, 262144, 132),
-)
+# Every launch of the table, but of the pieces only one count: it enters a kernel as the length of
+# one tiny load.
+LAUNCHES = tuple(entry.launch(1, 262144, 132) for entry in launches.TABLE)
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
     "all": {"metrics": True, "bent_s": True, "bent_t": True},
@@ -70,6 +66,11 @@ class Job:
     launch: config.Launch
     stage: str
     flags: str = "plain"
+
+    @property
+    def backend(self) -> str:
+        """ "cuda" or "hip"."""
+        return TARGETS[self.target].backend
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,35 @@ class Report:
     special: tuple[float, ...] = ()  # of which on the special-function unit
 
 
-def jobs(everything: bool) -> Iterator[Job]:
-    """Every kernel that a launch can choose; short of ``everything``, a table for one GPU."""
-    targets, dtypes, flags = (
-        (TARGETS, DTYPES, FLAGS) if everything else (("sm_90",), ("bf16",), ("plain",))
-    )
-    names = divergences.names()
-    for target, dtype, name, flag in itertools.product(targets, dtypes, names, flags):
-        for launch in LAUNCHES:
-            variant = _variant(dtype, name, flag)
-            for stage in config.stages(variant, launch):
-                yield Job(target, dtype, name, launch, stage, flag)
+def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) -> Iterator[Job]:
+    """Every kernel that a launch can choose."""
+    for target, dtype in itertools.product(targets, dtypes):
+        if dtype != "head":  # scales one tensor
+            yield Job(target, dtype, "-", config.SCALE, "scale")
+        for name, flag in itertools.product(divergences.names(), flags):
+            for launch in LAUNCHES:
+                for stage in config.stages(_variant(dtype, name, flag), launch):
+                    yield Job(target, dtype, name, launch, stage, flag)
+
+
+def sample() -> list[Job]:
+    """Few of them, but every divergence in every stage, and every target with every dtype and
+    flag: then the divergence, the launch and the stage go round."""
+    found = [
+        Job("sm_90", "bf16", name, launch, stage)
+        for name in divergences.names()
+        for launch in LAUNCHES[2:]
+        for stage in config.stages(_variant("bf16", name, "plain"), launch)
+    ]
+    turn = itertools.product(TARGETS, DTYPES, FLAGS)
+    for i, (target, dtype, flag) in enumerate(turn):
+        name = divergences.names()[i % len(divergences.names())]
+        launch = LAUNCHES[i % len(LAUNCHES)]
+        stages = config.stages(_variant(dtype, name, flag), launch)
+        found.append(Job(target, dtype, name, launch, stages[i // 4 % len(stages)], flag))
+        if flag == "plain" and dtype != "head":
+            found.append(Job(target, dtype, "-", config.SCALE, "scale"))
+    return found
 
 
 def _variant(dtype: str, divergence: str, flags: str) -> config.Variant:
@@ -107,8 +126,10 @@ def _variant(dtype: str, divergence: str, flags: str) -> config.Variant:
 
 def source(job: Job) -> ASTSource:
     """What the launcher would hand to Triton's compiler."""
+    if job.stage == "scale":
+        return _scale_source(job)
     variant = _variant(job.dtype, job.divergence, job.flags)
-    plan = config.plan(variant, job.launch, job.stage, TARGETS[job.target].backend)
+    plan = config.plan(variant, job.launch, job.stage, job.backend)
     constants: dict[str, Any] = config.constants(job.divergence, plan)
     if not plan.metrics:
         constants["metrics"] = None
@@ -129,17 +150,24 @@ def source(job: Job) -> ASTSource:
     return ASTSource(programs.row_kernel, signature, constants)
 
 
-def compile_(job: Job) -> Report:
-    """Compile, and read the result."""
-    compiled = triton.compile(
-        source(job), target=TARGETS[job.target], options={"num_warps": job.launch.warps}
-    )
+def _scale_source(job: Job) -> ASTSource:
+    dtype = DTYPES[job.dtype][0]
+    signature = {p.name: p.annotation_type for p in programs.scale_kernel.params}
+    signature |= {"x": f"*{NAMES[dtype]}", "factor": "*fp32", "plan": "constexpr"}
+    constants = {"plan": config.scale_plan(dtype, job.backend)}
+    return ASTSource(programs.scale_kernel, signature, constants)
+
+
+def compile_(job: Job, kernel: ASTSource | None = None) -> Report:
+    """Compile the job's kernel, or another one in its place, and read the result."""
+    options = config.options(job.launch, job.backend)
+    compiled = triton.compile(kernel or source(job), target=TARGETS[job.target], options=options)
     return read(compiled, job)
 
 
 def read(compiled: Any, job: Job) -> Report:
     """Registers, spills, calls and the width of the accesses in the loops of a compiled kernel."""
-    if TARGETS[job.target].backend == "hip":
+    if job.backend == "hip":
         return _read_hip(compiled, job)
     return _read_cuda(compiled, job)
 
@@ -162,7 +190,7 @@ def _read_cuda(compiled: Any, job: Job) -> Report:
     return Report(
         job=job,
         registers=found["REG"],
-        budget=min(255, 65536 // (32 * job.launch.warps)),
+        budget=min(config.MOST_REGISTERS, 65536 // (32 * job.launch.warps)),
         shared=compiled.metadata.shared,
         spilled=found["STACK"] + found["LOCAL"],
         calls=len(re.findall(r"\bcall", compiled.asm["ptx"])),
@@ -221,9 +249,8 @@ def _narrowest(loops: list[list[str]], kind: str) -> tuple[int, ...]:
 
 
 def _entries_per_thread(job: Job) -> int:
-    variant = _variant(job.dtype, job.divergence, job.flags)
-    plan = config.plan(variant, job.launch, job.stage, TARGETS[job.target].backend)
-    return plan.width * job.launch.unroll
+    items = DTYPES[job.dtype][:1] if job.stage == "scale" else DTYPES[job.dtype]
+    return 16 // min(dtype.itemsize for dtype in items) * job.launch.unroll
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,17 +261,29 @@ def _read_hip(compiled: Any, job: Job) -> Report:
     text = compiled.asm["amdgcn"]
     found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.M)}
     loops = list(_loops_gcn(text))
+    wide = [loop for loop in loops if _narrowest_gcn([loop], "load") == (16,)]
+    entries = _entries_per_thread(job)
     return Report(
         job=job,
         registers=found["vgpr_count"],
-        budget=min(512, 512 // -(-job.launch.warps // 4)),  # 4 SIMDs with 512 each
+        budget=min(
+            512, 512 // -(-config.options(job.launch, "hip")["num_warps"] // 4)
+        ),  # 4 SIMDs with 512 each
         shared=compiled.metadata.shared,
         # SGPRs spill to lanes of a VGPR, which is no memory; scratch is what a spill costs.
         spilled=found["vgpr_spill_count"] + found["private_segment_fixed_size"],
         calls=len(re.findall(r"s_swappc|s_call", text)),
         loads=_narrowest_gcn(loops, "load"),
         stores=_narrowest_gcn(loops, "store"),
+        cost=tuple(sum(bool(_OP_GCN.match(line)) for line in loop) / entries for loop in wide),
+        special=tuple(
+            sum(bool(_SPECIAL_GCN.match(line)) for line in loop) / entries for loop in wide
+        ),
     )
+
+
+_OP_GCN = re.compile(r"\s+[a-z]+_\w+")
+_SPECIAL_GCN = re.compile(r"\s+v_(exp|log|rcp)_")
 
 
 def _loops_gcn(text: str) -> Iterator[list[str]]:
@@ -281,7 +320,7 @@ def _bytes_gcn(name: str) -> int:
 def problems(report: Report) -> list[str]:
     """What is wrong with a kernel; nothing for a good one."""
     stage, found = report.job.stage, []
-    sweeps = {"whole": 3, "statistics": 1, "middle": 1, "gradient": 1}[stage]
+    sweeps = 3 if stage == "whole" else 1
     if report.spilled:
         found.append(f"{report.spilled} bytes of registers spilled")
     if report.registers > report.budget:
@@ -291,8 +330,9 @@ def problems(report: Report) -> list[str]:
     if report.loads[:sweeps] != (16,) * sweeps:
         found.append(f"loads of {report.loads} bytes, expected {sweeps} loops of 16 only")
     # One loop for the gradient, one or more (unrolled) for the zeros of a row that does not count.
-    if stage in ("whole", "gradient") and report.stores[:2] != (16, 16):
-        found.append(f"stores of {report.stores} bytes, expected 2 loops of 16 only")
+    loops = {"whole": 2, "gradient": 2, "scale": 1}.get(stage, 0)
+    if report.stores[:loops] != (16,) * loops:
+        found.append(f"stores of {report.stores} bytes, expected {loops} loops of 16 only")
     return found
 
 
@@ -319,12 +359,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--all", action="store_true", help="every target, dtype and flag")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, help="these alone")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="these alone")
+    parser.add_argument("--flags", nargs="+", choices=FLAGS, help="these alone")
     parser.add_argument("--workers", type=int, default=1, help="processes to compile in")
     arguments = parser.parse_args()
+    everything = (TARGETS, DTYPES, FLAGS) if arguments.all else (("sm_90",), ("bf16",), ("plain",))
+    given = (arguments.targets, arguments.dtypes, arguments.flags)
+    axes = [list(chosen or axis) for chosen, axis in zip(given, everything, strict=True)]
     bad = 0
     print(HEADER)
     with ProcessPoolExecutor(arguments.workers) as pool:
-        for report in pool.map(compile_, jobs(arguments.all)):
+        for report in pool.map(compile_, jobs(*axes)):
             print(_line(report), flush=True)
             bad += bool(problems(report))
     print(f"{bad} of these break a bound." if bad else "All within bounds.")

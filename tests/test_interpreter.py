@@ -1,34 +1,24 @@
-"""A first look at the Triton kernels in Triton's interpreter, which must be chosen before triton is
-imported: hence the child process. The whole contract there is `make test-slow`."""
+"""The Triton kernels in Triton's interpreter, which must be chosen before triton is imported: hence
+a child process. Random calls and the rest of the contract there are `make test-slow`."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-CHECK = """
+import pytest
 import torch
-from fusedkd import divergences, kd_loss
 
-torch.manual_seed(0)
-for name in divergences.names():
-    for v in (1, 33, 1025):
-        student, teacher = torch.randn(3, v) * 3, torch.randn(3, v) * 3
-        labels, found = torch.randint(0, v, (3,)), []
-        for backend in ("triton", "reference"):
-            x = student.clone().requires_grad_()
-            options = {"divergence": name, "temperature": 2.0, "ce_weight": 0.5}
-            loss = kd_loss(x, teacher, labels, backend=backend, **options)
-            loss.backward()
-            found.append((loss.detach(), x.grad))
-        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
-print("right")
-"""
+FILES = ("triton_rows",)
 
 
-def test_every_divergence_in_the_interpreter() -> None:
-    environment = dict(os.environ, TRITON_INTERPRET="1")
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "right"
+@pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs in this process, on the GPU")
+def test_the_kernels_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    environment = dict(os.environ, TRITON_INTERPRET="1", FUSEDKD_TEST_BACKEND="triton")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += [str(here / f"test_{name}.py") for name in FILES]
+    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout

@@ -1,20 +1,37 @@
-"""Which kernel runs how: the launch table, and all that a kernel is told at compile time.
+"""Which kernel runs how: all that a kernel is told at compile time. The launches and their reasons
+are in launches.py.
 
 The launcher (ops.py) and the ahead-of-time checks (benchmarks/resources.py) build their kernels
-here, so what is checked is what is launched. Nobody has timed this table on a GPU yet. Its reasons
-are arithmetic, for an H200: 132 SMs, 50 MB of L2, 4.8 TB/s, about 28 T fp32 lane instructions and
-3.6 T special-function results (exp2, log2, 1 / x) per second.
+here, so what is checked is what is launched.
+
+What is proven, and how: the results, in Triton's interpreter (tests/test_interpreter.py);
+registers, spills, calls and access widths, by compiling for sm_80, sm_90, sm_100 and gfx942
+(tests/test_resources.py). Nobody has seen these kernels run on a GPU: no time, no race, no
+hardware's rounding of exp2. What follows is arithmetic, for an H200 (see launches.py).
 
 Bytes per entry (bf16): 2 student + 2 teacher + 2 gradient = 6 if the later sweeps find the row in
-L2; 10 (closed form) or 14 (middle sweep) if they never do. 6 bytes at 4.8 TB/s take as long as 36
-instructions or 4.5 special functions. benchmarks/resources.py counts what the kernels spend.
+L2; 10 (closed form) or 14 (middle sweep) if they never do.
+
+Arithmetic per entry (sm_90, by benchmarks/resources.py; untaken branches are counted too): forward
+KL + CE 25 + 30 instructions, JSD 22 + 67 + 84. 6 bytes at 4.8 TB/s take as long as 36, so at the
+best forward KL reaches about 65 to 75 % of that bandwidth and JSD 20 to 25 %: instructions, not
+bytes, are what limits these kernels there. tl.log is libdevice's, some 20 instructions; lg2.approx
+is one, but its error of 2^-22 near 1 is more than eager PyTorch's where p is nearly q.
 
 Rows in flight: a row of student and teacher at V = 151,936 is 608 kB, so 132 rows at a time are
-80 MB, more than L2. Hence one fat program per SM rather than several thin ones (fewer rows in
-flight, the same loads in flight), sweeps that alternate in direction (what was read last is read
-first), and eviction hints (the first sweep's lines stay, the last one's and the gradient go). By
-that count half of the later sweeps hit at V = 151,936, and all of them below V = 64k. Sharing a row
-among a cluster of 2 to 4 SMs would close the gap; that is not built.
+80 MB, more than L2's 50 MB. Hence one fat program per SM, sweeps that alternate in direction (what
+was read last is read first), and eviction hints (the first sweep's lines stay, the last one's and
+the gradient go). With all programs in step 62 % of the second sweep hits (7.5 bytes per entry, 80 %
+of the limit); with their phases spread, half of the rows is live at a time, 40 MB, and nearly all
+of it hits. With 30 MB of usable L2 it is 37 % (8.5 bytes, 70 %). Below V = 64k all of it hits.
+
+What else was weighed. Launches over blocks of 60 rows, statistics then gradient, keep a block in
+L2, but a pair moves 11 us worth of bytes and costs two launches: about 65 %, and 270 launches for
+8,192 rows. Two programs that both read the whole row for its statistics halve the rows in flight
+without talking to each other, for 25 more instructions where instructions are the limit.
+Programs that share a row and wait for each other's statistics need co-residency that neither
+Triton nor its interpreter grants; a cluster (quack's answer) is NVIDIA's alone, and was not built
+unseen.
 """
 
 from __future__ import annotations
@@ -28,22 +45,18 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import pointwise
+from . import launches, pointwise
+from .launches import Launch
 
 # Threads of a warp on NVIDIA; AMD's CDNA has 64.
 WARP = {"cuda": 32, "hip": 64}
+MOST_REGISTERS = 128  # per thread, on NVIDIA
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How many programs share a row, and how big each is."""
-
-    pieces: int  # programs per row; a power of two
-    warps: int
-    unroll: int  # 16-byte accesses per thread, tensor and tile: latency hidden within a thread
-    # Tiles on their way to shared memory, 1: none, loads go straight to registers. More hide more
-    # latency, for a barrier per tile and without the eviction hints (cp.async has none).
-    stages: int = 1
+def _threads(launch: Launch, target: str) -> int:
+    """The table counts warps of 32; a CDNA one is 64 wide, and with 16 of those per program, of 128
+    registers each, alpha and mixed_kl spill (gfx942, Triton 3.7.1)."""
+    return max(launch.warps * 32, WARP[target])
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,22 +97,8 @@ class Plan(Tiling):
 
 def choose(rows: int, vocab: int, processors: int) -> Launch:
     """The launch for so many rows of so many columns on a GPU with so many SMs (AMD: CUs)."""
-    if vocab < 8192:
-        # 4 warps take 1,024 bf16 columns per tile; more threads would mostly walk the edges.
-        return Launch(pieces=1, warps=4, unroll=1)
-    if vocab < 32768:
-        # Several programs per SM: a row is short, and what it waits for at its end, others fill.
-        return Launch(pieces=1, warps=8, unroll=1)
-    if rows >= processors:
-        # 16 warps of up to 128 registers fill an SM's register file: one row per SM (see above).
-        # Twice the unroll needs more than 128 and spills (benchmarks/resources.py).
-        return Launch(pieces=1, warps=16, unroll=1)
-    # Few rows: pieces enough for four programs of 8 warps per SM, but at least 8k columns in each,
-    # so that reading a piece takes longer than merging the 12 numbers that come of it.
-    pieces = 2
-    while pieces < 64 and rows * pieces < 4 * processors and vocab // (2 * pieces) >= 8192:
-        pieces *= 2
-    return Launch(pieces=pieces, warps=8, unroll=1)
+    entry = next(entry for entry in launches.TABLE if entry.fits(rows, vocab, processors))
+    return entry.launch(rows, vocab, processors)
 
 
 def aligned(tensors: Sequence[Tensor]) -> bool:
@@ -147,7 +146,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     wide = torch.float64 in (variant.student, variant.teacher)
     return Plan(
         acc=tl.float64 if wide else tl.float32,
-        lanes=launch.warps * WARP[target] * launch.unroll,
+        lanes=_threads(launch, target) * launch.unroll,
         width=16 // item,
         item=item,
         aligned=variant.aligned,
@@ -165,6 +164,17 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     )
 
 
+def options(launch: Launch, target: str) -> dict[str, int]:
+    """What Triton's compiler is told besides.
+
+    128 registers leave 16 warps per SM, which the table counts on. Without a bound ptxas aims
+    lower on its own, for small programs, and spills: skew_reverse_kl with 4 warps on sm_90 took 96
+    registers and 8 bytes of stack, and with the bound 125 and none (Triton 3.7.1).
+    """
+    warps = _threads(launch, target) // WARP[target]
+    return {"num_warps": warps} | ({"maxnreg": MOST_REGISTERS} if target == "cuda" else {})
+
+
 # A copy with one factor: wide enough to saturate memory, nothing else to weigh.
 SCALE = Launch(pieces=1, warps=8, unroll=1)
 
@@ -173,7 +183,7 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
     """The compile-time half of ``scale_kernel``."""
     return Tiling(
         acc=tl.float64 if dtype == torch.float64 else tl.float32,
-        lanes=SCALE.warps * WARP[target] * SCALE.unroll,
+        lanes=_threads(SCALE, target) * SCALE.unroll,
         width=16 // dtype.itemsize,
         item=dtype.itemsize,
         aligned=True,  # a tensor is always aligned with itself

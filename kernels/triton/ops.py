@@ -60,7 +60,7 @@ def rows(
             programs_per_row = 1 if stage == "gradient" and grad is None else launch.pieces
             constants = _constants(variant, launch, stage)
             programs.row_kernel[n, programs_per_row](
-                **arguments, **constants, num_warps=launch.warps
+                **arguments, **constants, **config.options(launch, TARGET)
             )
     return loss, metric_rows
 
@@ -150,7 +150,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
             columns=columns,
             factor_step=1 if factor.dim() else 0,
             plan=plan,
-            num_warps=config.SCALE.warps,
+            **config.options(config.SCALE, TARGET),
         )
 
 

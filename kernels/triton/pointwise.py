@@ -8,7 +8,8 @@ for log p, log q, their difference (known to more digits than the two), p, q, an
 parameters (0 where there are fewer). ``grad`` is d value / d lq. The kernels take the function as a
 ``tl.constexpr`` and inline it, so it needs no other registration. Edge semantics are those of
 ``fusedkd.divergences``: a zero weight silences whatever it multiplies, an infinite value comes with
-a finite gradient.
+a finite gradient. A NaN logit need not come through: its row's normaliser is NaN, and with that the
+kernels poison the row.
 
 The budget is about 36 instructions per entry over all sweeps (config.py), so the formulas are
 written for few exponentials rather than for looks.
@@ -30,6 +31,8 @@ from .numerics import expm1_small
 # fp32, where p is 0 long before, finds the same infinities as the fp64 reference.
 UNDERFLOW = tl.constexpr(-745.1332191019411)
 INFINITY = tl.constexpr(float("inf"))
+# A gap of log-probabilities whose exponential is 0 in fp64 too, and whose products are finite.
+FAR = tl.constexpr(1e4)
 
 
 @triton.jit
@@ -43,18 +46,20 @@ def _mixture(lp, lq, gap, of_p, of_q):
     """For m = of_p p + of_q q: p, q, log p - log m, log q - log m, and p q / m.
 
     Everything is seen from the larger of the two: nothing overflows, and near p = q, where the
-    terms of a divergence cancel to second order in the gap, they all see the same gap.
+    terms of a divergence cancel to second order in the gap, they all see the same gap. All but p
+    and q are finite, so that a product with a p or q of 0 is 0 without a look at either.
     """
     p_larger = gap > 0
     larger = tl.exp(tl.where(p_larger, lp, lq))
-    u = tl.exp(-tl.abs(gap))  # the smaller over the larger; NaN where both are 0
-    smaller = _times(larger, u)
-    mixture = tl.where(p_larger, of_p + of_q * u, of_q + of_p * u)
+    size = tl.abs(gap)
+    size = tl.where(size < FAR, size, FAR)  # infinite: one is masked; NaN: both are
+    u = tl.exp(-size)
+    smaller = larger * u
+    mixture = tl.where(p_larger, of_p, of_q) + tl.where(p_larger, of_q, of_p) * u
     log_m = tl.log(mixture)
     p, q = tl.where(p_larger, larger, smaller), tl.where(p_larger, smaller, larger)
-    over_p = tl.where(p_larger, 0.0, gap) - log_m
-    over_q = tl.where(p_larger, -gap, 0.0) - log_m
-    return p, q, over_p, over_q, _times(smaller, 1.0 / mixture)
+    over_p, over_q = tl.where(p_larger, 0.0, -size) - log_m, tl.where(p_larger, -size, 0.0) - log_m
+    return p, q, over_p, over_q, smaller / mixture
 
 
 @triton.jit
@@ -80,20 +85,20 @@ def mixed_kl(lp, lq, gap, p, q, a, b):
 @triton.jit
 def jsd(lp, lq, gap, p, q, a, b):
     p, q, over_p, over_q, _ = _mixture(lp, lq, gap, a, 1.0 - a)
-    grad = (1.0 - a) * _times(q, over_q)
-    return a * _times(p, over_p) + grad, grad
+    grad = (1.0 - a) * (q * over_q)
+    return a * (p * over_p) + grad, grad
 
 
 @triton.jit
 def skew_forward_kl(lp, lq, gap, p, q, a, b):
     p, _, over_p, _, product = _mixture(lp, lq, gap, a, 1.0 - a)
-    return _times(p, over_p), -(1.0 - a) * product
+    return p * over_p, -(1.0 - a) * product
 
 
 @triton.jit
 def skew_reverse_kl(lp, lq, gap, p, q, a, b):
     _, q, _, over_q, product = _mixture(lp, lq, gap, 1.0 - a, a)
-    value = _times(q, over_q)
+    value = q * over_q
     return value, value + (1.0 - a) * product
 
 

@@ -8,9 +8,10 @@
   merges the pieces itself, in a fixed order. No atomics and no waiting for one another, so the
   order of the launches is the only order there is.
 
-No argument is specialised on: integers and floats are annotated, so that neither a value of 1 nor a
-multiple of 16 compiles a kernel anew. Hyper-parameters travel as fp64 and are rounded once, to the
-accumulation type.
+No argument is specialised on: neither a size of 1, nor a multiple of 16, nor where a pointer lies
+compiles a kernel anew. (An annotation alone does not stop Triton from specialising an integer.) So
+what is compiled ahead of time in benchmarks/resources.py is what is launched. Hyper-parameters
+travel as fp64 and are rounded once, to the accumulation type.
 """
 
 import triton
@@ -29,6 +30,12 @@ from .sweeps import (
     statistics,
     zeros,
 )
+
+POINTERS = (
+    *("student", "teacher", "grad", "labels", "row_scale"),
+    *("loss", "metrics", "partial", "sums"),
+)
+SIZES = ("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t", "vocab", "columns", "power")
 
 
 @triton.jit
@@ -206,10 +213,11 @@ def _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
             at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
             tl.store(at, value.to(tl.float64))
             tl.store(at + plan.pieces, sum_grad.to(tl.float64))
-    return value, sum_grad
+    unsound = (norm[6] - norm[6]) + (norm[7] - norm[7])  # 0, or NaN where a logit was
+    return value + unsound, sum_grad + unsound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
     labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None; N = B T
@@ -262,7 +270,10 @@ def row_kernel(
                         weights, vocab, columns, power, a_b, leader, DIVERGENCE, plan)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("length", "x_b", "x_t", "columns", "factor_step"),
+    do_not_specialize_on_alignment=("x", "factor"),
+)
 def scale_kernel(
     x,  # (B, T, C)
     factor,  # 0-d or (N,)
@@ -276,10 +287,12 @@ def scale_kernel(
     if by != 1:
         row = _row(x, n, length, x_b, x_t)
         head, tiles, edges = _geometry(row, columns, plan)
-        for tile in range(first, tiles, tl.num_programs(1)):
-            at = _tile(row, head, tile, plan)
+        # int32, as in the other sweeps: with an int64 tile Triton sees no 16-byte access.
+        size = tl.full([], plan.lanes * plan.width, tl.int64)
+        for tile in range(first, tl.cast(tiles, tl.int32), tl.num_programs(1)):
+            at = _tile(row + tile * size, head, 0, plan)
             tl.store(at, rounded(tl.load(at).to(plan.acc) * by, x.dtype.element_ty))
-        for start in range(0, edges if first == 0 else 0, plan.lanes * plan.width):
+        for start in range(0, tl.where(first == 0, edges, 0), plan.lanes * plan.width):
             column, mask = _edge_columns(start, (head, tiles, edges), plan)
             value = tl.load(row + column, mask=mask).to(plan.acc) * by
             tl.store(row + column, rounded(value, x.dtype.element_ty), mask=mask)
