@@ -68,6 +68,8 @@ def _child(step: Step) -> dict[str, Any]:
 def print_steps(console: Console, results: list[dict[str, Any]], limit: float) -> None:
     from rich.table import Table
 
+    from .cases import native_dtype
+
     table = Table(title="A training step, end to end")
     heads = ["vocabulary", "loss", "step ms", "tokens/s", "peak memory"]
     for head in [*heads, f"largest batch in {limit:g} GiB"]:
@@ -78,9 +80,10 @@ def print_steps(console: Console, results: list[dict[str, Any]], limit: float) -
             *(f"{r['peak_bytes'] / 2**20:,.0f} MiB", _batch(r)),
         )
     console.print(table)
+    dtype = native_dtype(results[0]["device"])
     console.print(
-        "  [dim]Student 4 x 256, teacher 6 x 512, bf16, KL (T = 2) + CE, AdamW. Peak memory: of a "
-        "step, above models and optimizer state.[/dim]",
+        f"  [dim]Student 4 x 256, teacher 6 x 512, {dtype}, KL (T = 2) + CE, AdamW. Peak memory: of "
+        "a step, above models and optimizer state.[/dim]",
         highlight=False,
     )
 
@@ -97,6 +100,8 @@ def _batch(result: dict[str, Any]) -> str:
 def _llama(layers: int, width: int, step: Step) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from .cases import DTYPES, native_dtype
+
     config = LlamaConfig(
         vocab_size=step.vocab,
         hidden_size=width,
@@ -106,8 +111,7 @@ def _llama(layers: int, width: int, step: Step) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).bfloat16()
-    return model.to(step.device)
+    return LlamaForCausalLM(config).to(step.device, DTYPES[native_dtype(step.device)])
 
 
 def _losses(step: Step) -> Callable[..., torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedkd import LMHead, kd_loss
 
-from .cases import DTYPES, Case, Problem
+from .cases import DTYPES, Case, Problem, native_dtype
 from .formulas import POINTWISE, gkd_jsd, plain_loss, torchtune_loss
 
 __all__ = ["FLOOR", "OURS", "Forward", "Provider", "providers"]
@@ -229,23 +229,14 @@ def _as_words(x: Tensor) -> Tensor:
     return flat.view(wide)
 
 
-def _multiplied(case: Case) -> torch.dtype:
-    """The dtype in which this machine multiplies the case's operands fastest."""
-    dtype = DTYPES[case.dtype]
-    if case.device != "cpu" or dtype == torch.float32:
-        return dtype
-    native = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return dtype if native else torch.float32
-
-
 def _products(case: Case, problem: Problem) -> Forward:
     """The bare matrix products into memory that is there already: two, and for training two more
-    (three in all with a frozen head). In fp32 on a CPU that does not multiply half precision:
-    torch's own loop for bf16 takes 5 to 30 times as long there, and is no floor.
-    """
+    (three in all with a frozen head). On a CPU that does not multiply half precision, of operands
+    that are fp32 already."""
     assert problem.student_weight is not None and problem.teacher_weight is not None
+    dtype = DTYPES[case.dtype if native_dtype(case.device) == "bf16" else "fp32"]
     sides = problem.student, problem.teacher, problem.student_weight, problem.teacher_weight
-    hs, ht, ws, wt = (x.detach().to(_multiplied(case)) for x in sides)
+    hs, ht, ws, wt = (x.detach().to(dtype) for x in sides)
     s, t = (torch.empty(case.n, case.vocab, dtype=hs.dtype, device=hs.device) for _ in range(2))
     dh, dw = torch.empty_like(hs), torch.empty_like(ws)
 

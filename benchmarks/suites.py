@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fusedkd import divergences
 
-from .cases import Case
+from .cases import DTYPES, Case, native_dtype
 from .providers import FLOOR, OURS
 from .runner import Bar, Group, Measured
 
@@ -34,7 +34,7 @@ def quick(device: str) -> list[Group]:
     """Two minutes on two cores: one dense race, one JSD, one head, the cost of a small call."""
     case = Case(n=128, device=device)
     jsd = case.but(divergence="jsd")
-    head = Case(form="head", n=128, vocab=32000, device=device)
+    head = Case(form="head", n=128, vocab=32000, device=device, dtype=native_dtype(device))
     return [
         Group(
             "Dense, forward KL + CE",
@@ -116,21 +116,30 @@ def _dense(device: str) -> list[Group]:
 
 
 def _heads(device: str) -> list[Group]:
-    base = Case(form="head", n=4096 if device == "cuda" else 512, device=device)
-    peers = ("eager", "compile", "liger")
-    long = base.but(n=16384 if device == "cuda" else 4096)
+    """In bf16 against the bare products; peers in the dtype that this machine multiplies."""
+    gpu = device == "cuda"
+    base = Case(form="head", n=4096 if gpu else 512, device=device)
+    native = base.but(dtype=native_dtype(device))
+    kl = ("eager", "compile", "liger")
     groups = [
-        ("LMHead bf16, forward KL + CE", base, (OURS, *peers, FLOOR)),
+        (f"LMHead {native.dtype}, forward KL + CE", native, kl),
         (
-            "LMHead bf16, JSD",
-            base.but(divergence="jsd", ce_weight=0.0),
-            (OURS, *peers, "liger-triton", "trl", FLOOR),
+            f"LMHead {native.dtype}, JSD",
+            native.but(divergence="jsd", ce_weight=0.0, n=base.n if gpu else 128),
+            (*kl, "liger-triton", "trl"),
         ),
-        ("LMHead bf16, evaluation", base.but(mode="eval"), (OURS, "eager", FLOOR)),
-        ("LMHead bf16, frozen student head", base.but(frozen=True), (OURS, "eager", FLOOR)),
-        ("LMHead bf16, many tokens", long, (OURS, FLOOR)),
+        ("LMHead bf16, forward KL + CE", base, ()),
+        ("LMHead bf16, JSD", base.but(divergence="jsd", ce_weight=0.0), ()),
+        ("LMHead bf16, evaluation", base.but(mode="eval"), ()),
+        ("LMHead bf16, frozen student head", base.but(frozen=True), ()),
+        ("LMHead bf16, many tokens", base.but(n=16384 if gpu else 4096), ()),
     ]
-    return [Group(t, (case,), names, (_floor(case, device),)) for t, case, names in groups]
+    if native == base:  # the same race twice
+        del groups[2:4]
+    return [
+        Group(title, (case,), (OURS, *peers, FLOOR), (_floor(case, device),))
+        for title, case, peers in groups
+    ]
 
 
 def _odd_vocabulary(device: str) -> Group:
@@ -224,7 +233,8 @@ SLACK = 16 << 20  # rows of statistics, thread stacks, and what the allocators k
 def _memory(device: str) -> list[Group]:
     sizes = (512, 1024, 2048, 4096)
     dense = tuple(Case(n=n, device=device) for n in (512, 4096))
-    heads = tuple(Case(form="head", n=n, device=device) for n in sizes)
+    native = native_dtype(device)
+    heads = tuple(Case(form="head", n=n, device=device, dtype=native) for n in sizes)
     inplace = tuple(case.but(inplace=True) for case in dense)
     peers = ("eager", "gkd", "liger")
     return [
@@ -247,12 +257,13 @@ def _dense_bar(case: Case) -> Bar:
 
 
 def _head_bar(case: Case) -> Bar:
-    """The budget, the weight's gradient and its fp32 accumulator, the gradient of the rows."""
+    """The budget, the weight's gradient and its fp32 accumulator (the same for fp32), the gradient
+    of the rows."""
     from fusedkd.autograd import CHUNK_BYTES
 
     budget = case.chunk_bytes or CHUNK_BYTES[case.device]
-    weight = case.vocab * case.hidden_student
-    allowed = budget + weight * (2 + 4) + case.n * case.hidden_student * 2
+    weight, item = case.vocab * case.hidden_student, DTYPES[case.dtype].itemsize
+    allowed = budget + weight * (item % 4 + 4) + case.n * case.hidden_student * item
     return _memory_bar(case, allowed, "chunk_bytes, dW, its accumulator and dh")
 
 

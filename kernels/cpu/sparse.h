@@ -14,7 +14,8 @@ using EntriesRun = double (*)(const double*, KlWeights, const double*, const dou
 
 FUSEDKD_INLINE Entry<VD> entry(VD lp, VD lq) {
   const VD nothing = splat<VD>(-kInfinity);
-  return {lp, lq, (lp == nothing) & (lq == nothing) ? VD{} : lp - lq, exp(lp), exp(lq)};
+  const VD gap = (lp == nothing) & (lq == nothing) ? VD{} : lp - lq;
+  return {lp, lq, gap, exp(lp), exp(lq), exp(-abs(gap))};
 }
 struct MixOfKls {
   FUSEDKD_INLINE static Point<VD> at(const Entry<VD>& e, const double*, KlWeights w) {
