@@ -82,8 +82,8 @@ def print_steps(console: Console, results: list[dict[str, Any]], limit: float) -
     console.print(table)
     dtype = native_dtype(results[0]["device"])
     console.print(
-        f"  [dim]Student 4 x 256, teacher 6 x 512, {dtype}, KL (T = 2) + CE, AdamW. Peak memory: of "
-        "a step, above models and optimizer state.[/dim]",
+        f"  [dim]Student 4 x 256, teacher 6 x 512, {dtype}, KL (T = 2) + CE, AdamW. Peak memory: "
+        "of a step, above models and optimizer state.[/dim]",
         highlight=False,
     )
 

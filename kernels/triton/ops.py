@@ -47,7 +47,7 @@ def rows(
         "row_scale": row_scale,
         "loss": loss,
         "metrics": metric_rows,
-        "partial": row_scale.new_empty(n, 12, launch.pieces, dtype=torch.float64)
+        "partial": row_scale.new_empty(n, 13, launch.pieces, dtype=torch.float64)
         if split
         else None,
         "sums": row_scale.new_empty(n, 2, launch.pieces, dtype=torch.float64) if split else None,

@@ -83,10 +83,20 @@ def _closed(state, norm, a_b, COMBINE: tl.constexpr, plan: tl.constexpr):
 
 
 @triton.jit
-def _cross_entropy(state, student, label, bend, smoothing, plan: tl.constexpr):
-    z = tl.load(student + label).to(plan.acc)
-    if plan.bent_s:
-        z, _ = transform(z, bend[0], bend[1])
+def _at_label(student, labels, n, bend, plan: tl.constexpr):
+    """The student's logit at the label, read before any gradient is written: that may go over the
+    logits, by another program of the row, or by a warp that is ahead (the statistics' barriers lie
+    between this and that)."""
+    z = scalar(0.0, plan.acc)
+    if plan.ce:
+        z = tl.load(student + tl.load(labels + n)).to(plan.acc)
+        if plan.bent_s:
+            z, _ = transform(z, bend[0], bend[1])
+    return z
+
+
+@triton.jit
+def _cross_entropy(state, z, smoothing, plan: tl.constexpr):
     log_one = log_sum(state[4], plan.acc)
     hard, soft = (state[0] - z) + log_one, (state[0] - state[5].to(plan.acc)) + log_one
     # Without smoothing the mean plays no part: it is -inf in a row with a masked entry.
@@ -127,7 +137,7 @@ def _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan: tl.
 
 @triton.jit
 def _finish(
-    row, grad, labels, loss, metrics, n, shape, span, bend, state, norm, sums,
+    row, grad, labels, loss, metrics, n, shape, span, bend, state, at_label, norm, sums,
     weights, vocab, columns, power, a_b, leader,
     DIVERGENCE: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +147,7 @@ def _finish(
     one, smooth, hot = scale, scale, scale
     if plan.ce:
         label = tl.load(labels + n).to(tl.int32)
-        ce = _cross_entropy(state, row[0], label, bend[0], smoothing, plan)
+        ce = _cross_entropy(state, at_label, smoothing, plan)
         one = scale * ce_weight * reciprocal(state[4]).to(plan.acc)
         if not plan.closed:  # there powered is q = 2^a / sum, not 2^a
             total = state[2].to(plan.acc)
@@ -155,14 +165,16 @@ def _finish(
 
 
 # --------------------------------------------------------------------------------------------------
-# a row in pieces: what one launch leaves for the next, (12, pieces) statistics and (2, pieces) sums
+# a row in pieces: what one launch leaves for the next, (13, pieces) statistics (the last one is the
+# logit at the label, the same in all) and (2, pieces) sums
 
 
 @triton.jit
-def _leave(partial, n, piece, state, plan: tl.constexpr):
-    at = partial + n.to(tl.int64) * (12 * plan.pieces) + piece
+def _leave(partial, n, piece, state, at_label, plan: tl.constexpr):
+    at = partial + n.to(tl.int64) * (13 * plan.pieces) + piece
     for field in tl.static_range(12):
         tl.store(at + field * plan.pieces, state[field].to(tl.float64))
+    tl.store(at + 12 * plan.pieces, at_label.to(tl.float64))
 
 
 @triton.jit
@@ -173,14 +185,14 @@ def _pieces(partial, n, field: tl.constexpr, of: tl.constexpr, plan: tl.constexp
 
 @triton.jit
 def _recall(partial, n, plan: tl.constexpr):
-    top_s, top_t = _pieces(partial, n, 0, 12, plan), _pieces(partial, n, 1, 12, plan)
-    at_s, at_t = _pieces(partial, n, 10, 12, plan), _pieces(partial, n, 11, 12, plan)
+    top_s, top_t = _pieces(partial, n, 0, 13, plan), _pieces(partial, n, 1, 13, plan)
+    at_s, at_t = _pieces(partial, n, 10, 13, plan), _pieces(partial, n, 11, 13, plan)
     return (
         top_s.to(plan.acc), top_t.to(plan.acc),
-        _pieces(partial, n, 2, 12, plan), _pieces(partial, n, 3, 12, plan),
-        _pieces(partial, n, 4, 12, plan), _pieces(partial, n, 5, 12, plan),
-        _pieces(partial, n, 6, 12, plan), _pieces(partial, n, 7, 12, plan),
-        _pieces(partial, n, 8, 12, plan), _pieces(partial, n, 9, 12, plan),
+        _pieces(partial, n, 2, 13, plan), _pieces(partial, n, 3, 13, plan),
+        _pieces(partial, n, 4, 13, plan), _pieces(partial, n, 5, 13, plan),
+        _pieces(partial, n, 6, 13, plan), _pieces(partial, n, 7, 13, plan),
+        _pieces(partial, n, 8, 13, plan), _pieces(partial, n, 9, 13, plan),
         at_s.to(tl.int32), at_t.to(tl.int32),
     )  # fmt: skip
 
@@ -221,7 +233,7 @@ def _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
 def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
     labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None; N = B T
-    partial, sums,  # fp64 (N, 12, pieces), (N, 2, pieces), or None in the stage "whole"
+    partial, sums,  # fp64 (N, 13, pieces), (N, 2, pieces), or None in the stage "whole"
     length: tl.int32, s_b: tl.int64, s_t: tl.int64, t_b: tl.int64, t_t: tl.int64,
     g_b: tl.int64, g_t: tl.int64, vocab: tl.int32, columns: tl.int32,
     inverse_s: tl.float64, inverse_t: tl.float64,  # 1 / temperature
@@ -254,11 +266,14 @@ def row_kernel(
         bend = bend_s, bend_t
         numbers = over_s * LOG2E, over_t * LOG2E, 1.0 / vocab.to(acc), power
         if plan.stage == "whole" or plan.stage == "statistics":
+            at_label = _at_label(row[0], labels, n, bend_s, plan)
             state = statistics(row, shape, span, bend, numbers, plan)
         else:
             state = _merge(_recall(partial, n, plan), numbers[0], numbers[1])
+            left = tl.load(partial + n.to(tl.int64) * (13 * plan.pieces) + 12 * plan.pieces)
+            at_label = left.to(acc)
         if plan.stage == "statistics":
-            _leave(partial, n, piece, state, plan)
+            _leave(partial, n, piece, state, at_label, plan)
         else:
             norm = _norm(state, over_s, over_t, plan)
             found = _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
@@ -266,8 +281,9 @@ def row_kernel(
             if plan.stage != "middle":
                 weights = (scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                            scalar(smoothing, acc))  # fmt: skip
-                _finish(row, grad, labels, loss, metrics, n, shape, span, bend, state, norm, found,
-                        weights, vocab, columns, power, a_b, leader, DIVERGENCE, plan)  # fmt: skip
+                _finish(row, grad, labels, loss, metrics, n, shape, span, bend, state, at_label,
+                        norm, found, weights, vocab, columns, power, a_b, leader,
+                        DIVERGENCE, plan)  # fmt: skip
 
 
 @triton.jit(

@@ -60,7 +60,9 @@ def sparse_rows(
                 continue  # nothing outside the ids has a say of its own
             # Without a gradient the last stage is left with one loss per row.
             programs = 1 if stage == "gradient" and grad is None else launch.pieces
-            sparse.sparse_kernel[n, programs](**arguments, **constants, num_warps=launch.warps)
+            sparse.sparse_kernel[n, programs](
+                **arguments, **constants, **config.options(launch, ops.TARGET)
+            )
     return loss, metric_rows
 
 
