@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow wheel-test gpu clean
+.PHONY: help setup demo test lint test-slow wheel-test bench gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
 	@echo "make demo        distil a small decoder on real text into outputs/demo/ (about 6 minutes)"
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
 	@echo "make test-slow   the tests that take longer"
+	@echo "make bench       fusedkd against its peers here, with tables and plots (20 minutes)"
 	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
 
 setup: $(STAMP)
@@ -39,6 +40,11 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The peers first; torch, triton and transformers stay as pinned.
+bench: setup
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[bench]"
+	$(BIN)/fusedkd bench --save
 
 # The built wheel, imported from another directory, where the checkout cannot stand in for it.
 wheel-test: setup

@@ -1,8 +1,7 @@
 """The launch table: how many programs share a row, how big each is, and why.
 
-``python -m benchmarks.tune`` times the candidates on a GPU and rewrites what is below the marker.
-Nobody has run it yet: the reasons below are arithmetic, for an H200 (132 SMs, 50 MB of L2, 4.8 TB/s
-of memory, about 28 T fp32 instructions and 3.6 T exp2, log2 or 1 / x per second).
+Nobody has timed it on a GPU yet: the reasons below are arithmetic, for an H200 (132 SMs, 50 MB of
+L2, 4.8 TB/s of memory, about 28 T fp32 instructions and 3.6 T exp2, log2 or 1 / x per second).
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ class Entry:
         return Launch(pieces, self.warps, self.unroll, self.stages)
 
 
-# --- written by benchmarks/tune.py from here on ---
 TABLE = (
     Entry(
         below=8192,
