@@ -124,9 +124,30 @@ class _FusedLoss(torch.autograd.Function):
     if wanted, then the gradients made in the forward, which the caller drops."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, row_scale, post, spec, wanted = arguments
-        inputs = _Inputs(*tensors)
+    def forward(  # dynamo binds the arguments one by one
+        student: Tensor,
+        student_weight: Tensor | None,
+        student_bias: Tensor | None,
+        teacher: Tensor,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        teacher_indices: Tensor | None,
+        labels: Tensor | None,
+        row_scale: Tensor,
+        post: Tensor | None,
+        spec: LossSpec,
+        wanted: _Wanted,
+    ) -> tuple[Tensor, ...]:
+        inputs = _Inputs(
+            student,
+            student_weight,
+            student_bias,
+            teacher,
+            teacher_weight,
+            teacher_bias,
+            teacher_indices,
+            labels,
+        )
         if _deferred(inputs, spec):
             wanted = _Wanted(False, False, False, wanted.metrics)
         loss, *rest = _dispatch(inputs, row_scale, spec, wanted)

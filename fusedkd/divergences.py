@@ -74,7 +74,7 @@ def make(name: str, *params: float) -> Divergence:
 
 
 def _number(where: str, name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise ValueError(f"{where}({name}={value!r}): expected a finite number.")
     return float(value)
 

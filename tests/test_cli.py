@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusedkd.cli import main
+from fusedkd.train.data import pack
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,10 @@ def test_distill_from_a_recipe(demo, tmp_path):
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--temprature", "2"], "temprature"),
         (["--divergence", "klx"], "klx"),
+        (["--backend", "foo"], "backend='foo'"),
+        (["--label_smoothing_factor", "2"], "label_smoothing=2.0"),
+        (["--vocab_size", "-5"], "vocab_size=-5"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
     ],
 )
 def test_mistakes_get_one_message(argv, message, capsys):
@@ -77,3 +83,10 @@ def test_doctor_and_help():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "fusedkd" in done.stdout
+
+
+def test_only_a_lone_block_may_be_short():
+    """More documents than are cut at a time: what is left of a batch is dropped."""
+    many = Dataset.from_dict({"input_ids": [[1, 2]] * 10_003})
+    assert set(map(len, pack(many, None, 64)["input_ids"])) == {64}
+    assert pack(many.select(range(3)), None, 64)["input_ids"] == [[1, 2] * 3]

@@ -432,3 +432,23 @@ def test_fp16_head_adds_tokens_up_in_fp32(backend: str, device: torch.device) ->
     expected = size * torch.tensor([[-2 / 3], [1 / 3], [1 / 3]], device=device).expand(3, 2)
     assert grad.dtype == torch.float16
     torch.testing.assert_close(grad.float(), expected, rtol=2e-3, atol=0.0)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace Triton's interpreter")
+def test_compiles_whole_without_a_gradient_and_for_other_numbers(
+    backend: str, device: torch.device
+) -> None:
+    student, teacher = torch.randn(2, 4, 11, device=device)
+
+    def loss(x: torch.Tensor, number: float) -> torch.Tensor:
+        chosen = divergences.jsd(number)
+        return kd_loss(x, teacher, divergence=chosen, temperature=1 + number, backend=backend)
+
+    for wanted in (True, False):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        x = student.clone().requires_grad_(wanted)
+        for number in (0.1, 0.2, 0.3):
+            torch.testing.assert_close(compiled(x, number), loss(x, number))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, 0.3), loss(x, 0.3))

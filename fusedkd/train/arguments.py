@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fusedkd import divergences
+from fusedkd import backends, divergences
 from fusedkd.logits import TAILS
 from fusedkd.spec import LossSpec
 
@@ -126,14 +126,23 @@ class DistillationArguments(TrainingArguments):
         keywords = self.loss_keywords()
         if self.teacher_temperature is None:
             keywords["teacher_temperature"] = self.temperature
-        LossSpec(
-            **{**keywords, "vocab_size": self.vocab_size or 1}
-        )  # checks, before anything expensive
+        smoothing = self.label_smoothing_factor
+        fixed = {"vocab_size": self.vocab_size or 1, "label_smoothing": smoothing}
+        LossSpec(**{**keywords, **fixed})  # checks, before anything expensive
+        counts = ("vocab_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+        for name in counts:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected a whole number of at least 1.")
         if self.teacher_tail not in TAILS:
             raise ValueError(
                 f"teacher_tail={self.teacher_tail!r}: expected one of {', '.join(TAILS)}."
             )
         super().__post_init__()
+        if self.backend is not None:
+            try:
+                backends.resolve(self.backend, self.device)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
 
     def loss_keywords(self) -> dict[str, Any]:
         """The keyword arguments of :func:`fusedkd.kd_loss` that do not change between batches."""

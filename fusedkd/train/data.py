@@ -118,15 +118,18 @@ def pack(documents: Dataset, tokenizer: Any, block_size: int) -> Dataset:
             remove_columns=documents.column_names,
             desc="Tokenizing",
         )
-    blocks = documents.map(
-        _cut,
-        fn_kwargs={"block_size": block_size},
-        batched=True,
-        batch_size=10_000,  # the remainder is dropped once per batch
-        remove_columns=documents.column_names,
-        desc=f"Cutting blocks of {block_size}",
-    )
-    if not len(blocks):
+    for short in (False, True):
+        blocks = documents.map(
+            _cut,
+            fn_kwargs={"block_size": block_size, "short": short},
+            batched=True,
+            batch_size=10_000,  # the remainder is dropped once per batch
+            remove_columns=documents.column_names,
+            desc=f"Cutting blocks of {block_size}",
+        )
+        if len(blocks):
+            break
+    else:
         raise ValueError("the data are empty: expected at least two tokens of text.")
     return blocks
 
@@ -141,13 +144,13 @@ def _tokenize(rows: dict[str, list[Any]], tokenizer: Any, end: list[int]) -> dic
     return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
 
 
-def _cut(rows: dict[str, list[list[int]]], block_size: int) -> dict[str, list[list[int]]]:
+def _cut(
+    rows: dict[str, list[list[int]]], block_size: int, short: bool
+) -> dict[str, list[list[int]]]:
     joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
     joined.setdefault("labels", joined["input_ids"])
     length = len(joined["input_ids"])
-    if length < 2:
-        return {name: [] for name in joined}
-    last = length - length % block_size if length >= block_size else length
+    last = length if short and length > 1 else length - length % block_size
     return {
         name: [values[start : start + block_size] for start in range(0, last, block_size)]
         for name, values in joined.items()

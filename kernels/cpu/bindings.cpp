@@ -87,6 +87,7 @@ class Scratch {  // grows, never shrinks: page faults on every call cost more th
 // when they are free: rows that do not count cost nothing, and neighbours on the machine disturb less.
 template <class One>
 void for_rows(int64_t rows, int64_t columns, const One& one) {
+  if (rows == 0) return;
   const int64_t workers = std::min<int64_t>(
       {torch::stable::get_num_threads(), rows, rows * columns / kGrain + 1});
   const int64_t batch = std::max<int64_t>(1, std::min(kGrain / 2 / std::max<int64_t>(columns, 1), rows / workers / 4));
