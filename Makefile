@@ -12,7 +12,7 @@ help:
 	@echo "make demo        distil a small decoder on real text into outputs/demo/ (about 6 minutes)"
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
 	@echo "make test-slow   the tests that take longer"
-	@echo "make bench       fusedkd against its peers here, with tables and plots (20 minutes)"
+	@echo "make bench       fusedkd against its peers here, with tables and plots"
 	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
 
 setup: $(STAMP)
