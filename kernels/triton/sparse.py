@@ -237,6 +237,9 @@ def _points(
     q = tl.exp(lq)
     value, grad = DIVERGENCE(lp, lq, tl.where(absent, 0.0, lp - lq), tl.exp(lp), q, *a_b)
     value, grad = tl.where(absent, 0.0, value), tl.where(absent, 0.0, grad)
+    # No normaliser carries a NaN of the teacher's to the row, and a divergence may swallow it.
+    unknown = lp != lp
+    value, grad = tl.where(unknown, lp, value), tl.where(unknown, lp, grad)
     return id, z, slope, lp, lq, q, value, grad
 
 
