@@ -251,6 +251,7 @@ def _run(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wanted) ->
         losses.append(loss)
         metric_rows.append(found)
         grads.add(grad, b, rows)
+        del s, grad, rest  # before the next chunk is made: else two are held at a time
     result = [losses[0] if len(losses) == 1 else torch.cat(losses)]
     if wanted.metrics:
         result.append(torch.cat(metric_rows))
