@@ -176,8 +176,9 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        arguments = len(ctx.needs_input_grad)
         if upstream is None:
-            return (None,) * 12
+            return (None,) * arguments
         if ctx.deferred:
             *tensors, row_scale = ctx.saved_tensors
             scale = torch.where(row_scale != 0, row_scale * upstream.to(row_scale.dtype), 0.0)
@@ -188,8 +189,8 @@ class _FusedLoss(torch.autograd.Function):
             factor = upstream if post is None else upstream * post
             grads = iter([_scaled(grad.detach(), factor, ctx.spec) for grad in saved])
         kept = zip(ctx.dtypes, ctx.wanted[:3], strict=True)
-        made = (next(grads).to(dtype) if want and dtype else None for dtype, want in kept)
-        return *made, *(None,) * 9
+        made = [next(grads).to(dtype) if want else None for dtype, want in kept]
+        return *made, *(None,) * (arguments - len(made))
 
 
 # torch inspects the signature on every call to bind the arguments; this spares it the work.

@@ -143,7 +143,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     with _device(grad):
         programs.scale_kernel[n, per_row](
             grad,
-            factor.contiguous(),
+            factor,
             length=grad.shape[1],
             x_b=grad.stride(0),
             x_t=grad.stride(1),
