@@ -327,7 +327,7 @@ class OneRow {
       fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.vocabulary);
     } else {
       double slope = 0, label = hard != 0 ? label_gradient(kind, soft, hard, &slope) : 0;
-      for (int64_t k = tiles_ - 1; k >= 0; --k) gradient_tile(k, kind, separate, c);  // what was read last is still near
+      for (int64_t k = 0; k < tiles_; ++k) gradient_tile(k, kind, separate, c);
       if (hard != 0) {
         label *= student_label_ == -kInfinity ? 0 : slope;
         write(call_.grad.dtype, &label, grad_ + label_ * size_of(call_.grad.dtype), 1);
