@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["NAMES", "resolve"]
+__all__ = ["NAMES", "check_name", "load", "resolve"]
 
 NAMES = ("triton", "cpu", "reference")
 
@@ -26,16 +26,21 @@ def resolve(name: str | None, device: torch.device) -> ModuleType:
     """
     if name is None:
         return _for_device(device.type)
-    if name not in NAMES:
-        raise ValueError(
-            f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
-            "device."
-        )
+    check_name(name)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(
             f"backend='cpu' but the tensors are on {device}: move them, or leave backend=None."
         )
     return _working(name)
+
+
+def check_name(name: str | None) -> None:
+    """Raise unless there is a backend called ``name``; None goes by device."""
+    if name is not None and name not in NAMES:
+        raise ValueError(
+            f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
+            "device."
+        )
 
 
 @functools.cache
