@@ -21,6 +21,8 @@ from fusedkd.features import (
 )
 from fusedkd.train.capture import Captured, _attention, capture, expose_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, LAYERS = 67, 3
 SIZES = {
     "vocab_size": V,

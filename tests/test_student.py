@@ -14,6 +14,8 @@ from fusedkd.cli import main
 from fusedkd.train.layers import layer_pairs, pick_layers
 from fusedkd.train.student import StudentPlan, build_student
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, LAYERS = 67, 4
 SIZES = {
     "vocab_size": V,

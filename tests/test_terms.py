@@ -17,6 +17,8 @@ from fusedkd.train.capture import capture
 from fusedkd.train.schedules import parse_schedules
 from fusedkd.train.terms import parse_term
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V = 61
 SIZES = {
     "vocab_size": V,

@@ -11,6 +11,7 @@ from fusedkd import backends, divergences
 from fusedkd.logits import TAILS
 from fusedkd.spec import LossSpec
 from fusedkd.train.calls import bind_call, split_call
+from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
 from fusedkd.train.terms import parse_term
 
@@ -118,6 +119,23 @@ class DistillationArguments(TrainingArguments):
             "or step; AT the share of the training after which it is at END."
         },
     )
+    on_policy_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the batches that the student writes itself from their prompts (GKD's "
+            "lambda)."
+        },
+    )
+    on_policy_prompt: int = field(
+        default=128,
+        metadata={"help": "Tokens of a prompt where labels do not tell where it ends."},
+    )
+    on_policy_new_tokens: int = field(
+        default=128, metadata={"help": "Tokens that the student writes at most."}
+    )
+    on_policy_temperature: float = field(
+        default=1.0, metadata={"help": "That the student writes at."}
+    )
     vocab_size: int | None = field(
         default=None,
         metadata={
@@ -151,6 +169,11 @@ class DistillationArguments(TrainingArguments):
                 f"kd_tokens={self.kd_tokens!r}: expected one of {', '.join(KD_TOKENS)}."
             )
         self.parsed_schedules()
+        if self.on_policy().share and (self.ce_weight or "ce_weight" in self.parsed_schedules()):
+            raise ValueError(
+                f"on_policy_share={self.on_policy_share} with a cross-entropy: the labels would be "
+                "what the student wrote itself. Expected ce_weight=0."
+            )
         super().__post_init__()
         if self.backend is not None:
             try:
@@ -163,6 +186,15 @@ class DistillationArguments(TrainingArguments):
         names = ("temperature", "teacher_temperature", "kd_weight", "ce_weight")
         numbers = {name: value for name in names if (value := getattr(self, name)) is not None}
         return numbers | {name: term.weight for name, term in map(parse_term, self.terms)}
+
+    def on_policy(self) -> OnPolicy:
+        """How batches are written by the student."""
+        return OnPolicy(
+            self.on_policy_share,
+            self.on_policy_prompt,
+            self.on_policy_new_tokens,
+            self.on_policy_temperature,
+        )
 
     def parsed_schedules(self) -> dict[str, Schedule]:
         """``schedules`` by name."""

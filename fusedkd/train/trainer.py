@@ -106,6 +106,8 @@ class DistillationTrainer(Trainer):
             self._read(teacher)
         else:
             self._run(teacher)
+        if args.on_policy_share and not self._loss_shifts_labels:
+            raise ValueError("on_policy_share: expected a decoder, which can write.")
         self._meters = {True: Meter(), False: Meter()}  # by model.training
         self._objective = Objective(args, self._loss_keywords)
         self._step_tokens: Tensor | int | None = None
@@ -125,6 +127,8 @@ class DistillationTrainer(Trainer):
             self.args.teacher_tail,
         )
         self._teacher_side = side
+        if self.args.on_policy_share:
+            raise ValueError("on_policy_share: a cache has no answers to what the student writes.")
         moving = "temperature" if self.args.teacher_temperature is None else "teacher_temperature"
         if moving in self.args.parsed_schedules():
             raise ValueError(f"schedules: a cache has answers at fixed temperatures, not {moving}.")
@@ -161,9 +165,14 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """As the Trainer's; counts the real tokens of the step, too, for what is a mean over
-        them."""
+        """As the Trainer's. The student may write some of the batches; the real tokens of the step
+        are counted, too, for what is a mean over them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.on_policy_share:
+            inner, write = self.accelerator.unwrap_model(self.model), self.args.on_policy()
+            first = hash((self.args.seed, self.state.global_step)) % 2**62
+            batches = [write(inner, batch, first + i) for i, batch in enumerate(batches)]
+            items = self._get_num_items_in_batch(batches, device)
         if self._counts_tokens:
             self._step_tokens = self._get_num_items_in_batch(list(map(as_labels, batches)), device)
         return batches, items
