@@ -253,6 +253,14 @@ def test_checkpointed_layers_give_the_same_gradient(tmp_path: Path) -> None:
         torch.testing.assert_close(results[1][name], grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_compute_metrics_gets_logits_and_nothing_else(tmp_path: Path) -> None:
+    tested = trainer(build("bert", 1), build("bert", 2), tmp_path, rows(), terms=["cosine"])
+    shapes: list[Any] = []
+    tested.compute_metrics = lambda p: shapes.append(p.predictions.shape) or {}
+    tested.evaluate()
+    assert shapes == [(4, 10, V)]
+
+
 # ---- classification ----------------------------------------------------------------------------
 
 

@@ -196,6 +196,18 @@ class DistillationArguments(TrainingArguments):
             self.on_policy_temperature,
         )
 
+    def check_for_cache(self) -> None:
+        """Refuse what a cache of the teacher's answers cannot serve.
+
+        Raises:
+            ValueError: the student writes batches, or the teacher's temperature moves.
+        """
+        if self.on_policy_share:
+            raise ValueError("on_policy_share: a cache has no answers to what the student writes.")
+        moving = "temperature" if self.teacher_temperature is None else "teacher_temperature"
+        if moving in self.parsed_schedules():
+            raise ValueError(f"schedules: a cache has answers at fixed temperatures, not {moving}.")
+
     def parsed_schedules(self) -> dict[str, Schedule]:
         """``schedules`` by name."""
         return parse_schedules(self.schedules, self.scheduled())

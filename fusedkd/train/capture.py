@@ -100,9 +100,11 @@ def capture(model: Any, attention: bool = False) -> Iterator[Captured]:
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
 
-    def take(module: nn.Module, args: Any, outputs: Any) -> None:
+    def take(module: nn.Module, args: Any, outputs: Any) -> Any:
         seen.hidden = tuple(outputs.hidden_states or ())
         _check(model, seen, attention)
+        # the caller did not ask for them: a Trainer would gather them as predictions
+        return type(outputs)(**{k: v for k, v in outputs.items() if k != "hidden_states"})
 
     handles = (
         model.register_forward_pre_hook(ask, with_kwargs=True),

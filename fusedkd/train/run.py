@@ -209,13 +209,19 @@ def _teacher(teacher: nn.Module | TeacherCache) -> str:
 def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
     args = trainer.args
     table = Table(show_header=False, title="Distilled")
-    table.add_row("student", f"{trainer.model.num_parameters():,} parameters in {args.output_dir}")
+    parameters = trainer.model.num_parameters() - trainer.terms.parameters(trainer.model)
+    table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
     table.add_row("teacher", _teacher(trainer.teacher))
     table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")
+    for text in args.terms:
+        table.add_row("", f"+ {text}")
     table.add_row("steps", f"{trainer.state.global_step:,}")
     for name, (label, form) in ROWS.items():
         if name in metrics:
             table.add_row(label, format(metrics[name], form))
+    for name in trainer.terms.terms:
+        if f"eval_{name}" in metrics:
+            table.add_row(f"held-out {name}", f"{metrics[f'eval_{name}']:.4f}")
     Console().print(table)
     path = Path(args.output_dir or ".") / "distillation.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -134,6 +134,11 @@ class TermSet:
         finally:
             handle.remove()
 
+    def parameters(self, student: Any) -> int:
+        """How many the projections have, which are in the student and not of it."""
+        modules = getattr(student, _ATTRIBUTE, None)
+        return 0 if modules is None else sum(p.numel() for p in modules.parameters())
+
     def save(self, student: Any, folder: str) -> None:
         """Write the projections, if there are any."""
         modules = getattr(student, _ATTRIBUTE, None)

@@ -43,9 +43,11 @@ class DistillationTrainer(Trainer):
     are compared; a warning says so once.
 
     Labels are shifted for causal models and not for masked ones, and only tokens whose label is
-    not -100 count, in the divergence too. The loss is the sum over the tokens of an optimizer step
-    divided by their number, over all micro-batches and processes, so that it does not depend on
-    how the step is cut up.
+    not -100 count, in the divergence too unless ``kd_tokens="all"``. The loss is the sum over the
+    tokens of an optimizer step divided by their number, over all micro-batches and processes, so
+    that it does not depend on how the step is cut up. That holds for ``args.terms`` as well, which
+    are means over the tokens that are not padding. Sequence classifiers are compared class by
+    class.
 
     Logged beside ``loss``: ``kd`` (the raw divergence), ``ce``, ``teacher_entropy``,
     ``student_entropy`` (nats per token), ``top1_agreement``, ``student_accuracy`` and
@@ -63,7 +65,8 @@ class DistillationTrainer(Trainer):
             callbacks, ...).
 
     Raises:
-        ValueError: teacher and student share parameters, or their vocabularies differ.
+        ValueError: teacher and student share parameters, their vocabularies or classes differ, or
+            a term does not fit them.
         CacheError: a cache of another tokenizer, without the temperature, not for this divergence,
             or without some sequence of a data set.
     """
@@ -90,10 +93,10 @@ class DistillationTrainer(Trainer):
                 "torch.nn.DataParallel is not supported: using one GPU. torchrun uses them all."
             )
             args._n_gpu = 1
-        self.teacher, self._terms = teacher, TermSet(args.terms)
-        self._counts_tokens = bool(self._terms) or args.kd_tokens == "all"
+        self.teacher, self.terms = teacher, TermSet(args.terms)
+        self._counts_tokens = bool(self.terms) or args.kd_tokens == "all"
         if model is not None:
-            self._terms.attach(model, teacher)
+            self.terms.attach(model, teacher)
         super().__init__(model, args, **kwargs)
         # have the Trainer count the tokens of a step, in the alignment used here: the loss divides
         # by them
@@ -120,6 +123,7 @@ class DistillationTrainer(Trainer):
         )
 
     def _read(self, cache: TeacherCache) -> None:
+        self.args.check_for_cache()
         side = CachedTeacher(
             cache,
             self._loss_keywords["divergence"],
@@ -127,11 +131,6 @@ class DistillationTrainer(Trainer):
             self.args.teacher_tail,
         )
         self._teacher_side = side
-        if self.args.on_policy_share:
-            raise ValueError("on_policy_share: a cache has no answers to what the student writes.")
-        moving = "temperature" if self.args.teacher_temperature is None else "teacher_temperature"
-        if moving in self.args.parsed_schedules():
-            raise ValueError(f"schedules: a cache has answers at fixed temperatures, not {moving}.")
         self._loss_keywords["vocab_size"] = side.vocabulary(self.model, self.args.vocab_size)
         side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
         self.data_collator = side.collator(self.data_collator)
@@ -139,7 +138,7 @@ class DistillationTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """As the Trainer's; the new model's head is looked up."""
         model: Any = super().call_model_init(trial)
-        self._terms.attach(model, self.teacher)
+        self.terms.attach(model, self.teacher)
         self._student_head = self._head_of_student(model)
         return model
 
@@ -186,12 +185,12 @@ class DistillationTrainer(Trainer):
         num_tokens = None if num_items is None else self._step_tokens
         done = self.state.global_step / max(self.state.max_steps, 1)
         targets = Targets(labels, tokens, num_items, num_tokens, model.training, done)
-        with self._terms.watch(self.teacher) as theirs:
+        with self.terms.watch(self.teacher) as theirs:
             teacher = self._teacher_side(inputs)
         head = None if dense else self._student_head
         inner = self.accelerator.unwrap_model(model)
         weights = self._objective.numbers(done)
-        with self._terms.in_forward(inner, theirs, tokens, num_tokens, weights) as extra:
+        with self.terms.in_forward(inner, theirs, tokens, num_tokens, weights) as extra:
             if head is None:
                 outputs = model(**inputs)
                 loss, metrics = self._loss(outputs.logits, teacher, targets)
@@ -258,7 +257,7 @@ class DistillationTrainer(Trainer):
     def _head_of_student(self, model: nn.Module) -> PlainHead | None:
         if self.args.torch_compile:
             # dynamo does not guard on hooks, so a compiled forward would keep the first step's
-            if self._terms:
+            if self.terms:
                 raise ValueError(f"terms={self.args.terms}: torch_compile traces past their hooks.")
             logger.warning(
                 "student: dense logits are used, because torch_compile traces past hooks."
@@ -271,12 +270,12 @@ class DistillationTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self._terms.save(self.accelerator.unwrap_model(self.model), output_dir)
+            self.terms.save(self.accelerator.unwrap_model(self.model), output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._terms.load(self.accelerator.unwrap_model(self.model), checkpoint)
+            self.terms.load(self.accelerator.unwrap_model(self.model), checkpoint)
 
     # ---- logging and evaluation ----
 
