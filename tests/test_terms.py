@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,35 @@ def test_accumulation_changes_no_term(kind: str, dense: bool, tmp_path: Path) ->
         assert found.keys() == grads.keys()
         for name, grad in grads.items():
             torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def one_step(out: Path, size: int) -> None:
+    """Train one step with every term; write what came of it. Also run by torchrun, see below."""
+    spy, student = Spy(), build("bert", 1)
+    torch.manual_seed(7)
+    tested = trainer(
+        student, build("bert", 2, layers=4), out, rows(masked=True), terms=EVERY_TERM,
+        per_device_train_batch_size=size, max_steps=1, max_grad_norm=0.0, callbacks=[spy],
+        kd_tokens="all", ce_weight=0.3,
+    )  # fmt: skip
+    tested.train()
+    if tested.is_world_process_zero():
+        log = {k: v for k, v in tested.state.log_history[0].items() if k != "epoch"}
+        grads = {name.removeprefix("module."): grad for name, grad in spy.seen[0].items()}
+        torch.save((log, grads), out / "step.pt")
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    subprocess.run([*torchrun, "2", __file__, str(tmp_path / "two")], check=True, timeout=300)
+    one_step(tmp_path / "one", 4)
+    (log, grads), (theirs, found) = (torch.load(tmp_path / n / "step.pt") for n in ("one", "two"))
+    assert theirs == pytest.approx(log, rel=1e-4, abs=1e-7)
+    assert found.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -388,3 +419,8 @@ def test_terms_that_do_not_fit_are_named(
         trainer(student, build("llama", 2, **changes), tmp_path, rows(), **more).compute_loss(
             student, batch(rows())
         )
+
+
+if __name__ == "__main__":  # one of the processes of test_two_processes_are_one
+    torch.set_num_threads(1)
+    one_step(Path(sys.argv[1]), 2)
