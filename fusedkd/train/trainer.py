@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fusedkd import KDMetrics, LMHead, SparseTeacher, kd_loss_and_metrics
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.heads import PlainHead, tap
+from fusedkd.train.heads import PlainHead, loss_in_forward
 from fusedkd.train.meter import Meter
 from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
 from fusedkd.train.teachers import CachedTeacher, LiveTeacher
@@ -158,38 +158,13 @@ class DistillationTrainer(Trainer):
             outputs = model(**inputs)
             loss, metrics = self._loss(outputs.logits, teacher, labels, num_items, model.training)
         else:
-            loss, metrics, outputs = self._loss_in_forward(
-                model, head, inputs, teacher, labels, num_items
+            inner = self.accelerator.unwrap_model(model)
+            loss, metrics, outputs = loss_in_forward(
+                *(model, inner, head, inputs),
+                lambda student: self._loss(student, teacher, labels, num_items, model.training),
             )
         self._meters[model.training].add(metrics)
         return loss, metrics, outputs
-
-    def _loss_in_forward(
-        self,
-        model: nn.Module,
-        head: PlainHead,
-        inputs: Inputs,
-        teacher: Teacher,
-        labels: Tensor,
-        num_items: Tensor | int | None,
-    ) -> tuple[Tensor, Any, Any]:
-        results: list[tuple[Tensor, Any]] = []
-
-        def receive(hidden: Tensor) -> None:
-            results.append(self._loss(head.of(hidden), teacher, labels, num_items, model.training))
-
-        def deliver(module: nn.Module, args: Any, outputs: Any) -> Any:
-            outputs["loss"] = results[0][0]
-            return outputs
-
-        inner = self.accelerator.unwrap_model(model)
-        handle = inner.register_forward_hook(deliver, prepend=True)
-        try:
-            with tap(head, receive):
-                outputs = model(**inputs)
-        finally:
-            handle.remove()
-        return outputs["loss"], results[0][1], outputs
 
     def _loss(
         self,
