@@ -13,6 +13,7 @@ upstream gradient. Two cases differ:
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -104,6 +105,8 @@ def fused_loss(
     """
     student = inputs[0]
     assert student is not None
+    if spec.inplace and _traced():
+        spec = dataclasses.replace(spec, inplace=False)
     grad = torch.is_grad_enabled()
     hidden, weight, bias = (grad and t is not None and t.requires_grad for t in inputs[:3])
     wanted = _Wanted(hidden, weight, bias, metrics)
@@ -203,12 +206,17 @@ def _deferred(inputs: _Inputs, spec: LossSpec) -> bool:
 
 def _inplace(inputs: _Inputs, spec: LossSpec, wanted: _Wanted) -> bool:
     dense = inputs.student_weight is None
-    return spec.inplace and dense and wanted.hidden and not torch.compiler.is_compiling()
+    return spec.inplace and dense and wanted.hidden
+
+
+def _traced() -> bool:
+    """Whether tensors may be stand-ins without memory: dynamo's, or torch.func's wrappers."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _scaled(grad: Tensor, factor: Tensor, spec: LossSpec) -> Tensor:
     """grad * factor: in grad's own memory when this is the graph's last backward."""
-    if torch.compiler.is_compiling():
+    if _traced():
         rowwise = factor.view(*grad.shape[:-1], 1) if factor.dim() else factor
         return (grad * rowwise).to(grad.dtype)
     # Kept graphs may run backward again, and the caller may still hold what we return.
@@ -443,7 +451,7 @@ def _op(
     labels: Tensor | None,
     row_scale: Tensor,
     names: str,
-    numbers: list[float],
+    numbers: Tensor,
     integers: list[int],
     wanted: list[bool],
 ) -> list[Tensor]:
@@ -470,7 +478,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 def _dispatch(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wanted) -> list[Tensor]:
-    if torch.compiler.is_compiling():
+    if _traced():
         return torch.ops.fusedkd.forward(*inputs, row_scale, *_pack(spec), list(wanted))
     if spec.autocast is None:
         return _run(inputs, row_scale, spec, wanted)
@@ -478,7 +486,7 @@ def _dispatch(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wante
         return _run(inputs, row_scale, spec, wanted)
 
 
-def _pack(spec: LossSpec) -> tuple[str, list[float], list[int]]:
+def _pack(spec: LossSpec) -> tuple[str, Tensor, list[int]]:
     s, t = spec.student_transform, spec.teacher_transform
     autocast = "none" if spec.autocast is None else str(spec.autocast).removeprefix("torch.")
     named = (spec.divergence.name, spec.reduction, spec.backend, autocast, spec.tail)
@@ -486,15 +494,19 @@ def _pack(spec: LossSpec) -> tuple[str, list[float], list[int]]:
     numbers = [spec.temperature, spec.teacher_temperature, spec.kd_weight, spec.ce_weight]
     numbers += [spec.label_smoothing, s.scale, s.softcap, t.scale, t.softcap]
     integers = [spec.vocab_size, int(spec.scale_by_t2), spec.ignore_index, spec.chunk_bytes or 0]
-    return names, [float(x) for x in numbers] + list(spec.divergence.params), integers
+    # A product with a tensor is what dynamo keeps symbolic: a number passed as such, or in a list,
+    # is burnt into the graph, and a schedule of temperatures recompiles until dynamo gives up.
+    one = torch.ones((), dtype=torch.float64)
+    return names, torch.stack([one * x for x in (*numbers, *spec.divergence.params)]), integers
 
 
-def _unpack(names: str, numbers: list[float], integers: list[int]) -> LossSpec:
+def _unpack(names: str, numbers: Tensor, integers: list[int]) -> LossSpec:
     name, reduction, backend, autocast, tail = names.split()
     vocab_size, t2, ignore_index, chunk_bytes = integers
-    temperature, teacher_temperature, kd_weight, ce_weight, smoothing, *transforms = numbers[:9]
+    plain = numbers.tolist()  # in the host's memory on every device: nothing waits
+    temperature, teacher_temperature, kd_weight, ce_weight, smoothing, *transforms = plain[:9]
     return LossSpec(
-        make(name, *numbers[9:]),
+        make(name, *plain[9:]),
         vocab_size,
         temperature=temperature,
         teacher_temperature=teacher_temperature,

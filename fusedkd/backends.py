@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMES", "Rows", "resolve"]
+__all__ = ["NAMES", "Rows", "check_name", "load", "resolve"]
 
 NAMES = ("triton", "cpu", "reference")
 
@@ -45,16 +45,21 @@ def resolve(name: str | Rows | None, device: torch.device) -> Any:
         return name
     if name is None:
         return _for_device(device.type)
-    if name not in NAMES:
-        raise ValueError(
-            f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
-            "device."
-        )
+    check_name(name)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(
             f"backend='cpu' but the tensors are on {device}: move them, or leave backend=None."
         )
     return _working(name)
+
+
+def check_name(name: str | Rows | None) -> None:
+    """Raise unless there is a backend called ``name``; None goes by device."""
+    if name is not None and not isinstance(name, Rows) and name not in NAMES:
+        raise ValueError(
+            f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
+            "device."
+        )
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.arguments import DistillationArguments
+from fusedkd.train.data import check_ids
 from fusedkd.train.loading import (
     DTYPES,
     is_masked,
@@ -25,6 +26,7 @@ from fusedkd.train.loading import (
     refuse_masked,
     required,
 )
+from fusedkd.train.models import vocabulary_size
 from fusedkd.train.trainer import DistillationTrainer
 
 __all__ = ["RunArguments", "distill"]
@@ -127,6 +129,11 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
     random = run.student_init == "random"
     student_model = load_model("student", student, masked, run.student_dtype, random)
     teacher_side = cached or load_model("teacher", str(teacher), masked, run.teacher_dtype)
+    readers = [student_model] if cached else [student_model, teacher_side]
+    for name, blocks in (("data", train), ("eval_data", test)):
+        with as_user_error(f"--{name}"):
+            if blocks is not None:
+                check_ids(blocks, min(map(vocabulary_size, readers)))
     with as_user_error():
         return DistillationTrainer(
             student_model,
