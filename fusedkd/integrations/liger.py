@@ -150,6 +150,7 @@ class LigerFusedLinearCosineSimilarityLoss(_ChunkedLoss):
     """``weight_soft_loss * beta * (1 - cosine) + weight_hard_loss * CE`` of two heads' logits, mean
     over the tokens whose label is not ``ignore_index``. Temperatures cancel in the cosine."""
 
+    @torch._disable_dynamo
     def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
         weight = self.weight_soft_loss * self.beta
         rows = _CosineRows(None, student.hidden.device)
