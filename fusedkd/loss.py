@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fusedkd import autograd, backends
+from fusedkd import autograd, backends, parallel
 from fusedkd import divergences as _divergences
 from fusedkd.divergences import Divergence
 from fusedkd.logits import TAILS, LMHead, SparseTeacher
 from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec, Transform, check_whole, is_finite
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["KDLoss", "KDMetrics", "kd_loss", "kd_loss_and_metrics"]
 
@@ -58,6 +61,7 @@ def kd_loss(
     vocab_size: int | None = None,
     inplace: bool = False,
     chunk_bytes: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Knowledge-distillation loss ``kd_weight * T^2 * D(p, q) + ce_weight * CE``, fused.
@@ -94,6 +98,11 @@ def kd_loss(
             themselves.
         chunk_bytes: heads only: bytes of logits and their gradient held at any time. Default
             1 GiB on a GPU, 256 MiB on a CPU.
+        group: vocabulary-parallel: each of its ranks has some columns of the logits (rows of the
+            heads' weights), in the order of ranks, and all have the same tokens and labels. Loss,
+            metrics and gradients are those of one process; the gradient of a head's hidden states
+            is summed over the ranks. DTensors with ``Shard(-1)`` logits or ``Shard(0)`` weights
+            need no ``group``; a weight that FSDP sharded to save memory has to be gathered first.
         backend: "triton", "cpu" or "reference" (plain torch in fp64); None goes by the device. An
             explicit choice that cannot run here raises.
 
@@ -202,12 +211,19 @@ def _compute(
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
     vocab_size: int | None,
+    group: ProcessGroup | None,
+    shards: parallel.Shards | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, KDMetrics | None]:
+    if shards is None and (group is not None or parallel.is_sharded(student, teacher)):
+        given = {"labels": labels, "token_weights": token_weights, "normalizer": normalizer}
+        sides = (student, teacher, group, vocab_size)
+        return _compute_sharded(want_metrics, sides, **given, **keywords)
     s = _side("student", student)
     t = _sparse(teacher) if isinstance(teacher, SparseTeacher) else _side("teacher", teacher)
     _check_pair(s, t)
-    size, autocast = _true_vocabulary(s, t, vocab_size), _autocast(s, t)
+    size = shards.vocab_size if shards else _true_vocabulary(s, t, vocab_size)
+    autocast = _autocast(s, t)
     spec = _spec(
         *(size, s.transform, t.transform),
         normalizer=normalizer,
@@ -231,6 +247,17 @@ def _compute(
     if spec.reduction == "none":
         loss = loss.view(s.leading)
     return loss, None if metric_rows is None else _metrics(metric_rows, weights)
+
+
+@torch._disable_dynamo  # collectives whose number depends on the data's sizes
+def _compute_sharded(
+    want_metrics: bool, sides: tuple[Any, Any, Any, Any], **keywords: Any
+) -> tuple[Tensor, KDMetrics | None]:
+    """The same for the part of the vocabulary that lies here."""
+    shards = parallel.shards(*sides, keywords["backend"], keywords["chunk_bytes"])
+    here = {"student": shards.student, "teacher": shards.teacher, "shards": shards}
+    run = {"backend": shards.backend, "chunk_bytes": shards.chunk_bytes}
+    return _compute(want_metrics, vocab_size=None, group=None, **{**keywords, **here, **run})
 
 
 def _side(name: str, value: Tensor | LMHead) -> _Side:
@@ -379,6 +406,7 @@ def _spec(
     teacher_temperature: float | None,
     normalizer: float | Tensor | None,
     token_weights: Tensor | None = None,  # of KDLoss: nothing to check before there are tokens
+    group: ProcessGroup | None = None,
     **rest: Any,
 ) -> LossSpec:
     if normalizer is not None and rest["reduction"] == "none":

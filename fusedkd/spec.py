@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,7 +57,7 @@ class LossSpec:
     tail: str | None = None  # what a SparseTeacher's remaining mass becomes; None: another teacher
     inplace: bool = False
     chunk_bytes: int | None = None
-    backend: str | None = None
+    backend: Any = None  # as fusedkd.backends.resolve takes it
     autocast: torch.dtype | None = None  # heads: the dtype to multiply in, where autocast is on
 
     def __post_init__(self) -> None:
