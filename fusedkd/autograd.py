@@ -14,7 +14,6 @@ upstream gradient. Two cases differ:
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Iterator
 from types import ModuleType
@@ -120,7 +119,8 @@ def fused_loss(
             row_scale = torch.where(weights != 0, weights / largest, 0.0)
         else:
             row_scale = torch.where(weights != 0, weights / divisor, 0.0)
-    loss, *rest = _FusedLoss.apply(*inputs, labels, row_scale, post, spec, wanted)
+    function = _FusedLoss if _traced() else _EagerLoss
+    loss, *rest = function.apply(*inputs, labels, row_scale, post, spec, wanted)
     return loss, rest[0] if metrics else None
 
 
@@ -198,8 +198,17 @@ class _FusedLoss(torch.autograd.Function):
         return *made, *(None,) * (arguments - len(made))
 
 
-# torch inspects the signature on every call to bind the arguments; this spares it the work.
-_FusedLoss.forward.__signature__ = inspect.signature(_FusedLoss.forward)  # type: ignore[attr-defined]
+class _EagerLoss(torch.autograd.Function):
+    """The same in the form that torch.func cannot take: it spares each call the binding of its
+    arguments, 23 us (of 300 at 8 x 1,000, 2026-11-24)."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = _FusedLoss.forward(*arguments)
+        _FusedLoss.setup_context(ctx, arguments, output)
+        return output
+
+    backward = _FusedLoss.backward  # type: ignore[assignment]
 
 
 def _deferred(inputs: _Inputs, spec: LossSpec) -> bool:
