@@ -123,6 +123,16 @@ def test_a_student_of_full_depth_is_the_teacher(kind: str) -> None:
     assert not any(p.data_ptr() in theirs for p in student.parameters())  # a copy, not a view
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "modernbert"])
+def test_a_copy_in_bf16_rounds_no_more_than_the_teacher(kind: str, tmp_path: Path) -> None:
+    """Rotary frequencies stay in fp32, as in a model that is loaded in bf16."""
+    build(kind).save_pretrained(tmp_path)
+    teacher = type(build(kind)).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    student = build_student(teacher, StudentPlan(LAYERS))
+    assert student.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("albert", "modernbert")])
 def test_fewer_layers_are_the_teacher_without_the_others(kind: str, tmp_path: Path) -> None:
     teacher = build(kind)

@@ -86,9 +86,9 @@ def _same(teacher: Any, plan: StudentPlan) -> Any:
     total = config.num_hidden_layers
     if not plan.copies:
         pick_layers("first", min(plan.layers, total), total)  # its error for 0 or fewer
-        return type(teacher)(_resized(config, plan))
+        return type(teacher)._from_config(_resized(config, plan), dtype=teacher.dtype)
     chosen = pick_layers(plan.layer_map, plan.layers, total)
-    student = type(teacher)(_cut(config, chosen)).to(teacher.dtype)
+    student = type(teacher)._from_config(_cut(config, chosen), dtype=teacher.dtype)
     _copy(student, teacher, chosen)
     return student
 
