@@ -13,6 +13,7 @@ upstream gradient. Two cases differ:
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -74,7 +75,9 @@ class _Side(NamedTuple):
         if self.weight is None:
             return chunk
         dtype = backend.head_dtypes(chunk.dtype)[0]
-        out = chunk.new_empty(1, chunk.shape[1], self.weight.shape[0], dtype=dtype)
+        out = backend.empty(
+            (1, chunk.shape[1], self.weight.shape[0]), dtype=dtype, device=chunk.device
+        )
         backend.mm_(out[0], chunk[0], self.weight.T)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -104,6 +107,8 @@ def fused_loss(
     """
     student = inputs[0]
     assert student is not None
+    if spec.inplace and _traced():
+        spec = dataclasses.replace(spec, inplace=False)
     grad = torch.is_grad_enabled()
     hidden, weight, bias = (grad and t is not None and t.requires_grad for t in inputs[:3])
     wanted = _Wanted(hidden, weight, bias, metrics)
@@ -203,12 +208,17 @@ def _deferred(inputs: _Inputs, spec: LossSpec) -> bool:
 
 def _inplace(inputs: _Inputs, spec: LossSpec, wanted: _Wanted) -> bool:
     dense = inputs.student_weight is None
-    return spec.inplace and dense and wanted.hidden and not torch.compiler.is_compiling()
+    return spec.inplace and dense and wanted.hidden
+
+
+def _traced() -> bool:
+    """Whether tensors may be stand-ins without memory: dynamo's, or torch.func's wrappers."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _scaled(grad: Tensor, factor: Tensor, spec: LossSpec) -> Tensor:
     """grad * factor: in grad's own memory when this is the graph's last backward."""
-    if torch.compiler.is_compiling():
+    if _traced():
         rowwise = factor.view(*grad.shape[:-1], 1) if factor.dim() else factor
         return (grad * rowwise).to(grad.dtype)
     # Kept graphs may run backward again, and the caller may still hold what we return.
@@ -370,20 +380,16 @@ class _Gradients:
         self.started = False
         if weight is None:
             if wanted.hidden:
-                self.d_rows = (
-                    rows
-                    if self.inplace
-                    else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-                )
+                self.d_rows = rows if self.inplace else self._empty(rows.shape, rows.dtype)
             return
         self.dtypes = backend.head_dtypes(rows.dtype)
         if wanted.any_gradient and self.dtypes[0] != self.dtypes[1]:
             self.bytes_per_row += weight.shape[0] * self.dtypes[1].itemsize
         accumulate = torch.promote_types(self.dtypes[0], torch.float32)
         if wanted.hidden:
-            self.d_rows = rows.new_empty(rows.shape, dtype=inputs.student.dtype)
+            self.d_rows = self._empty(rows.shape, inputs.student.dtype)
         if wanted.weight:  # summed over chunks at full precision; the first chunk overwrites
-            self.d_weight = weight.new_empty(weight.shape, dtype=accumulate)
+            self.d_weight = self._empty(weight.shape, accumulate)
         if wanted.bias:
             self.d_bias = weight.new_zeros(weight.shape[0], dtype=accumulate)
 
@@ -393,8 +399,9 @@ class _Gradients:
             return None
         if self.side.weight is None:
             return self.d_rows[b : b + 1, rows] if self.d_rows is not None else None
-        same = self.dtypes[0] == self.dtypes[1]
-        return logits if same else torch.empty_like(logits, dtype=self.dtypes[1])
+        if self.dtypes[0] == self.dtypes[1]:
+            return logits
+        return self._empty(logits.shape, self.dtypes[1])
 
     def add(self, grad: Tensor | None, b: int, rows: slice) -> None:
         """The head's share of the gradient of one chunk of its logits."""
@@ -416,10 +423,17 @@ class _Gradients:
             return []
         made = zip(self.inputs[:3], (self.d_rows, self.d_weight, self.d_bias), strict=True)
         return [
-            grad.view(x.shape).to(_stored_dtype(x, grad is self.d_rows))
+            self._converted(grad.view(x.shape), _stored_dtype(x, grad is self.d_rows))
             for x, grad in made
             if grad is not None and x is not None
         ]
+
+    def _converted(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return grad if grad.dtype == dtype else self._empty(grad.shape, dtype).copy_(grad)
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        made: Tensor = self.backend.empty(shape, dtype=dtype, device=self.side.rows.device)
+        return made
 
 
 def _stored_dtype(x: Tensor, rows: bool) -> torch.dtype:
@@ -443,7 +457,7 @@ def _op(
     labels: Tensor | None,
     row_scale: Tensor,
     names: str,
-    numbers: list[float],
+    numbers: Tensor,
     integers: list[int],
     wanted: list[bool],
 ) -> list[Tensor]:
@@ -470,7 +484,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 def _dispatch(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wanted) -> list[Tensor]:
-    if torch.compiler.is_compiling():
+    if _traced():
         return torch.ops.fusedkd.forward(*inputs, row_scale, *_pack(spec), list(wanted))
     if spec.autocast is None:
         return _run(inputs, row_scale, spec, wanted)
@@ -478,7 +492,7 @@ def _dispatch(inputs: _Inputs, row_scale: Tensor, spec: LossSpec, wanted: _Wante
         return _run(inputs, row_scale, spec, wanted)
 
 
-def _pack(spec: LossSpec) -> tuple[str, list[float], list[int]]:
+def _pack(spec: LossSpec) -> tuple[str, Tensor, list[int]]:
     s, t = spec.student_transform, spec.teacher_transform
     autocast = "none" if spec.autocast is None else str(spec.autocast).removeprefix("torch.")
     named = (spec.divergence.name, spec.reduction, spec.backend, autocast, spec.tail)
@@ -486,15 +500,19 @@ def _pack(spec: LossSpec) -> tuple[str, list[float], list[int]]:
     numbers = [spec.temperature, spec.teacher_temperature, spec.kd_weight, spec.ce_weight]
     numbers += [spec.label_smoothing, s.scale, s.softcap, t.scale, t.softcap]
     integers = [spec.vocab_size, int(spec.scale_by_t2), spec.ignore_index, spec.chunk_bytes or 0]
-    return names, [float(x) for x in numbers] + list(spec.divergence.params), integers
+    # A product with a tensor is what dynamo keeps symbolic: a number passed as such, or in a list,
+    # is burnt into the graph, and a schedule of temperatures recompiles until dynamo gives up.
+    one = torch.ones((), dtype=torch.float64)
+    return names, torch.stack([one * x for x in (*numbers, *spec.divergence.params)]), integers
 
 
-def _unpack(names: str, numbers: list[float], integers: list[int]) -> LossSpec:
+def _unpack(names: str, numbers: Tensor, integers: list[int]) -> LossSpec:
     name, reduction, backend, autocast, tail = names.split()
     vocab_size, t2, ignore_index, chunk_bytes = integers
-    temperature, teacher_temperature, kd_weight, ce_weight, smoothing, *transforms = numbers[:9]
+    plain = numbers.tolist()  # in the host's memory on every device: nothing waits
+    temperature, teacher_temperature, kd_weight, ce_weight, smoothing, *transforms = plain[:9]
     return LossSpec(
-        make(name, *numbers[9:]),
+        make(name, *plain[9:]),
         vocab_size,
         temperature=temperature,
         teacher_temperature=teacher_temperature,

@@ -7,16 +7,33 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from types import ModuleType
+from typing import Any
 
 import torch
 
-__all__ = ["NAMES", "resolve"]
+__all__ = ["NAMES", "Rows", "check_name", "load", "resolve"]
 
 NAMES = ("triton", "cpu", "reference")
 
 
-def resolve(name: str | None, device: torch.device) -> ModuleType:
+class Rows:
+    """Base of a backend that computes its own rows; all else is done by another backend.
+
+    An instance may stand wherever a backend's name may. Subclasses define ``rows`` and perhaps
+    ``sparse_rows`` as :mod:`fusedkd.kernels` describes them, and inherit the loop over chunks, the
+    products, the reductions and autograd.
+    """
+
+    def __init__(self, name: str | None, device: torch.device) -> None:
+        self.inner = resolve(name, device)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute == "inner":  # not there yet: a copy in the making
+            raise AttributeError(attribute)
+        return getattr(self.inner, attribute)
+
+
+def resolve(name: str | Rows | None, device: torch.device) -> Any:
     """The backend module called ``name``, or the one for ``device`` when it is None.
 
     Raises:
@@ -24,13 +41,11 @@ def resolve(name: str | None, device: torch.device) -> ModuleType:
         RuntimeError: the backend asked for (or the only fast one for a GPU) does not work here;
         says why.
     """
+    if isinstance(name, Rows):
+        return name
     if name is None:
         return _for_device(device.type)
-    if name not in NAMES:
-        raise ValueError(
-            f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
-            "device."
-        )
+    check_name(name)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(
             f"backend='cpu' but the tensors are on {device}: move them, or leave backend=None."
@@ -38,8 +53,17 @@ def resolve(name: str | None, device: torch.device) -> ModuleType:
     return _working(name)
 
 
+def check_name(name: str | Rows | None) -> None:
+    """Raise unless there is a backend called ``name``; None goes by device."""
+    if name is not None and not isinstance(name, Rows) and name not in NAMES:
+        raise ValueError(
+            f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
+            "device."
+        )
+
+
 @functools.cache
-def _for_device(device_type: str) -> ModuleType:
+def _for_device(device_type: str) -> Any:
     if device_type == "cuda":  # torch's name for AMD GPUs too
         return _working("triton")
     if device_type != "cpu":
@@ -58,7 +82,7 @@ def _for_device(device_type: str) -> ModuleType:
 
 
 @functools.cache
-def _working(name: str) -> ModuleType:
+def _working(name: str) -> Any:
     backend = load(name)
     if reason := backend.unavailable():
         raise RuntimeError(
@@ -67,6 +91,6 @@ def _working(name: str) -> ModuleType:
     return backend
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Any:
     """Import the backend's module, whether or not it can run here."""
     return importlib.import_module(f"fusedkd.kernels.{name}")

@@ -62,10 +62,8 @@ def make(name: str, *params: float) -> Divergence:
     """The divergence called ``name``, with its default parameters unless they are given."""
     if name not in _FACTORIES:
         near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"divergence={name!r} is not known{hint} Choose one of {', '.join(names())}."
-        )
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"divergence={name!r}: expected one of {', '.join(names())}.{hint}")
     return _FACTORIES[name](*params)
 
 

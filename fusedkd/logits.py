@@ -23,8 +23,9 @@ class LMHead:
         hidden: (..., H) last hidden states, after the final norm.
         weight: (V, H) the ``lm_head`` (or tied embedding) matrix.
         bias: (V,) or None.
-        logit_scale: factor on the logits (Cohere's ``logit_scale``; 1 / Granite's
-        ``logits_scaling``). softcap: Gemma 2's ``final_logit_softcapping``, or None.
+        logit_scale: factor on the logits (Cohere's ``logit_scale``, 1 / Granite's
+            ``logits_scaling``).
+        softcap: Gemma 2's ``final_logit_softcapping``, or None.
     """
 
     hidden: Tensor

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fusedkd import autograd
+from fusedkd import autograd, backends, parallel
 from fusedkd import divergences as _divergences
 from fusedkd.divergences import Divergence
 from fusedkd.logits import TAILS, LMHead, SparseTeacher
-from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec, Transform
+from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec, Transform, check_whole, is_finite
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["KDLoss", "KDMetrics", "kd_loss", "kd_loss_and_metrics"]
 
@@ -58,6 +61,7 @@ def kd_loss(
     vocab_size: int | None = None,
     inplace: bool = False,
     chunk_bytes: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Knowledge-distillation loss ``kd_weight * T^2 * D(p, q) + ce_weight * CE``, fused.
@@ -68,16 +72,16 @@ def kd_loss(
     teacher may also be a :class:`SparseTeacher`, K entries per token.
 
     Args:
-        student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. The only side with a
-        gradient. teacher: logits (..., V), a head or a SparseTeacher, same leading shape, without a
-        gradient.
-        labels: (...,) int64, aligned with the logits (nothing is shifted here). divergence: a name
-        (with its default parameters) or a :mod:`fusedkd.divergences` object. temperature: T of both
-        sides, in the divergence only; cross-entropy is always at T = 1. teacher_temperature: the
-        teacher's own, where it differs (of a SparseTeacher: that at which its ``log_probs`` were
-        made). kd_weight, ce_weight: the weights of the two terms;
-        ``ce_weight`` above 0 needs labels. scale_by_t2: multiply the divergence by
-        ``temperature**2``, so that the size of its gradient
+        student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. Has the gradient.
+        teacher: logits (..., V), a head or a SparseTeacher, same leading shape, without a gradient.
+        labels: (...,) int64, aligned with the logits (nothing is shifted here).
+        divergence: a name (with its default parameters) or a :mod:`fusedkd.divergences` object.
+        temperature: T of both sides, in the divergence only; cross-entropy is always at T = 1.
+        teacher_temperature: the teacher's own, where it differs (of a SparseTeacher: that at which
+            its ``log_probs`` were made).
+        kd_weight: the weight of the divergence.
+        ce_weight: the weight of the cross-entropy; above 0 it needs labels.
+        scale_by_t2: multiply the divergence by ``temperature**2``, so that the size of its gradient
             does not depend on T (Hinton et al. 2015, end of sec. 2).
         ignore_index: tokens with this label do not count, in any term.
         label_smoothing: of the cross-entropy, as in ``torch.nn.functional.cross_entropy``.
@@ -90,9 +94,15 @@ def kd_loss(
         vocab_size: the true vocabulary. Columns beyond it are padding on both sides: they have no
             probability, and their gradient is 0.
         inplace: dense student logits only: write their gradient into their own memory. The logits
-            are then gone. Has no effect under torch.compile, which plans memory itself.
+            are then gone. Has no effect under torch.compile and torch.func, which plan memory
+            themselves.
         chunk_bytes: heads only: bytes of logits and their gradient held at any time. Default
             1 GiB on a GPU, 256 MiB on a CPU.
+        group: vocabulary-parallel: each of its ranks has some columns of the logits (rows of the
+            heads' weights), in the order of ranks, and all have the same tokens and labels. Loss,
+            metrics and gradients are those of one process; the gradient of a head's hidden states
+            is summed over the ranks. DTensors with ``Shard(-1)`` logits or ``Shard(0)`` weights
+            need no ``group``; a weight that FSDP sharded to save memory has to be gathered first.
         backend: "triton", "cpu" or "reference" (plain torch in fp64); None goes by the device. An
             explicit choice that cannot run here raises.
 
@@ -127,10 +137,19 @@ def kd_loss_and_metrics(
         student=student,
         teacher=teacher,
         labels=labels,
-        **{**DEFAULTS, **kwargs},
+        **_with_defaults("kd_loss_and_metrics", kwargs),
     )
     assert metrics is not None
     return loss, metrics
+
+
+def _with_defaults(function: str, keywords: dict[str, Any]) -> dict[str, Any]:
+    if unknown := keywords.keys() - DEFAULTS.keys():
+        raise TypeError(
+            f"{function}() got an unexpected keyword argument {', '.join(sorted(unknown))}: "
+            f"expected some of {', '.join(DEFAULTS)}."
+        )
+    return {**DEFAULTS, **keywords}
 
 
 class KDLoss(nn.Module):
@@ -142,11 +161,10 @@ class KDLoss(nn.Module):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        if unknown := kwargs.keys() - DEFAULTS.keys():
-            known = ", ".join(DEFAULTS)
-            raise TypeError(f"KDLoss got {', '.join(sorted(unknown))}: expected some of {known}.")
-        checked = {k: v for k, v in {**DEFAULTS, **kwargs}.items() if k != "vocab_size"}
-        _spec(2**62, IDENTITY, IDENTITY, **checked)
+        keywords = _with_defaults("KDLoss", kwargs)
+        backends.check_name(keywords["backend"])
+        vocab_size = keywords.pop("vocab_size")
+        _spec(1 if vocab_size is None else vocab_size, IDENTITY, IDENTITY, **keywords)
         self.kwargs = kwargs
 
     def forward(
@@ -193,13 +211,26 @@ def _compute(
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
     vocab_size: int | None,
+    group: ProcessGroup | None,
+    shards: parallel.Shards | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, KDMetrics | None]:
+    if shards is None and (group is not None or parallel.is_sharded(student, teacher)):
+        given = {"labels": labels, "token_weights": token_weights, "normalizer": normalizer}
+        sides = (student, teacher, group, vocab_size)
+        return _compute_sharded(want_metrics, sides, **given, **keywords)
     s = _side("student", student)
     t = _sparse(teacher) if isinstance(teacher, SparseTeacher) else _side("teacher", teacher)
     _check_pair(s, t)
-    size, autocast = _true_vocabulary(s, t, vocab_size), _autocast(s, t)
-    spec = _spec(size, s.transform, t.transform, autocast=autocast, tail=t.tail, **keywords)
+    size = shards.vocab_size if shards else _true_vocabulary(s, t, vocab_size)
+    autocast = _autocast(s, t)
+    spec = _spec(
+        *(size, s.transform, t.transform),
+        normalizer=normalizer,
+        autocast=autocast,
+        tail=t.tail,
+        **keywords,
+    )
     _check_rows(s, labels, token_weights, spec)
     wide = torch.float64 in (s.tensor.dtype, t.tensor.dtype)
     accumulate = torch.float64 if wide else torch.float32
@@ -216,6 +247,17 @@ def _compute(
     if spec.reduction == "none":
         loss = loss.view(s.leading)
     return loss, None if metric_rows is None else _metrics(metric_rows, weights)
+
+
+@torch._disable_dynamo  # collectives whose number depends on the data's sizes
+def _compute_sharded(
+    want_metrics: bool, sides: tuple[Any, Any, Any, Any], **keywords: Any
+) -> tuple[Tensor, KDMetrics | None]:
+    """The same for the part of the vocabulary that lies here."""
+    shards = parallel.shards(*sides, keywords["backend"], keywords["chunk_bytes"])
+    here = {"student": shards.student, "teacher": shards.teacher, "shards": shards}
+    run = {"backend": shards.backend, "chunk_bytes": shards.chunk_bytes}
+    return _compute(want_metrics, vocab_size=None, group=None, **{**keywords, **here, **run})
 
 
 def _side(name: str, value: Tensor | LMHead) -> _Side:
@@ -296,8 +338,8 @@ def _check_head(name: str, head: LMHead) -> None:
     for part, number in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
         if part == "softcap" and number is None:
             continue
-        if not isinstance(number, (int, float)) or not abs(number) < float("inf"):
-            raise ValueError(f"{name}.{part}={number!r}: expected a finite number.")
+        if not is_finite(number):
+            raise ValueError(f"{name}.{part}={number!r}: expected a finite Python number.")
     if head.softcap is not None and head.softcap <= 0:
         raise ValueError(f"{name}.softcap={head.softcap!r}: expected a number above 0, or None.")
 
@@ -338,8 +380,7 @@ def _true_vocabulary(s: _Side, t: _Side, vocab_size: int | None) -> int:
                 "with two tokenizers their distributions cannot be compared entry by entry."
             )
         return s.columns
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size={vocab_size!r}: expected an int.")
+    check_whole("vocab_size", vocab_size, 1)
     if not 1 <= vocab_size <= min(s.columns, columns):
         raise ValueError(
             f"vocab_size={vocab_size}: expected 1 to {min(s.columns, columns)}, the columns that "
@@ -363,10 +404,16 @@ def _spec(
     divergence: str | Divergence,
     temperature: float,
     teacher_temperature: float | None,
-    token_weights: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: float | Tensor | None,
+    token_weights: Tensor | None = None,  # of KDLoss: nothing to check before there are tokens
+    group: ProcessGroup | None = None,
     **rest: Any,
 ) -> LossSpec:
+    if normalizer is not None and rest["reduction"] == "none":
+        raise ValueError(
+            "normalizer was given with reduction='none', which adds nothing up: expected None. "
+            "Divide the result, or use reduction='sum'."
+        )
     if isinstance(divergence, str):
         divergence = _divergences.make(divergence)
     if not isinstance(divergence, Divergence):
@@ -428,11 +475,6 @@ def _row_weights(
 def _divisor(normalizer: float | Tensor | None, weights: Tensor, spec: LossSpec) -> Tensor | None:
     if normalizer is None:
         return weights.sum() if spec.reduction == "mean" else None
-    if spec.reduction == "none":
-        raise ValueError(
-            "normalizer was given with reduction='none', which adds nothing up: expected None. "
-            "Divide the result, or use reduction='sum'."
-        )
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(
@@ -442,8 +484,11 @@ def _divisor(normalizer: float | Tensor | None, weights: Tensor, spec: LossSpec)
     if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"normalizer is {normalizer!r}: expected a number, a 0-d tensor or None.")
     if not 0 <= normalizer < float("inf"):
-        raise ValueError(f"normalizer={normalizer!r}: expected a finite number of tokens.")
-    return weights.new_full((), normalizer)
+        raise ValueError(
+            f"normalizer={normalizer!r}: expected a finite number of at least 0, such as the "
+            "number of tokens that count."
+        )
+    return weights.new_ones(()) * normalizer  # new_full would have dynamo trace one graph a value
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

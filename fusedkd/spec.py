@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedkd.divergences import Divergence
 
-__all__ = ["IDENTITY", "METRIC_COLUMNS", "LossSpec", "Transform"]
+__all__ = ["IDENTITY", "METRIC_COLUMNS", "LossSpec", "Transform", "check_whole", "is_finite"]
 
 # The columns of the per-token metrics that a backend returns, in this order.
 METRIC_COLUMNS = (
@@ -57,40 +57,35 @@ class LossSpec:
     tail: str | None = None  # what a SparseTeacher's remaining mass becomes; None: another teacher
     inplace: bool = False
     chunk_bytes: int | None = None
-    backend: str | None = None
+    backend: Any = None  # as fusedkd.backends.resolve takes it
     autocast: torch.dtype | None = None  # heads: the dtype to multiply in, where autocast is on
 
     def __post_init__(self) -> None:
         for name in ("temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if not _finite(value) or value <= 0:
+            if not is_finite(value := getattr(self, name)) or value <= 0:
                 raise ValueError(
-                    f"{name}={value!r}: expected a number above 0 (1.0 changes nothing)."
+                    f"{name}={value!r}: expected a Python number above 0 (1.0 changes nothing)."
                 )
         for name in ("kd_weight", "ce_weight"):
-            value = getattr(self, name)
-            if not _finite(value) or value < 0:
+            if not is_finite(value := getattr(self, name)) or value < 0:
                 raise ValueError(
-                    f"{name}={value!r}: expected a number of at least 0 (0 drops the term)."
+                    f"{name}={value!r}: expected a Python number of at least 0 (0 drops the term)."
                 )
-        if not _finite(self.label_smoothing) or not 0 <= self.label_smoothing <= 1:
+        if not is_finite(self.label_smoothing) or not 0 <= self.label_smoothing <= 1:
             raise ValueError(
-                f"label_smoothing={self.label_smoothing!r}: expected a number in [0, 1]."
+                f"label_smoothing={self.label_smoothing!r}: expected a Python number in [0, 1]."
             )
+        for name in ("scale_by_t2", "inplace"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}={value!r}: expected True or False.")
         if self.reduction not in REDUCTIONS:
             raise ValueError(
                 f"reduction={self.reduction!r}: expected one of {', '.join(map(repr, REDUCTIONS))}."
             )
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(
-                f"ignore_index={self.ignore_index!r}: expected an int (the usual one is -100)."
-            )
-        if self.chunk_bytes is not None and (
-            not isinstance(self.chunk_bytes, int) or self.chunk_bytes <= 0
-        ):
-            raise ValueError(
-                f"chunk_bytes={self.chunk_bytes!r}: expected a number of bytes above 0, or None."
-            )
+        check_whole("vocab_size", self.vocab_size, 1)
+        check_whole("ignore_index", self.ignore_index, -(2**63), "the usual one is -100")
+        if self.chunk_bytes is not None:
+            check_whole("chunk_bytes", self.chunk_bytes, 1, "or None")
 
     @property
     def kd_scale(self) -> float:
@@ -100,5 +95,15 @@ class LossSpec:
         return self.kd_weight * (self.temperature**2 if self.scale_by_t2 else 1.0)
 
 
-def _finite(value: object) -> bool:
+def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
+    """Raise unless ``value`` is a whole number from ``least`` up that 64 bits hold."""
+    hint = f" ({hint})" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}={value!r}: expected an int{hint}.")
+    if not least <= value < 2**63:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}{hint}.")
+
+
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a plain finite number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

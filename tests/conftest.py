@@ -35,6 +35,7 @@ def _load_helper(name: str) -> None:
 
 _load_helper("oracle")
 _load_helper("test_kd_loss")  # its budget and its checks
+_load_helper("processes")
 
 
 def unavailable(name: str) -> str | None:

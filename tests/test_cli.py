@@ -71,6 +71,25 @@ def test_mistakes_get_one_message(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        ({"input_ids": [1, 99999, 2]}, [], "input_ids holds 99999"),
+        ({"input_ids": [1, -7, 2]}, [], "input_ids holds -7"),
+        ({"input_ids": [1, 2], "labels": [1, 99999]}, [], "labels holds 99999"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, [], "3 input_ids and 2 labels"),
+        ({"input_ids": [1, 2, 3]}, ["--vocab_size", "99999"], "vocab_size=99999"),
+    ],
+)
+def test_data_that_do_not_fit_get_one_message(demo, tmp_path, capsys, row, flags, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    student = str(demo / "student")
+    argv = ["distill", "--teacher", student, "--student", student, "--use_cpu", "true", *flags]
+    argv += ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_unknown_key_in_a_recipe(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("temprature: 3.0\n")
     assert main(["distill", "--config", str(tmp_path / "run.yaml")]) == 2

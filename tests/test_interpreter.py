@@ -1,5 +1,5 @@
 """The Triton kernels in Triton's interpreter, which must be chosen before triton is imported: hence
-a child process. Random calls and the rest of the contract there are `make test-slow`."""
+a child process. Random calls there are `make test-slow`."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("triton_rows",)
+FILES = ("triton_rows", "contract")
 
 
 @pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")

@@ -7,51 +7,17 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fusedkd import backends, divergences
+from fusedkd import backends
+from fusedkd.calls import parse_divergence
 from fusedkd.logits import TAILS
 from fusedkd.spec import LossSpec
-from fusedkd.train.calls import bind_call, split_call
 from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
 from fusedkd.train.terms import parse_term
 
-__all__ = ["DistillationArguments", "parse_divergence"]
+__all__ = ["DistillationArguments"]
 
 KD_TOKENS = ("labels", "all")
-
-
-def parse_divergence(text: str) -> divergences.Divergence:
-    """The divergence that ``text`` describes, as a command line or a recipe writes it.
-
-    ``"forward_kl"``, ``"jsd(beta=0.3)"``, ``"jsd(0.3)"`` and ``"jsd:0.3"`` are all understood;
-    parameters that are not given have the default of the factory in :mod:`fusedkd.divergences`.
-    Nothing is evaluated.
-
-    Raises:
-        ValueError: not of this form, an unknown name or parameter, or a parameter outside its
-            range.
-    """
-    name, positional, named = split_call("divergence", text, "'forward_kl' or 'jsd(beta=0.3)'")
-    divergences.make(
-        name
-    ) if name not in divergences.names() else None  # its error names the alternatives
-    return bind_call(
-        "divergence",
-        text,
-        name,
-        getattr(divergences, name),
-        [_number(text, value) for value in positional],
-        {key: _number(text, value) for key, value in named.items()},
-    )
-
-
-def _number(text: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(
-            f"divergence={text!r}: expected a number, not {value.strip()!r}."
-        ) from None
 
 
 @dataclass

@@ -8,11 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from fusedkd.train.stdlib_text import stdlib_texts
 
-__all__ = ["STDLIB", "load_documents", "pack", "read", "split"]
+__all__ = ["STDLIB", "check_ids", "load_documents", "pack", "read", "split"]
 
 STDLIB = "stdlib"  # in place of a path
 
@@ -120,7 +121,7 @@ def pack(documents: Dataset, tokenizer: Any, block_size: int) -> Dataset:
         dropped, unless it is all there is.
 
     Raises:
-        ValueError: the documents hold fewer than two tokens.
+        ValueError: the documents hold fewer than two tokens, or not one label per token.
     """
     if "input_ids" not in documents.column_names:
         end = (
@@ -162,6 +163,12 @@ def _tokenize(rows: dict[str, list[Any]], tokenizer: Any, end: list[int]) -> dic
 def _cut(
     rows: dict[str, list[list[int]]], block_size: int, short: bool
 ) -> dict[str, list[list[int]]]:
+    for ids, labels in zip(rows["input_ids"], rows.get("labels", rows["input_ids"]), strict=True):
+        if len(ids) != len(labels):
+            raise ValueError(
+                f"a row has {len(ids)} input_ids and {len(labels)} labels: expected one label per "
+                "token (-100 where it does not count; nothing is shifted)."
+            )
     joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
     joined.setdefault("labels", joined["input_ids"])
     length = len(joined["input_ids"])
@@ -170,3 +177,23 @@ def _cut(
         name: [values[start : start + block_size] for start in range(0, last, block_size)]
         for name, values in joined.items()
     }
+
+
+def check_ids(rows: Dataset, vocabulary: int, labels: bool) -> None:
+    """Raise unless every token, and with ``labels`` every label that counts, is one of
+    ``vocabulary``.
+
+    Raises:
+        ValueError: naming the column and what it holds.
+    """
+    for name, ignored in (("input_ids", None), ("labels", -100))[: 1 + labels]:
+        values = pc.list_flatten(rows.data.column(name))
+        counted = values if ignored is None else values.filter(pc.not_equal(values, ignored))
+        found = pc.min_max(counted).as_py()
+        least, most = found["min"], found["max"]
+        if most is not None and not 0 <= least <= most < vocabulary:
+            extra = "" if ignored is None else f", or {ignored} where a label does not count"
+            raise ValueError(
+                f"{name} holds {most if most >= vocabulary else least}: expected 0 to "
+                f"{vocabulary - 1}, the models' vocabulary{extra}. Was another tokenizer used?"
+            )

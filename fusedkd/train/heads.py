@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fusedkd import LMHead
 
-__all__ = ["NoPlainHead", "PlainHead", "plain_head", "tap"]
+__all__ = ["NoPlainHead", "PlainHead", "loss_in_forward", "plain_head", "tap"]
 
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies: the proof decides
@@ -42,8 +43,16 @@ class PlainHead:
     softcap: float | None = None
 
     def of(self, hidden: Tensor) -> LMHead:
-        """The distribution over the vocabulary that the model gives for ``hidden`` (..., H)."""
-        return LMHead(hidden, self.linear.weight, self.linear.bias, self.logit_scale, self.softcap)
+        """The distribution over the vocabulary that the model gives for ``hidden`` (..., H).
+
+        A sharded weight is gathered here, once. Within a forward that FSDP or ZeRO wraps it is
+        whole already.
+        """
+        weight, bias = (
+            x.full_tensor() if isinstance(x, DTensor) else x
+            for x in (self.linear.weight, self.linear.bias)
+        )
+        return LMHead(hidden, weight, bias, self.logit_scale, self.softcap)
 
 
 def plain_head(model: Any) -> PlainHead:
@@ -162,3 +171,36 @@ def tap(head: PlainHead, receive: Callable[[Tensor], None]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def loss_in_forward(
+    model: nn.Module,
+    inner: nn.Module,
+    head: PlainHead,
+    inputs: dict[str, Any],
+    compute: Callable[[LMHead], tuple[Tensor, Any]],
+) -> tuple[Tensor, Any, Any]:
+    """Run ``model`` without logits, and ``compute`` on its head within the wrapped forward.
+
+    The loss leaves the forward as ``outputs["loss"]``, so that what wraps ``inner`` in ``model``
+    sees an ordinary model that returns an ordinary loss.
+
+    Returns:
+        The loss as ``model`` returned it, the second result of ``compute``, the outputs.
+    """
+    results: list[tuple[Tensor, Any]] = []
+
+    def receive(hidden: Tensor) -> None:
+        results.append(compute(head.of(hidden)))
+
+    def deliver(module: nn.Module, args: Any, outputs: Any) -> Any:
+        outputs["loss"] = results[0][0]
+        return outputs
+
+    handle = inner.register_forward_hook(deliver, prepend=True)
+    try:
+        with tap(head, receive):
+            outputs = model(**inputs)
+    finally:
+        handle.remove()
+    return outputs["loss"], results[0][1], outputs

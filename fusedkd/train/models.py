@@ -15,7 +15,14 @@ from transformers.models.auto.modeling_auto import (
 
 from fusedkd.train.heads import NoPlainHead, PlainHead, plain_head
 
-__all__ = ["frozen", "is_causal", "is_classifier", "plain_head_or_none", "true_vocabulary"]
+__all__ = [
+    "frozen",
+    "is_causal",
+    "is_classifier",
+    "plain_head_or_none",
+    "true_vocabulary",
+    "vocabulary_size",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +68,12 @@ def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
         return None
 
 
-_PADDING = (
-    512  # tables are padded to multiples of 64-512; a larger difference is another vocabulary
-)
+_PADDING = 512  # tables are padded to multiples of 64-512; more is another vocabulary
+
+
+def vocabulary_size(model: Any) -> int:
+    """The rows of the model's embedding, as its config says."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: Any) -> int | None:
@@ -77,7 +87,12 @@ def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: An
     if is_classifier(student):
         _check_classes(student, teacher)
         return None
-    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    sizes = [vocabulary_size(model) for model in (student, teacher)]
+    if given is not None and given > min(sizes):
+        raise ValueError(
+            f"vocab_size={given}: expected at most {min(sizes)}, the entries that both have "
+            f"(student {sizes[0]}, teacher {sizes[1]})."
+        )
     if given is not None or sizes[0] == sizes[1]:
         return given
     if isinstance(tokenizer, PreTrainedTokenizerBase):

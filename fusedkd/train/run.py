@@ -16,6 +16,7 @@ from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.arguments import DistillationArguments
+from fusedkd.train.data import check_ids
 from fusedkd.train.loading import (
     DTYPES,
     load_model,
@@ -24,6 +25,7 @@ from fusedkd.train.loading import (
     required,
     task_of,
 )
+from fusedkd.train.models import vocabulary_size
 from fusedkd.train.tasks import prepare_data
 from fusedkd.train.trainer import DistillationTrainer
 
@@ -136,6 +138,11 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
     teacher_side = cached or load_model("teacher", str(teacher), task, run.teacher_dtype)
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
+    causal, readers = task == "causal", [student_model] + ([] if cached else [teacher_side])
+    for name, rows in (("data", data.train), ("eval_data", data.test)):
+        with as_user_error(f"--{name}"):
+            if rows is not None:
+                check_ids(rows, min(map(vocabulary_size, readers)), labels=causal)
     with as_user_error():
         return DistillationTrainer(
             student_model,

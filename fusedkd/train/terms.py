@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from fusedkd.calls import bind_call, split_call
 from fusedkd.features import (
     attention_kl,
     attention_score_mse,
@@ -19,7 +20,6 @@ from fusedkd.features import (
     hidden_mse,
     relation_kl,
 )
-from fusedkd.train.calls import bind_call, split_call
 from fusedkd.train.capture import Captured
 from fusedkd.train.layers import depth, layer_pairs
 

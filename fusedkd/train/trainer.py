@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.heads import PlainHead, tap
+from fusedkd.train.heads import PlainHead, loss_in_forward
 from fusedkd.train.meter import Measured, Meter
 from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
 from fusedkd.train.objective import Objective, Targets
@@ -196,38 +196,13 @@ class DistillationTrainer(Trainer):
                 loss, metrics = self._loss(outputs.logits, teacher, targets)
                 loss = loss + extra.loss
             else:
-                loss, metrics, outputs = self._loss_in_forward(
-                    model, head, inputs, teacher, targets
+                loss, metrics, outputs = loss_in_forward(
+                    *(model, inner, head, inputs),
+                    lambda student: self._loss(student, teacher, targets),
                 )
         metrics = {**metrics, **extra.measured(tokens, num_tokens)}
         self._meters[model.training].add(metrics)
         return loss, metrics, outputs
-
-    def _loss_in_forward(
-        self,
-        model: nn.Module,
-        head: PlainHead,
-        inputs: Inputs,
-        teacher: Teacher,
-        targets: Targets,
-    ) -> tuple[Tensor, Any, Any]:
-        results: list[tuple[Tensor, Any]] = []
-
-        def receive(hidden: Tensor) -> None:
-            results.append(self._loss(head.of(hidden), teacher, targets))
-
-        def deliver(module: nn.Module, args: Any, outputs: Any) -> Any:
-            outputs["loss"] = results[0][0]
-            return outputs
-
-        inner = self.accelerator.unwrap_model(model)
-        handle = inner.register_forward_hook(deliver, prepend=True)
-        try:
-            with tap(head, receive):
-                outputs = model(**inputs)
-        finally:
-            handle.remove()
-        return outputs["loss"], results[0][1], outputs
 
     def _loss(
         self, student: Tensor | LMHead, teacher: Teacher, targets: Targets

@@ -231,10 +231,11 @@ class OneRow {
 
   double divergence() {
     if (kind_ == kEntrywise) return middle();
-    const double rate = row_.student.inverse_temperature();
+    const double rate = row_.student.inverse_temperature(), unit = rate * kGapUnit;
+    if (gap_ - gap_ != 0) return __builtin_nan("");  // a NaN or +inf among the logits
     const double missing = sums_.teacher_absent / sums_.teacher, extra = sums_.student_absent / sums_.student;
-    const double forward = rate * sums_.forward / sums_.teacher + gap_ * (1 - missing);
-    finite_reverse_ = -rate * sums_.reverse / sums_.student - gap_ * (1 - extra);
+    const double forward = unit * (sums_.forward / sums_.teacher) + gap_ * (1 - missing);
+    finite_reverse_ = -unit * (sums_.reverse / sums_.student) - gap_ * (1 - extra);
     // p counts as 0 where fp64 says so, also where fp32 has long run out of range
     const bool forward_infinite = sums_.only_teacher * row_.teacher.inverse_temperature() - log_teacher_ > kLogSmallest;
     const bool reverse_infinite = sums_.only_student * rate - log_student_ > kLogSmallest;

@@ -118,12 +118,12 @@ struct Row {
 template <class F>
 struct Sums {
   double student = 0, teacher = 0, unit = 0;  // of exponentials
-  double forward = 0, reverse = 0;            // of gaps, in units of the student's temperature
+  double forward = 0, reverse = 0;            // of gaps, in units of kGapUnit times the student's temperature
   double teacher_absent = 0, student_absent = 0;  // exponentials where the gap is infinite
   F only_teacher = -kInfinity, only_student = -kInfinity;  // largest logit where the other side is -inf
 };
 
-// Far tiles scale gaps by 2^-8: finite masks such as the type's lowest number must not overflow their sums.
+// Sums of gaps are scaled by 2^-8: finite masks such as the type's lowest number must not overflow them.
 constexpr double kGapUnit = 256;
 
 // A sum in two stages: rounding grows with the number of terms in a stage, and a row has 150,000.
@@ -199,10 +199,10 @@ struct Statistics {
     const double zs = self.zs.value(), zt = self.zt.value();
     sums.student += zs, sums.teacher += zt, sums.unit += self.zu.value();
     if (!gaps) return;
-    double absent_t = 0, absent_s = 0, unit = 1, common = 0;
+    double absent_t = 0, absent_s = 0, unit = 1 / kGapUnit, common = 0;
     if (kFar) {
       absent_t = self.teacher_absent.value(), absent_s = self.student_absent.value();
-      unit = kGapUnit, common = (double)row.teacher.max * row.ratio - row.student.max;
+      unit = 1, common = (row.teacher.max / kGapUnit) * row.ratio - row.student.max / kGapUnit;
       F only_t = largest(self.only_teacher), only_s = largest(self.only_student);
       sums.only_teacher = only_t > sums.only_teacher ? only_t : sums.only_teacher;
       sums.only_student = only_s > sums.only_student ? only_s : sums.only_student;

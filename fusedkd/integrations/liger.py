@@ -1,0 +1,280 @@
+"""Liger-Kernel's distillation losses, by Liger's names, signatures and values.
+
+Replacing the import is the whole migration; Liger need not be installed::
+
+    from fusedkd.integrations.liger import LigerFusedLinearJSDLoss
+
+Values are Liger's (0.8.5): no T^2, the mean over the tokens that count, beta 0 forward KL and beta
+1 reverse KL, with M = beta * teacher + (1 - beta) * student between. Leading dimensions are
+flattened. What differs is what was wrong there:
+
+* all is computed in fp32, from products of half-precision operands that are not rounded;
+* a teacher with more columns than the student is an error instead of a comparison with zeros: say
+  how many are real, ``LigerFusedLinearJSDLoss(vocab_size=...)``;
+* labels that are all ignored give 0 and zero gradients; probabilities of 0 give no NaN;
+* the parts of ``return_soft_hard_loss`` carry no graph, as nothing flows through them;
+* the teacher is a constant, also where its tensors require grad.
+
+``compiled``, ``chunk_size`` and ``accum_dtype`` have no effect: nothing is compiled, logits are
+held by bytes (see :func:`fusedkd.kd_loss`), weight gradients add up in fp32.
+
+The linear losses run :func:`fusedkd.kd_loss`. Those on probabilities (:class:`LigerJSD`,
+:class:`LigerKLDIVLoss`, :class:`LigerTVDLoss`) are plain torch, see
+:mod:`fusedkd.integrations.elementwise`; where logits are at hand ``kd_loss`` on them is faster and
+takes less memory.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedkd import LMHead, kd_loss, kd_loss_and_metrics
+from fusedkd.backends import Rows
+from fusedkd.integrations.elementwise import (
+    LigerJSD,
+    LigerJSDFunction,
+    LigerKLDIVLoss,
+    LigerKLDivLossFunction,
+    LigerTVDLoss,
+    LigerTVDLossFunction,
+    generalized_jsd,
+    liger_jsd,
+    liger_kl_div,
+    liger_tvd,
+    pieces,
+)
+from fusedkd.spec import METRIC_COLUMNS, LossSpec
+
+__all__ = [
+    "LigerFusedLinearCosineSimilarityFunction",
+    "LigerFusedLinearCosineSimilarityLoss",
+    "LigerFusedLinearJSD",
+    "LigerFusedLinearJSDFunction",
+    "LigerFusedLinearJSDLoss",
+    "LigerJSD",
+    "LigerJSDFunction",
+    "LigerKLDIVLoss",
+    "LigerKLDivLossFunction",
+    "LigerTVDLoss",
+    "LigerTVDLossFunction",
+    "generalized_jsd",
+    "liger_fused_linear_cosine",
+    "liger_fused_linear_jsd",
+    "liger_jsd",
+    "liger_kl_div",
+    "liger_tvd",
+]
+
+
+# ----------------------------------------------------------------------------------------------
+# Heads: liger_kernel.chunked_loss, and LigerFusedLinearJSD of liger_kernel.transformers
+
+
+class _ChunkedLoss(nn.Module):
+    """Constructor and call of Liger's chunked losses, and ``vocab_size``: how many columns are
+    real where one side is padded further."""
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        assert temperature != 0, "Temperature cannot be 0."
+        self.weight_hard_loss, self.weight_soft_loss = weight_hard_loss, weight_soft_loss
+        self.beta, self.ignore_index, self.temperature = beta, ignore_index, temperature
+        self.compiled, self.chunk_size = compiled, chunk_size
+        self.return_soft_hard_loss, self.vocab_size = return_soft_hard_loss, vocab_size
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """(BT, H), (V, H), (BT, H'), (V, H'), (BT,), (V,), (V,) to a 0-d loss, or to (loss, soft,
+        hard) where ``return_soft_hard_loss``, the last two without a graph."""
+        heads = (
+            LMHead(student_input, student_weight, student_bias),
+            LMHead(teacher_input, teacher_weight, teacher_bias),
+        )
+        return self._loss(*heads, true_labels)
+
+    def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
+        raise NotImplementedError
+
+    def _run(self, *sides: Any, kd_weight: float, **soft: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the means of the soft and the hard term if they are wanted."""
+        keywords = {
+            "kd_weight": kd_weight,
+            "ce_weight": self.weight_hard_loss,
+            "ignore_index": self.ignore_index,
+            "vocab_size": self.vocab_size,
+            **soft,
+        }
+        arguments = _rows(*sides)
+        if not self.return_soft_hard_loss:
+            loss = kd_loss(*arguments, scale_by_t2=False, **keywords)
+            return loss, loss, loss
+        loss, means = kd_loss_and_metrics(*arguments, scale_by_t2=False, **keywords)
+        return loss, means.kd, means.ce
+
+
+class LigerFusedLinearJSDLoss(_ChunkedLoss):
+    """``weight_soft_loss * JSD_beta + weight_hard_loss * CE`` of two heads, mean over the tokens
+    whose label is not ``ignore_index``. The temperature is the divergence's alone."""
+
+    def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
+        soft = {"divergence": generalized_jsd(self.beta), "temperature": self.temperature}
+        parts = self._run(student, teacher, labels, kd_weight=self.weight_soft_loss, **soft)
+        return parts if self.return_soft_hard_loss else parts[0]
+
+
+class LigerFusedLinearCosineSimilarityLoss(_ChunkedLoss):
+    """``weight_soft_loss * beta * (1 - cosine) + weight_hard_loss * CE`` of two heads' logits, mean
+    over the tokens whose label is not ``ignore_index``. Temperatures cancel in the cosine."""
+
+    @torch._disable_dynamo
+    def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
+        weight = self.weight_soft_loss * self.beta
+        rows = _CosineRows(None, student.hidden.device)
+        loss, soft, hard = self._run(student, teacher, labels, kd_weight=weight, backend=rows)
+        return (loss, self.beta * soft, hard) if self.return_soft_hard_loss else loss
+
+
+class LigerFusedLinearJSD(nn.Module):
+    """JSD of two heads, mean over the tokens whose label is not ``ignore_index``, or over all."""
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        assert temperature != 0, "temperature cannot be 0."
+        self.jsd_beta, self.ignore_index, self.temperature = jsd_beta, ignore_index, temperature
+        self.accum_dtype, self.vocab_size = accum_dtype, vocab_size
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """(BT, H), (V, H), (BT, H'), (V, H'), (BT,) to a 0-d loss."""
+        heads = LMHead(student_input, student_weight), LMHead(teacher_input, teacher_weight)
+        return kd_loss(
+            *_rows(*heads, shift_labels),
+            divergence=generalized_jsd(self.jsd_beta),
+            temperature=self.temperature,
+            scale_by_t2=False,
+            ignore_index=self.ignore_index,
+            vocab_size=self.vocab_size,
+        )
+
+
+def _rows(student: LMHead, teacher: LMHead, labels: Tensor | None) -> tuple[Any, ...]:
+    """The same with one leading dimension and a teacher without gradient."""
+    s, t = student.hidden, teacher.hidden.detach()
+    return (
+        LMHead(s.reshape(-1, s.shape[-1]), student.weight, student.bias),
+        LMHead(t.reshape(-1, t.shape[-1]), teacher.weight, teacher.bias),
+        None if labels is None else labels.reshape(-1),
+    )
+
+
+class _CosineRows(Rows):
+    """1 - cosine of the two rows of logits in the divergence's place, differentiated by
+    autograd."""
+
+    def rows(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        row_scale: Tensor,
+        spec: LossSpec,
+        grad: Tensor | None,
+        metrics: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :mod:`fusedkd.kernels`; heads come with one leading dimension."""
+        loss = torch.zeros_like(row_scale)
+        found = row_scale.new_zeros(len(row_scale), len(METRIC_COLUMNS))
+        for rows in pieces(student[0]):
+            scale, counts = row_scale[rows], row_scale[rows, None] != 0
+            columns = slice(spec.vocab_size)
+            with torch.enable_grad():
+                s, t = (x[0, rows, columns].to(scale.dtype) for x in (student, teacher))
+                s, t = (torch.where(counts, x, 1.0).requires_grad_() for x in (s, t))
+                y = torch.zeros_like(scale).long() if labels is None else labels[rows]
+                ce = F.cross_entropy(s, y.where(counts[:, 0], 0), reduction="none")
+                terms = torch.stack([1 - F.cosine_similarity(s, t, dim=-1), ce], -1)
+                total = scale * (terms @ terms.new_tensor([spec.kd_scale, spec.ce_weight]))
+                everything = total.sum()
+            if grad is not None:
+                grad[0, rows] = 0
+                made = torch.autograd.grad(everything, s)[0]
+                grad[0, rows, columns] = made.where(counts, 0.0)
+            loss[rows] = total.detach()
+            found[rows, :2] = terms.detach().where(counts, 0.0)
+        return loss, found if metrics else None
+
+
+# ----------------------------------------------------------------------------------------------
+# The function forms: tensors, then the constructors' arguments in their order
+
+
+def liger_fused_linear_jsd(*args: Any, **kwargs: Any) -> Any:
+    """Both of Liger's functions of this name: ``liger_kernel.transformers.functional``'s with
+    (student_input, student_weight, teacher_input, teacher_weight, shift_labels=None, jsd_beta=0.5,
+    ignore_index=-100, temperature=1.0, accum_dtype=None), and ``liger_kernel.chunked_loss``'s,
+    whose sixth argument is the student's bias or None.
+    """
+    if len(args) > 5 and (args[5] is None or isinstance(args[5], Tensor)):
+        return LigerFusedLinearJSDLoss(*args[7:])(*args[:7])
+    return _fused_linear_jsd(*args, **kwargs)
+
+
+def _fused_linear_jsd(
+    student_input: Tensor,
+    student_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    shift_labels: Tensor | None = None,
+    *options: Any,
+    **named: Any,
+) -> Tensor:
+    loss = LigerFusedLinearJSD(*options[:4], **named)
+    return loss(student_input, student_weight, teacher_input, teacher_weight, shift_labels)
+
+
+def liger_fused_linear_cosine(*args: Any) -> Any:
+    """Student's input and weight, teacher's, labels, the two biases, and the arguments of
+    :class:`LigerFusedLinearCosineSimilarityLoss`."""
+    return LigerFusedLinearCosineSimilarityLoss(*args[7:])(*args[:7])
+
+
+# For code that says ``SomeFunction.apply(...)``; the work is done elsewhere.
+LigerFusedLinearJSDFunction = SimpleNamespace(apply=liger_fused_linear_jsd)
+LigerFusedLinearCosineSimilarityFunction = SimpleNamespace(apply=liger_fused_linear_cosine)

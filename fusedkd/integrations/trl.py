@@ -1,0 +1,150 @@
+"""TRL's distillation trainers with their loss computed from heads, normalised once and for all.
+
+Replace the import, keep the rest (written for TRL 1.16)::
+
+    from fusedkd.integrations.trl import GKDTrainer, GOLDTrainer, DistillationTrainer
+
+The values are TRL's: no T^2, beta 0 forward KL and beta 1 reverse KL. What differs:
+
+* logits never exist, in any dtype, where the models have a plain head (see
+  :mod:`fusedkd.train.heads`); ``compute_loss(return_outputs=True)`` makes them, as it must;
+* one optimizer step gives one loss and one gradient, however it is cut into micro-batches and
+  processes. TRL's gradients are averaged over processes of sums that are divided by all tokens;
+* completions that were generated in the step are counted, not the ones they replaced. GKD
+  generates one micro-batch after the other, so there (``lmbda`` or ``seq_kd`` set) each micro-batch
+  is normalised over the processes, and their losses are averaged over accumulation steps.
+
+:func:`generalized_jsd_loss` and :func:`chunked_divergence_loss` stand in for TRL's functions and
+need no TRL; the trainers are made when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from fusedkd import LMHead, kd_loss, kd_loss_and_metrics
+from fusedkd.integrations.elementwise import generalized_jsd
+
+if TYPE_CHECKING:
+    DistillationTrainer = GKDTrainer = GOLDTrainer = Any
+
+__all__ = [
+    "DistillationTrainer",
+    "GKDTrainer",
+    "GOLDTrainer",
+    "chunked_divergence_loss",
+    "generalized_jsd_loss",
+]
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    logits_are_probs: bool = False,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """``GKDTrainer.generalized_jsd_loss`` and ``GOLDTrainer``'s, which also takes probabilities.
+
+    Args:
+        student_logits, teacher_logits: (B, L, V); no gradient flows to the teacher.
+        labels: (B, L), -100 where a token does not count.
+        reduction: "batchmean" divides the sum by the tokens that count (by B without labels, as TRL
+            does), "sum" by nothing, "mean" by entries; "none" gives the entries, of the tokens that
+            count where there are labels.
+        num_items_in_batch: divide the sum by this, whatever the reduction.
+    """
+    teacher_logits = teacher_logits.detach()
+    if logits_are_probs or (reduction == "none" and num_items_in_batch is None):
+        entries = _entries(student_logits, teacher_logits, beta, temperature, logits_are_probs)
+        entries = entries if labels is None else entries[labels != -100]
+        loss, counted = entries.sum(), torch.tensor(entries.shape[:-1].numel())
+    else:
+        entries = None
+        loss = kd_loss(
+            *(student_logits, teacher_logits, labels),
+            divergence=generalized_jsd(beta),
+            temperature=temperature,
+            scale_by_t2=False,
+            reduction="sum",
+        )
+        tokens = torch.tensor(student_logits.shape[:-1].numel())
+        counted = tokens if labels is None else (labels != -100).sum()
+    if num_items_in_batch is not None:
+        return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+    if entries is not None and reduction == "none":
+        return entries
+    divisors = {
+        "batchmean": torch.tensor(student_logits.shape[0]) if labels is None else counted,
+        "mean": counted * student_logits.shape[-1],
+        "sum": torch.tensor(1),
+    }
+    return loss / divisors[reduction].clamp(min=1).to(loss.device)
+
+
+def _entries(s: Tensor, t: Tensor, beta: float, temperature: float, probabilities: bool) -> Tensor:
+    """The divergence entry by entry."""
+    if probabilities:
+        lq, lp = (x.float().clamp(min=1e-8).log() for x in (s, t))
+    else:
+        lq, lp = (F.log_softmax(x.float() / temperature, dim=-1) for x in (s, t))
+    return generalized_jsd(beta).value(lp, lq)
+
+
+def chunked_divergence_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``trl.trainer.distillation_trainer._chunked_divergence_loss``.
+
+    Returns:
+        The loss, the sum of the student's entropies (nats) and the number of tokens that count.
+    """
+    s, t = student_hidden_states, teacher_hidden_states.detach()
+    weight, bias = (_whole(x, s) for x in (student_lm_head_weight, student_lm_head_bias))
+    student = LMHead(s, weight, bias, student_logit_scale, student_final_logit_softcapping)
+    weight, bias = (_whole(x, t) for x in (teacher_lm_head_weight, teacher_lm_head_bias))
+    teacher = LMHead(t, weight, bias, teacher_logit_scale, teacher_final_logit_softcapping)
+    loss, means = kd_loss_and_metrics(
+        *(student, teacher),
+        token_weights=completion_mask != 0,
+        divergence=generalized_jsd(beta),
+        temperature=temperature,
+        scale_by_t2=False,
+        normalizer=num_items_in_batch,
+    )
+    return loss, means.student_entropy * means.num_tokens, means.num_tokens
+
+
+def _whole(parameter: Tensor | None, hidden: Tensor) -> Any:
+    """A sharded parameter is gathered, once; a master copy takes the hidden states' dtype."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return None if whole is None else whole.to(hidden.dtype)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("DistillationTrainer", "GKDTrainer", "GOLDTrainer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fusedkd.integrations import trl_trainers
+
+    return getattr(trl_trainers, name)

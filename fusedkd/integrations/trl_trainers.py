@@ -1,0 +1,160 @@
+"""The trainers of :mod:`fusedkd.integrations.trl`, which subclass TRL's. Importing needs TRL."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from trl import DistillationTrainer as _DistillationTrainer
+from trl.experimental.gkd import GKDTrainer as _GKDTrainer
+from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
+
+from fusedkd import LMHead, kd_loss
+from fusedkd.integrations.elementwise import generalized_jsd
+from fusedkd.integrations.trl import chunked_divergence_loss, generalized_jsd_loss
+from fusedkd.train.heads import PlainHead, loss_in_forward
+from fusedkd.train.models import plain_head_or_none
+from fusedkd.train.teachers import LiveTeacher
+
+__all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer"]
+
+
+class _FromHeads:
+    """The loss of GKD and GOLD: ``compute_loss`` from heads, within the wrapped forward."""
+
+    # what the host trainer has
+    accelerator: Any
+    args: Any
+    beta: float
+    lmbda: float
+    seq_kd: bool
+    model: Any
+    teacher_model: Any
+    get_tp_size: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The step's tokens are to be counted where the loss counts them.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        unwrap = self.accelerator.unwrap_model
+        self._student_head: PlainHead | None = plain_head_or_none(unwrap(self.model), "student")
+        self._teacher_side = LiveTeacher(unwrap(self.teacher_model), self.accelerator.autocast)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As TRL's; with ``return_outputs`` the outputs hold dense logits."""
+        # padded rather than cut, so that hidden states stay contiguous
+        labels = F.pad(inputs["labels"], (0, 1), value=-100)[..., 1:]
+        forward = self._forward_inputs(inputs)
+        self.teacher_model.eval()
+        teacher = self._teacher_side(forward)
+        divisor = self._divisor(model, labels, num_items_in_batch)
+
+        def compute(student: Tensor | LMHead) -> tuple[Tensor, None]:
+            with self.accelerator.autocast():
+                return kd_loss(
+                    *(student, teacher, labels),
+                    divergence=generalized_jsd(self.beta),
+                    temperature=self._divergence_temperature(),
+                    scale_by_t2=False,
+                    normalizer=divisor,
+                ), None
+
+        head = None if return_outputs else self._student_head
+        if head is None:
+            outputs = model(**forward)
+            loss = compute(outputs.logits)[0]
+        else:
+            inner = self.accelerator.unwrap_model(model)
+            loss, _, outputs = loss_in_forward(model, inner, head, forward, compute)
+        return (loss, outputs) if return_outputs else loss
+
+    def _divisor(self, model: nn.Module, labels: Tensor, num_items: Any) -> Tensor | None:
+        """What a sum over this micro-batch's tokens is divided by, for a gradient that is averaged
+        over processes and a loss that is summed over micro-batches, or averaged where
+        ``loss_is_scaled_for_ga`` is False."""
+        self.loss_is_scaled_for_ga = num_items is not None
+        generated = self._generated_tokens(labels) if model.training else None
+        if generated is not None:
+            counted, self.loss_is_scaled_for_ga = generated
+            num_items = self.accelerator.gather(counted.reshape(1)).sum() / self.get_tp_size()
+        if num_items is None:
+            return None
+        processes = 1
+        if generated is not None or self.args.average_tokens_across_devices:
+            processes = self.accelerator.num_processes // self.get_tp_size()
+        return torch.as_tensor(num_items, device=labels.device) / processes
+
+    def _generated_tokens(self, labels: Tensor) -> tuple[Tensor, bool] | None:
+        """The tokens of this process where the Trainer counted others, and whether they are those
+        of all micro-batches."""
+        raise NotImplementedError
+
+    def _divergence_temperature(self) -> float:
+        return 1.0
+
+    def _forward_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+class GKDTrainer(_FromHeads, _GKDTrainer):  # type: ignore[misc]
+    """TRL's, with its loss from heads; see :mod:`fusedkd.integrations.trl`."""
+
+    generalized_jsd_loss: Any = staticmethod(generalized_jsd_loss)
+
+    def _generated_tokens(self, labels: Tensor) -> tuple[Tensor, bool] | None:
+        generates = self.lmbda > 0 or self.seq_kd
+        return ((labels != -100).sum(), False) if generates else None
+
+
+class GOLDTrainer(_FromHeads, _GOLDTrainer):  # type: ignore[misc]
+    """TRL's, with the loss of ``use_uld_loss=False`` from heads; ULD stays as it is."""
+
+    generalized_jsd_loss: Any = staticmethod(generalized_jsd_loss)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's."""
+        if self.use_uld_loss:
+            return _GOLDTrainer.compute_loss(self, model, inputs, *args, **kwargs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _generated_tokens(self, labels: Tensor) -> tuple[Tensor, bool] | None:
+        # A step's micro-batches are made together, and the Trainer counted each of them as often
+        # as there are. Lazily made ones (images) are not there yet.
+        batches: list[dict[str, Any]] = self._buffered_inputs or []
+        if batches and all("labels" in batch for batch in batches):
+            counts = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
+            return torch.stack(counts).sum(), True
+        return (labels != -100).sum(), False
+
+    def _divergence_temperature(self) -> float:
+        return self.temperature
+
+    def _forward_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._forward_inputs(inputs) | self._get_model_forward_kwargs(inputs)
+
+
+def _with_globals(function: Any, **replaced: Any) -> Any:
+    """The same function where some of the global names that it uses mean something else: TRL reads
+    its loss from there, and patching its module would change it for others too."""
+    scope = {**function.__globals__, **replaced}
+    made = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
+    """TRL's, with :func:`fusedkd.integrations.trl.chunked_divergence_loss` in its function's
+    place."""
+
+    _compute_loss: Any = _with_globals(
+        _DistillationTrainer._compute_loss, _chunked_divergence_loss=chunked_divergence_loss
+    )

@@ -1,0 +1,251 @@
+"""Vocabulary-parallel calls beside the same call on whole tensors. Run by test_parallel.py."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import processes
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from fusedkd import LMHead, SparseTeacher, divergences, kd_loss_and_metrics
+
+N, V, H = 9, 53, 6
+# how many columns each rank has: uneven, and with one that has none
+SPLITS = {2: [20, 33], 3: [7, 46, 0]}
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(0)
+    shapes = {"s": (N, V), "t": (N, V), "hs": (N, H), "ws": (V, H), "bs": (V,), "ht": (N, H + 3)}
+    shapes |= {"wt": (V, H + 3), "bt": (V,)}
+    found = {name: torch.randn(shape, generator=make).to(dtype) for name, shape in shapes.items()}
+    found["s"] *= 3
+    found["labels"] = torch.randint(0, V, (N,), generator=make)
+    found["labels"][[1, 4]] = -100
+    found["weights"] = torch.rand(N, generator=make).to(dtype)
+    found["weights"][5] = 0
+    return found
+
+
+def sparse(t: Tensor, tail: str, k: int = 7) -> SparseTeacher:
+    log_probs, ids = t.float().log_softmax(-1).topk(k)
+    ids[2, 3:] = -1
+    return SparseTeacher(ids, log_probs, tail)
+
+
+OPTIONS: dict[str, Any] = {"temperature": 2.0, "teacher_temperature": 1.5, "ce_weight": 0.4}
+OPTIONS |= {"label_smoothing": 0.1}
+Case = tuple[str, str, torch.dtype, dict[str, Any]]  # student, teacher, dtype, options
+
+
+def cases() -> dict[str, Case]:
+    wide, single = torch.float64, torch.float32
+    found: dict[str, Case] = {}
+    for name in divergences.names():
+        options = {**OPTIONS, "divergence": name}
+        found[f"dense {name}"] = ("dense", "dense", wide, options)
+        found[f"dense {name} fp32"] = ("dense", "dense", single, options)
+        found[f"heads {name}"] = ("head", "head", wide, {**options, "chunk_bytes": 5000})
+        found[f"bucket {name}"] = ("dense", "bucket", wide, options)
+    for name in ("forward_kl", "total_variation"):
+        for tail in ("drop", "renormalize"):
+            options = {**OPTIONS, "divergence": name}
+            found[f"{tail} {name}"] = ("head", tail, single, options)
+    found |= {
+        "mixed": ("head", "dense", single, OPTIONS),
+        "other mix": ("dense", "head", single, OPTIONS),
+        "transforms": ("capped", "capped", wide, OPTIONS),
+        "true vocabulary": ("dense", "dense", wide, {**OPTIONS, "vocab_size": 41}),
+        "small vocabulary": ("head", "dense", wide, {**OPTIONS, "vocab_size": 5}),
+        "none": ("head", "head", wide, {**OPTIONS, "reduction": "none"}),
+        "dense none": ("dense", "dense", wide, {**OPTIONS, "reduction": "none"}),
+        "sum": ("dense", "dense", wide, {**OPTIONS, "reduction": "sum"}),
+        "normalizer": ("head", "head", wide, {**OPTIONS, "normalizer": 30.0}),
+        "half": ("head", "head", torch.bfloat16, OPTIONS),
+        "half dense": ("dense", "dense", torch.float16, OPTIONS),
+        "in place": ("dense", "dense", single, {**OPTIONS, "inplace": True}),
+        "masked": ("masked", "masked", wide, {**OPTIONS, "label_smoothing": 0.0}),
+        "no labels": ("dense", "dense", wide, {"labels": None, "divergence": "jsd"}),
+        "nothing counted": ("dense", "dense", wide, {**OPTIONS, "weights": 0}),
+        "no tokens": ("head", "head", wide, {**OPTIONS, "rows": 0}),
+    }
+    return found
+
+
+def sides(case: Case) -> tuple[dict[str, Tensor], Any, Any]:
+    """The whole tensors, and functions from them to the student and the teacher."""
+    student, teacher, dtype, options = case
+    x = tensors(dtype)
+    if "masked" in (student, teacher):
+        for name in ("s", "t"):
+            x[name][:, 11:30] = -torch.inf
+        x["labels"].clamp_(max=9)
+    x["labels"] = x["labels"].clamp(max=options.get("vocab_size", V) - 1)
+    if "rows" in options:
+        x = {
+            n: t[: options["rows"]] if n not in ("ws", "bs", "wt", "bt") else t
+            for n, t in x.items()
+        }
+    scale = (0.7, 4.0) if student == "capped" else (1.0, None)
+
+    def make_student(x: dict[str, Any]) -> Any:
+        if student in ("dense", "masked"):
+            return x["s"]
+        return LMHead(x["hs"], x["ws"], x["bs"], *scale)
+
+    def make_teacher(x: dict[str, Any]) -> Any:
+        if teacher in ("dense", "masked"):
+            return x["t"]
+        if teacher in ("head", "capped"):
+            return LMHead(x["ht"], x["wt"], x["bt"], *scale)
+        return sparse(tensors(dtype)["t"], teacher)
+
+    return x, make_student, make_teacher
+
+
+VOCABULARY = {"s": 1, "t": 1, "ws": 0, "bs": 0, "wt": 0, "bt": 0}  # which dimension is split
+
+
+def run(x: dict[str, Any], make: tuple[Any, Any], case: Case, group: Any) -> tuple[Any, ...]:
+    options = {k: v for k, v in case[3].items() if k not in ("weights", "rows", "labels")}
+    student = [x[n] for n in (("s",) if case[0] in ("dense", "masked") else ("hs", "ws", "bs"))]
+    leaves = [t.requires_grad_() for t in student]
+    # an in-place gradient must not be written over a leaf's own values
+    called = {n: t * 1 if n == "s" and "inplace" in options else t for n, t in x.items()}
+    labels = None if "labels" in case[3] else x["labels"]
+    weights = x["weights"] * case[3].get("weights", 1)
+    loss, metrics = kd_loss_and_metrics(
+        *(make[0](called), make[1](called), labels),
+        **options,
+        token_weights=weights,
+        group=group,
+        backend="reference",
+    )
+    upstream = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return loss.detach(), metrics, torch.autograd.grad(loss, leaves, upstream)
+
+
+def mine(name: str, x: Tensor, rank: int, sizes: list[int]) -> Tensor:
+    if name not in VOCABULARY:
+        return x.clone()
+    return x.split(sizes, VOCABULARY[name])[rank].clone()
+
+
+def compare(case: Case, local: Callable[..., Any], whole: Callable[..., Any], group: Any) -> None:
+    x, *make = sides(case)
+    want = run({n: t.clone() for n, t in x.items()}, make, case, None)
+    got = run({n: local(n, t) for n, t in x.items()}, make, case, group)
+    names = ("s",) if case[0] in ("dense", "masked") else ("hs", "ws", "bs")
+    gradients = [whole(name, grad) for name, grad in zip(names, got[2], strict=True)]
+    exact = case[2] == torch.float64 and case[1] not in ("bucket",)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if exact else {"rtol": 3e-5, "atol": 3e-6}
+    if case[2].itemsize == 2:
+        tolerance = {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(got[:2], want[:2], equal_nan=True, **tolerance)
+    torch.testing.assert_close(gradients, list(want[2]), **tolerance)
+
+
+def failures(function: Callable[[str], None], names: Any) -> dict[str, str | None]:
+    """What went wrong in each case, so that one does not hide the others."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            function(name)
+            found[name] = None
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+def plain(rank: int) -> dict[str, str | None]:
+    sizes = SPLITS[dist.get_world_size()]
+
+    def gathered(name: str, grad: Tensor) -> Tensor:
+        if name not in VOCABULARY:
+            return grad
+        dim = VOCABULARY[name]
+        shape = list(grad.shape)
+        parts = []
+        for size in sizes:
+            shape[dim] = size
+            parts.append(grad.new_empty(shape))
+        for source, part in enumerate(parts):
+            if source == rank:
+                part.copy_(grad)
+            dist.broadcast(part, source)
+        return torch.cat(parts, dim)
+
+    def one(name: str) -> None:
+        compare(cases()[name], lambda n, t: mine(n, t, rank, sizes), gathered, dist.group.WORLD)
+
+    return failures(one, cases())
+
+
+DTENSOR_CASES = ("dense jsd", "heads jsd", "bucket forward_kl", "mixed", "other mix", "none")
+
+
+def dtensors(rank: int) -> dict[str, str | None]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def local(name: str, x: Tensor) -> Any:
+        if name in VOCABULARY:
+            return distribute_tensor(x, mesh, [Shard(VOCABULARY[name])])
+        if name in ("hs", "ht"):  # one tensor parallel layer hands over shards, another copies
+            return distribute_tensor(x, mesh, [Shard(0) if name == "hs" else Replicate()])
+        return x.clone()
+
+    def whole(name: str, grad: Any) -> Tensor:
+        assert isinstance(grad, DTensor)
+        return grad.full_tensor()
+
+    return failures(lambda name: compare(cases()[name], local, whole, None), DTENSOR_CASES)
+
+
+def messages(rank: int) -> dict[str, str]:
+    """What the errors say; every rank raises, none waits for another."""
+    x, group, world = tensors(), dist.group.WORLD, dist.get_world_size()
+    sizes = SPLITS[world]
+    s, t = (mine(n, x[n], rank, sizes) for n in ("s", "t"))
+    other = mine("t", x["t"], rank, sizes[::-1])
+    pairs = [dist.new_group([0]), dist.new_group([1])]
+    calls = {
+        "split": lambda: kd_loss_and_metrics(s, other, group=group),
+        "size": lambda: kd_loss_and_metrics(s, t, group=group, vocab_size=V + 1),
+        "label": lambda: kd_loss_and_metrics(s, t, x["labels"] + V, group=group),
+        "groups": lambda: kd_loss_and_metrics(
+            distribute_tensor(x["s"], init_device_mesh("cpu", (world,)), [Shard(1)]),
+            *(t,),
+            group=pairs[rank],
+        ),
+        "compiled": lambda: torch.compile(
+            lambda a: kd_loss_and_metrics(a, t, group=group)[0], fullgraph=True, backend="eager"
+        )(s),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "no error"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    eager = kd_loss_and_metrics(s, t, group=group)[0]
+    compiled = torch.compile(lambda a: kd_loss_and_metrics(a, t, group=group)[0], backend="eager")
+    found["graph break"] = "same" if torch.equal(compiled(s), eager) else "another loss"
+    return found
+
+
+def everything(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"plain": plain(rank), "dtensors": dtensors(rank)}
+    if dist.get_world_size() == 2:
+        found["messages"] = messages(rank)
+    return found
+
+
+if __name__ == "__main__":
+    processes.main({"everything": everything})
