@@ -81,8 +81,10 @@ def _row(seeds: _Seeds, name: str, text: str) -> list[str] | None:
     ce = {v: seeds.values(name, text, v, "ce") for v in VARIANTS}
     if not all(ce.values()):
         return None
-    gaps = seeds.paired(name, text, ("plain", "kd"), lambda a, b: (a - b) / (a - teacher["ce"]))
-    passed = statistics.mean(ce["plain"]) <= teacher["ce"]
+    passed = min(ce["plain"]) <= teacher["ce"]
+    gaps = seeds.paired(
+        name, text, ("plain", "kd"), lambda a, b: 0.0 if passed else (a - b) / (a - teacher["ce"])
+    )
     to_bits = 1 / math.log(2) / facts["bytes_per_token"]
     bits = [x * to_bits for x in ce["kd"]] if kind == "causal" else []
     accuracy = statistics.mean(seeds.values(name, text, "kd", "accuracy"))
@@ -98,8 +100,8 @@ def _row(seeds: _Seeds, name: str, text: str) -> list[str] | None:
         _spread(seeds.values(name, text, "kd", "agreement"), ".1%"),
         f"{size:,} ({size / teacher['parameters']:.0%})",
         f"{speed:.1f} ({teacher['inference_ms'] / speed:.2f}x)",
-        f"{accuracy / teacher['accuracy']:.1%}",
-        f"{(accuracy - chance) / (teacher['accuracy'] - chance):.1%}",
+        _share(accuracy, teacher["accuracy"]),
+        _share(accuracy - chance, teacher["accuracy"] - chance),
     ]
 
 
@@ -111,6 +113,10 @@ def _ablations(seeds: _Seeds) -> list[list[str]]:
             if lost:
                 rows.append([name, part, _spread(lost, "+.3f"), student.papers[part]])
     return rows
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole > 0 else "no more than chance"
 
 
 def _spread(values: list[float], form: str = ".3f") -> str:
