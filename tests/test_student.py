@@ -111,6 +111,16 @@ def test_size_of_distilgpt2() -> None:
     assert count(teacher) == 124_439_808
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "gemma3", "albert_groups"])
+def test_a_narrower_student_is_one_that_loads_and_learns(kind: str, tmp_path: Path) -> None:
+    student = build_student(build(kind), StudentPlan(2, hidden=8, intermediate=12))
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(student), rtol=0, atol=0)
+    assert again.config.num_hidden_layers == 2 and again.config.hidden_size == 8
+    student(ids(), labels=ids()).loss.backward()
+
+
 # ---- copies ------------------------------------------------------------------------------------
 
 
