@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow wheel-test bench gpu clean
+.PHONY: help setup demo test lint test-slow wheel-test bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
@@ -13,6 +13,7 @@ help:
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
+	@echo "make evidence    students of the recipes with their controls, over seeds (60 minutes)"
 	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
 
 setup: $(STAMP)
@@ -45,6 +46,10 @@ test-slow: setup
 bench: setup
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[bench]"
 	$(BIN)/fusedkd bench --save
+
+# Every result is kept: the same command goes on where it was stopped.
+evidence: setup
+	$(BIN)/python -m fusedkd.benchmarks.evidence --output outputs/evidence --minutes 60
 
 # The built wheel, imported from another directory, where the checkout cannot stand in for it.
 wheel-test: setup

@@ -179,7 +179,7 @@ def _flags_of(path: Path, known: list[str]) -> list[str]:
     for key, value in content.items():
         if key not in known:
             raise UserError(f"--config {path}: {key!r} is not a flag{_near(str(key), known)}.")
-        if value is not None:
+        if value is not None and value != []:
             values = value if isinstance(value, list) else [value]
             flags += [
                 f"--{key}",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from fusedkd import kd_loss
 from fusedkd.cli import main
 from fusedkd.train import DistillationArguments, DistillationTrainer
 from fusedkd.train.data import load_documents
@@ -163,6 +164,24 @@ def test_a_recipe_trains_stops_goes_on_and_loads(case: str, tmp_path: Path) -> N
 def test_the_default_text_is_there() -> None:
     documents = load_documents(["stdlib"])
     assert len(documents) > 200 and sum(map(len, documents["text"])) > 1_000_000
+
+
+def test_hinton_s_law_of_large_temperatures(backend: str, device: torch.device) -> None:
+    """Section 2.1: the soft gradient, times T^2, comes to (s - t) / V, each centred. What is
+    missing is of the order of the logits over T."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(3, 200, generator=generator).double().to(device) / 2 for _ in range(2))
+    expected = ((s - s.mean(-1, keepdim=True)) - (t - t.mean(-1, keepdim=True))) / 200
+    s.requires_grad_()
+
+    def gradient(temperature: float, **keywords: Any) -> Tensor:
+        loss = kd_loss(s, t, temperature=temperature, reduction="sum", backend=backend, **keywords)
+        return torch.autograd.grad(loss, s)[0]
+
+    missing = [(gradient(t_) - expected).norm() / expected.norm() for t_ in (50.0, 500.0)]
+    assert missing[0] < 0.01 and missing[1] < 0.11 * missing[0]
+    unscaled = gradient(50.0, scale_by_t2=False)
+    torch.testing.assert_close(unscaled * 2500, gradient(50.0), rtol=1e-9, atol=0)
 
 
 # ---- masking -----------------------------------------------------------------------------------

@@ -111,6 +111,16 @@ def test_size_of_distilgpt2() -> None:
     assert count(teacher) == 124_439_808
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "gemma3", "albert_groups"])
+def test_a_narrower_student_is_one_that_loads_and_learns(kind: str, tmp_path: Path) -> None:
+    student = build_student(build(kind), StudentPlan(2, hidden=8, intermediate=12))
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again), logits(student), rtol=0, atol=0)
+    assert again.config.num_hidden_layers == 2 and again.config.hidden_size == 8
+    student(ids(), labels=ids()).loss.backward()
+
+
 # ---- copies ------------------------------------------------------------------------------------
 
 
@@ -121,6 +131,16 @@ def test_a_student_of_full_depth_is_the_teacher(kind: str) -> None:
     torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=0)
     theirs = {p.data_ptr() for p in teacher.parameters()}
     assert not any(p.data_ptr() in theirs for p in student.parameters())  # a copy, not a view
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "modernbert"])
+def test_a_copy_in_bf16_rounds_no_more_than_the_teacher(kind: str, tmp_path: Path) -> None:
+    """Rotary frequencies stay in fp32, as in a model that is loaded in bf16."""
+    build(kind).save_pretrained(tmp_path)
+    teacher = type(build(kind)).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    student = build_student(teacher, StudentPlan(LAYERS))
+    assert student.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("albert", "modernbert")])

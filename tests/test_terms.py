@@ -292,6 +292,33 @@ def test_compute_metrics_gets_logits_and_nothing_else(tmp_path: Path) -> None:
     assert shapes == [(4, 10, V)]
 
 
+def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        student = build("llama", 1)
+        torch.manual_seed(7)
+        tested = trainer(
+            student, build("llama", 2), tmp_path, rows(), terms=EVERY_TERM, max_steps=3, bf16=bf16
+        )
+        tested.train()
+        losses.append([e["loss"] for e in tested.state.log_history if "loss" in e])
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2) and losses[1][-1] < losses[1][0]
+
+
+def test_a_term_without_weight_is_not_computed(tmp_path: Path) -> None:
+    student, teacher = build("bert", 1), build("bert", 2, hidden_size=24)
+    terms = ["hidden_mse", "embedding_mse"]
+    tested = trainer(
+        student, teacher, tmp_path, rows(), terms=terms, max_steps=4, weight_decay=0.0,
+        schedules=["hidden_mse=step:0:0.5"],
+    )  # fmt: skip
+    tested.train()
+    logs = [e for e in tested.state.log_history if "loss" in e]
+    assert ["hidden_mse" in e for e in logs] == [True, True, False, False]
+    assert all("embedding_mse" in e for e in logs)
+    assert tested.evaluate()["eval_hidden_mse"] > 0
+
+
 # ---- classification ----------------------------------------------------------------------------
 
 
@@ -360,7 +387,9 @@ def test_weights_and_temperature_move_over_the_training(tmp_path: Path) -> None:
     for entry in (e for e in tested.state.log_history if "loss" in e):
         now = numbers((entry["step"] - 1) / 4)
         expected = now["temperature"] ** 2 * entry["kd"] + now["ce_weight"] * entry["ce"]
-        assert entry["loss"] == pytest.approx(expected + now["cosine"] * entry["cosine"], rel=1e-3)
+        assert entry["loss"] == pytest.approx(
+            expected + now["cosine"] * entry.get("cosine", 0.0), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize(

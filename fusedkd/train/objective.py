@@ -62,7 +62,7 @@ class Objective:
             keywords["label_smoothing"] = self.args.label_smoothing_factor
             if not keywords["kd_weight"] and not keywords["ce_weight"]:
                 return _nothing(student, teacher, targets, keywords)
-        if self.args.kd_tokens == "all":
+        if self.args.kd_tokens == "all" and targets.labels.dim() > 1:  # no classifier
             return _apart(student, teacher, targets, keywords)
         loss, metrics = kd_loss_and_metrics(
             student, teacher, targets.labels, **keywords, normalizer=targets.num_items
@@ -84,12 +84,16 @@ def _nothing(
 def _apart(student: Any, teacher: Side, targets: Targets, keywords: Any) -> tuple[Tensor, Measured]:
     """The divergence over every real token, the cross-entropy over those with a label."""
     assert targets.tokens is not None
-    weights = targets.tokens.expand(targets.labels.shape).float()
+    if targets.tokens.shape != targets.labels.shape:
+        raise ValueError(
+            f"kd_tokens='all': the batch has tokens {tuple(targets.tokens.shape)} and labels "
+            f"{tuple(targets.labels.shape)}, as of an encoder-decoder: expected kd_tokens='labels'."
+        )
     loss, metrics = kd_loss_and_metrics(
         student,
         teacher,
         **{**keywords, "ce_weight": 0.0},
-        token_weights=weights,
+        token_weights=targets.tokens.float(),
         normalizer=targets.num_tokens,
     )
     seen = {k: v for k, v in measured(metrics).items() if k not in _NEED_LABELS}

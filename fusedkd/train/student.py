@@ -83,53 +83,55 @@ def _same(teacher: Any, plan: StudentPlan) -> Any:
             f"{type(teacher).__name__} has more than one stack of layers: expected an encoder or a "
             "decoder alone."
         )
-    total = config.num_hidden_layers
     if not plan.copies:
-        pick_layers("first", min(plan.layers, total), total)  # its error for 0 or fewer
-        return type(teacher)(_resized(config, plan))
-    chosen = pick_layers(plan.layer_map, plan.layers, total)
-    student = type(teacher)(_cut(config, chosen)).to(teacher.dtype)
+        return type(teacher)._from_config(_resized(config, plan), dtype=teacher.dtype)
+    chosen = pick_layers(plan.layer_map, plan.layers, config.num_hidden_layers)
+    student = type(teacher)._from_config(_cut(config, chosen), dtype=teacher.dtype)
     _copy(student, teacher, chosen)
     return student
 
 
 def _cut(config: Any, chosen: list[int]) -> Any:
-    """The config with these layers only: whatever lists one thing per layer is cut with them."""
+    """The config with these layers only."""
+    return _from(config, config.to_dict() | _layers(config, chosen))
+
+
+def _layers(config: Any, chosen: list[int]) -> dict[str, Any]:
+    """What a config says about layers, for these: whatever lists one thing per layer is cut with
+    them."""
     values, total = config.to_dict(), config.num_hidden_layers
     per_layer = {k: v for k, v in values.items() if isinstance(v, list) and len(v) == total}
-    values |= {key: [value[layer] for layer in chosen] for key, value in per_layer.items()}
-    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(chosen)
+    changed: dict[str, Any] = {k: [v[layer] for layer in chosen] for k, v in per_layer.items()}
     groups = values.get("num_hidden_groups", 1)
     if groups not in (1, total):
         raise ValueError(
             f"an ALBERT of {total} layers in {groups} groups: expected 1 group, or one per layer."
         )
     if groups > 1:
-        values["num_hidden_groups"] = len(chosen)
-    return _from(config, values)
+        changed["num_hidden_groups"] = len(chosen)
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return changed | {name: len(chosen)}
 
 
 def _resized(config: Any, plan: StudentPlan) -> Any:
     """The config with other widths. What is not given keeps its proportion to ``hidden``; the
     number of heads stays."""
-    values, names = config.to_dict(), config.attribute_map
+    total, names = config.num_hidden_layers, config.attribute_map
+    values = config.to_dict() | _layers(config, pick_layers("spaced", plan.layers, total))
     hidden = plan.hidden or config.hidden_size
     heads = plan.heads or config.num_attention_heads
     if hidden % heads and not getattr(config, "head_dim", None):
         raise ValueError(
             f"hidden={hidden} is no multiple of {heads} heads: expected one; pass another heads."
         )
-    inner = next((name for name in _INNER if values.get(name)), None)
-    if inner is not None:
-        values[inner] = plan.intermediate or round(values[inner] * hidden / config.hidden_size)
-    elif plan.intermediate is not None:
+    inner = next((name for name in _INNER if name in values), None)
+    if inner is None and plan.intermediate is not None:
         raise ValueError(f"intermediate={plan.intermediate}: {type(config).__name__} has no such.")
-    new = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": plan.layers}
+    if inner is not None:  # GPT-2's None means four times hidden
+        scaled = values[inner] and round(values[inner] * hidden / config.hidden_size)
+        values[inner] = plan.intermediate or scaled
+    new = {"hidden_size": hidden, "num_attention_heads": heads}
     values |= {names.get(name, name): value for name, value in new.items()}
-    chosen = pick_layers("spaced", min(plan.layers, depth(config)), depth(config))
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            values[name] = [value[layer] for layer in chosen]
     key_values = getattr(config, "num_key_value_heads", None)
     if key_values is not None and plan.heads is not None:
         groups = config.num_attention_heads // key_values

@@ -78,7 +78,7 @@ def albert_of(teacher: Any, layers: int, groups: int, embedding: int | None, lay
             f"embedding={embedding}: expected 2 to {bert.hidden_size}, the teacher's width."
         )
     config = _config(bert, layers, groups, embedding)
-    student = getattr(transformers, sibling)(config).to(teacher.dtype)
+    student = getattr(transformers, sibling)._from_config(config, dtype=teacher.dtype)
     inner, theirs = getattr(student, "albert", student), getattr(teacher, "bert", teacher)
     basis = _embeddings(inner, theirs.embeddings)
     for group, origins in zip(

@@ -56,8 +56,8 @@ def distilbert_of(teacher: Any, chosen: list[int]) -> Any:
             f"to='distilbert': its LayerNorms have eps {_EPS}, the teacher's have "
             f"{teacher.config.layer_norm_eps}. Keep the architecture (to='same')."
         )
-    student = getattr(transformers, sibling)(_config(teacher.config, len(chosen)))
-    student = student.to(teacher.dtype)
+    config = _config(teacher.config, len(chosen))
+    student = getattr(transformers, sibling)._from_config(config, dtype=teacher.dtype)
     _encoder(getattr(student, "distilbert", student), getattr(teacher, "bert", teacher), chosen)
     if hasattr(student, "vocab_projector"):
         _load(student, teacher.cls.predictions, _MASKED_LM_HEAD)

@@ -40,7 +40,8 @@ class Extra:
 
 
 class TermSet:
-    """Terms by name, bound to a student and a teacher.
+    """Terms by name, bound to a student and a teacher. While one's weight is 0, training does not
+    compute it.
 
     Projections are put into the student as a submodule, so that optimizer, DDP and device placement
     see them; the student's own ``save_pretrained`` leaves them out, and :meth:`save` and
@@ -119,6 +120,10 @@ class TermSet:
 
         def compute(module: nn.Module, args: Any, outputs: Any) -> Any:
             for name, term in self.terms.items():
+                if not weights[name] and module.training:
+                    # its projections stay in the graph, where DDP looks for them
+                    extra.loss = extra.loss + sum(0.0 * p.sum() for p in self._trained(name))
+                    continue
                 value = term(seen, teacher, tokens, normalizer)
                 extra.values[name] = value.detach()
                 extra.loss = extra.loss + weights[name] * value
@@ -133,6 +138,10 @@ class TermSet:
                 yield extra
         finally:
             handle.remove()
+
+    def _trained(self, name: str) -> Iterator[nn.Parameter]:
+        modules = getattr(self.terms[name], "projections", None)
+        return iter(()) if modules is None else modules.parameters()
 
     def parameters(self, student: Any) -> int:
         """How many the projections have, which are in the student and not of it."""

@@ -169,7 +169,7 @@ class DistillationTrainer(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.on_policy_share:
             inner, write = self.accelerator.unwrap_model(self.model), self.args.on_policy()
-            first = hash((self.args.seed, self.state.global_step)) % 2**62
+            first = (2**24 * self.args.seed + self.state.global_step) * 2**12
             batches = [write(inner, batch, first + i) for i, batch in enumerate(batches)]
             items = self._get_num_items_in_batch(batches, device)
         if self._counts_tokens:

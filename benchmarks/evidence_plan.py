@@ -1,0 +1,193 @@
+"""What the evidence trains: text, teachers, students, and the losses of the recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import Dataset
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, set_seed
+
+from fusedkd.train.demo_text import Corpus, corpus
+from fusedkd.train.masking import FrequencyMasking, count_tokens
+from fusedkd.train.student import StudentPlan, build_student
+
+__all__ = ["SMOKE", "STUDENTS", "Setting", "Student", "Text", "make_teacher", "make_text"]
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+LOSS = ("divergence", "temperature", "kd_weight", "kd_tokens", "ce_weight", "terms", "schedules")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes. The defaults fit an hour of two cores."""
+
+    teacher_bytes: int = 6_000_000
+    limited_tokens: int = 150_000
+    held_out_blocks: int = 200
+    vocabulary: int = 2000
+    block: int = 64
+    batch: int = 16
+    width: int = 128
+    layers: int = 6
+    heads: int = 4
+    learning_rate: float = 2e-3
+    seeds: int = 3
+
+
+SMOKE = Setting(60_000, 4_000, 8, 300, 16, 4, 32, 4, 4, seeds=1)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Blocks by name, "unlimited" and "limited" to train on; ``held_out`` by kind of model, with
+    masks drawn once."""
+
+    train: dict[str, Dataset]
+    held_out: dict[str, Dataset]
+    tokenizer: Any
+    counts: np.ndarray
+    bytes_per_token: float
+
+    def masked(self) -> FrequencyMasking:
+        return FrequencyMasking(self.tokenizer, self.counts)
+
+    def chance(self, kind: str) -> float:
+        """Accuracy of always saying the most frequent token."""
+        labels = np.asarray(self.held_out[kind]["labels"])
+        return float((labels[labels != -100] == self.counts.argmax()).mean())
+
+
+def make_text(size: Setting) -> Text:
+    """The standard library's sources, split by file; the tokenizer never saw the held-out ones."""
+    text: Corpus = corpus(
+        teacher_bytes=size.teacher_bytes,
+        transfer_tokens=size.limited_tokens,
+        held_out_blocks=size.held_out_blocks,
+        vocabulary=size.vocabulary,
+        block=size.block,
+    )
+    text.tokenizer.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
+    counts = count_tokens(text.teacher.with_format("numpy"), len(text.tokenizer))
+    set_seed(0)
+    uniform = FrequencyMasking(text.tokenizer, counts, smoothing=0.0)
+    batch = uniform([{"input_ids": ids} for ids in text.held_out["input_ids"]])
+    masked = Dataset.from_dict({name: value.tolist() for name, value in batch.items()})
+    return Text(
+        {"unlimited": text.teacher, "limited": text.transfer},
+        {"causal": text.held_out, "masked": masked},
+        text.tokenizer,
+        counts,
+        text.bytes_per_token,
+    )
+
+
+def make_teacher(kind: str, size: Setting, tokenizer: Any) -> Any:
+    """A random GPT-2 or BERT of the teacher's size, without dropout."""
+    set_seed(0)
+    if kind == "causal":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_positions=size.block,
+                n_embd=size.width,
+                n_layer=size.layers,
+                n_head=size.heads,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            intermediate_size=4 * size.width,
+            max_position_embeddings=size.block,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+# ---- students ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Student:
+    """How one starts and what it minimises; ``without`` are its loss less one of its parts, and
+    ``papers`` what the paper lost by that."""
+
+    kind: str
+    plan: Callable[[Setting], StudentPlan]
+    loss: dict[str, Any]
+    without: dict[str, dict[str, Any]] = field(default_factory=dict)
+    papers: dict[str, str] = field(default_factory=dict)
+
+    def build(self, teacher: Any, size: Setting, seed: int, random: bool = False) -> Any:
+        """The student before training; ``random``: of the same shape, with nothing copied."""
+        set_seed(seed)
+        student = build_student(teacher, self.plan(size))
+        return type(student)(student.config) if random else student
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    return {key: content[key] for key in LOSS if key in content}
+
+
+def _less(loss: dict[str, Any], term: str) -> dict[str, Any]:
+    """The loss without a term, or without "kd_weight" or "ce_weight" and what moves it."""
+    kept = [text for text in loss.get("schedules", []) if not text.startswith(f"{term}=")]
+    changed = {
+        **loss,
+        "schedules": kept,
+        "terms": [text for text in loss.get("terms", []) if not text.startswith(term)],
+    }
+    return changed | ({term: 0.0} if term.endswith("_weight") else {})
+
+
+def _students() -> dict[str, Student]:
+    triple, terms = _recipe("distilbert"), _recipe("tinybert_general")
+    # the two stages in one: the terms for half of the steps, then prediction and masked LM
+    names = [text.split("(")[0] for text in terms["terms"]]
+    half = [f"{name}=step:0:0.5" for name in names]
+    stages = {**terms, "schedules": [*half, "kd_weight=step:1:0.5", "ce_weight=step:1:0.5"]}
+    # a term's ablation, and what the paper lost
+    tiny = {"attention_mse": "4.6", "hidden_mse": "2.7", "kd_weight": "2.1", "embedding_mse": "1.5"}
+    distil = {"kd_weight": "2.96", "cosine": "1.46", "ce_weight": "0.31", "initialisation": "3.69"}
+    return {
+        "GPT-style": Student("causal", lambda s: StudentPlan(s.layers // 2), _recipe("distilgpt2")),
+        "DistilBERT-style": Student(
+            "masked",
+            lambda s: StudentPlan(s.layers // 2, to="distilbert"),
+            triple,
+            {n: _less(triple, n) for n in distil if n != "initialisation"}
+            | {"initialisation": triple},
+            {n: f"{loss} of 77.0" for n, loss in distil.items()},
+        ),
+        "TinyBERT-style": Student(
+            "masked",
+            lambda s: StudentPlan(s.layers // 2, hidden=s.width // 2),
+            stages,
+            {n: _less(stages, n) for n in tiny},
+            {n: f"{loss} of 75.6" for n, loss in tiny.items()},
+        ),
+        "ALBERT-style": Student(
+            "masked",
+            lambda s: StudentPlan(s.layers, to="albert", embedding=s.width // 2),
+            _recipe("albert"),
+        ),
+    }
+
+
+STUDENTS = _students()
