@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedkd import divergences
+from fusedkd.calls import parse_divergence
 from fusedkd.divergences import Divergence
 
-__all__ = ["DTYPES", "Case", "Problem", "make_problem", "native_dtype", "parse_divergence"]
+__all__ = ["DTYPES", "Case", "Problem", "make_problem", "native_dtype"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -82,35 +80,6 @@ def native_dtype(device: str) -> str:
     loop, 5 to 30 times as slow as fp32: nobody trains in it, and nothing can be compared with it.
     """
     return "bf16" if device != "cpu" or torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
-def parse_divergence(text: str) -> Divergence:
-    """``"jsd"``, ``"jsd(0.3)"`` or ``"jsd(beta=0.3)"``; ValueError says what is wrong."""
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
-    if not match:
-        raise ValueError(f"divergence={text!r}: expected a name or name(number, ...).")
-    name, inside = match.groups()
-    known = inspect.signature(getattr(divergences, name)) if name in divergences.names() else None
-    positional: list[float] = []
-    named: dict[str, float] = {}
-    for part in filter(None, (inside or "").replace(" ", "").split(",")):
-        key, _, number = part.rpartition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            raise ValueError(f"divergence={text!r}: {number!r} is not a number.") from None
-        if key:
-            named[key] = value
-        else:
-            positional.append(value)
-    if known is None:
-        return divergences.make(name)  # raises, with the nearest name
-    try:
-        bound = known.bind(*positional, **named)
-    except TypeError:
-        raise ValueError(f"divergence={text!r}: expected {name}{known}.") from None
-    bound.apply_defaults()
-    return divergences.make(name, *bound.args)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ _weight = _checked(float, lambda x: 0 <= x < float("inf"), "a number of at least
 
 
 def _divergence(text: str) -> str:
-    from .cases import parse_divergence
+    from fusedkd.calls import parse_divergence
 
     try:
         parse_divergence(text)

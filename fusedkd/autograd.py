@@ -75,7 +75,9 @@ class _Side(NamedTuple):
         if self.weight is None:
             return chunk
         dtype = backend.head_dtypes(chunk.dtype)[0]
-        out = chunk.new_empty(1, chunk.shape[1], self.weight.shape[0], dtype=dtype)
+        out = backend.empty(
+            (1, chunk.shape[1], self.weight.shape[0]), dtype=dtype, device=chunk.device
+        )
         backend.mm_(out[0], chunk[0], self.weight.T)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -378,20 +380,16 @@ class _Gradients:
         self.started = False
         if weight is None:
             if wanted.hidden:
-                self.d_rows = (
-                    rows
-                    if self.inplace
-                    else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-                )
+                self.d_rows = rows if self.inplace else self._empty(rows.shape, rows.dtype)
             return
         self.dtypes = backend.head_dtypes(rows.dtype)
         if wanted.any_gradient and self.dtypes[0] != self.dtypes[1]:
             self.bytes_per_row += weight.shape[0] * self.dtypes[1].itemsize
         accumulate = torch.promote_types(self.dtypes[0], torch.float32)
         if wanted.hidden:
-            self.d_rows = rows.new_empty(rows.shape, dtype=inputs.student.dtype)
+            self.d_rows = self._empty(rows.shape, inputs.student.dtype)
         if wanted.weight:  # summed over chunks at full precision; the first chunk overwrites
-            self.d_weight = weight.new_empty(weight.shape, dtype=accumulate)
+            self.d_weight = self._empty(weight.shape, accumulate)
         if wanted.bias:
             self.d_bias = weight.new_zeros(weight.shape[0], dtype=accumulate)
 
@@ -401,8 +399,9 @@ class _Gradients:
             return None
         if self.side.weight is None:
             return self.d_rows[b : b + 1, rows] if self.d_rows is not None else None
-        same = self.dtypes[0] == self.dtypes[1]
-        return logits if same else torch.empty_like(logits, dtype=self.dtypes[1])
+        if self.dtypes[0] == self.dtypes[1]:
+            return logits
+        return self._empty(logits.shape, self.dtypes[1])
 
     def add(self, grad: Tensor | None, b: int, rows: slice) -> None:
         """The head's share of the gradient of one chunk of its logits."""
@@ -424,10 +423,17 @@ class _Gradients:
             return []
         made = zip(self.inputs[:3], (self.d_rows, self.d_weight, self.d_bias), strict=True)
         return [
-            grad.view(x.shape).to(_stored_dtype(x, grad is self.d_rows))
+            self._converted(grad.view(x.shape), _stored_dtype(x, grad is self.d_rows))
             for x, grad in made
             if grad is not None and x is not None
         ]
+
+    def _converted(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return grad if grad.dtype == dtype else self._empty(grad.shape, dtype).copy_(grad)
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        made: Tensor = self.backend.empty(shape, dtype=dtype, device=self.side.rows.device)
+        return made
 
 
 def _stored_dtype(x: Tensor, rows: bool) -> torch.dtype:

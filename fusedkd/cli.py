@@ -20,6 +20,7 @@ Distil language models with fused, memory-saving losses.
 
   fusedkd distill --teacher DIR --student DIR --data corpus/ --output_dir out
   fusedkd distill --config recipes/hinton.yaml --teacher DIR --student DIR --data corpus/
+  fusedkd student --from DIR --layers 6 --output DIR      a student out of some of its layers
   fusedkd cache --teacher DIR --data corpus/ --output cache/     a teacher that runs only once
   fusedkd demo                     a whole distillation on real text, in about six minutes
   fusedkd doctor                   what runs on this machine, and whether it is right
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "distill": _distill,
+        "student": _student,
         "cache": _cache,
         "demo": _demo,
         "doctor": _doctor,
@@ -134,6 +136,12 @@ def _distill(argv: list[str]) -> int:
     if unknown:
         raise UserError(f"{unknown[0]}: not a flag{_near(unknown[0].lstrip('-'), known)}.")
     return distill(run, args)
+
+
+def _student(argv: list[str]) -> int:
+    from fusedkd.cli_student import main
+
+    return main(argv)
 
 
 def _cache(argv: list[str]) -> int:

@@ -1,6 +1,6 @@
 """The backends, and the contract between them and :mod:`fusedkd.autograd`.
 
-A backend is a sub-package or module here with six functions. It knows nothing of chunks,
+A backend is a sub-package or module here with seven functions. It knows nothing of chunks,
 reductions or autograd; it turns rows of logits into rows of loss and gradient.
 
 ``rows(student, teacher, labels, row_scale, spec, grad, metrics) -> (loss, metric_rows)``
@@ -53,6 +53,9 @@ that has been checked, sorted and completed:
 
 ``mm_(out, a, b, accumulate=False)``: ``out (+)= a @ b`` for 2-D tensors of any strides, summed in
 fp32 at least and rounded once to ``out``'s dtype, which may be wider than that of ``a`` and ``b``.
+
+``empty(shape, *, dtype, device) -> Tensor``: as ``torch.empty``; for gradients and chunks, which
+are large.
 
 ``head_dtypes(dtype) -> (logits, gradient)``: for operands of ``dtype``, the dtypes in which a
 head's chunk of logits and its gradient are held. Logits wider than ``dtype`` keep the divergence

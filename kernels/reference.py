@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty
 from torch.nn import functional as F
 
 from fusedkd.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
-__all__ = ["head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
+__all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
 
 
 def unavailable() -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def device(backend: str) -> torch.device:
     """Where the backend's tensors live: triton's on the GPU, unless it is interpreted."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return torch.device("cuda" if backend == "triton" and not interpreted else "cpu")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of tiny models: where other work shares the cores, two threads wait for each other
+    at every product (7.5 ms for 24 x 24, 2026-11-24, 2 cores with a load of 4)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

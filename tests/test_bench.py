@@ -14,7 +14,7 @@ import torch
 from fusedkd.benchmarks import __main__ as command
 from fusedkd.benchmarks import providers as bench_providers
 from fusedkd.benchmarks import runner, suites
-from fusedkd.benchmarks.cases import Case, make_problem, parse_divergence
+from fusedkd.benchmarks.cases import Case, make_problem
 from fusedkd.benchmarks.check import Truth
 from fusedkd.benchmarks.memory import peak_extra
 from fusedkd.benchmarks.options import AXES, PROVIDERS
@@ -186,7 +186,6 @@ def test_suites_are_well_formed(device: str):
 
 
 def test_small_parts():
-    assert parse_divergence("jsd(beta=0.3)") == parse_divergence("jsd(0.3)") == divergences.jsd(0.3)
     assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     assert BarResult("", 1.5, 1.6, at_most=True).passed
     assert BarResult("", 1.5, 1.6, at_most=False).passed is False

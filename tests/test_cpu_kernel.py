@@ -7,9 +7,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -522,3 +524,21 @@ def test_an_instruction_set_that_is_not_there() -> None:
         [sys.executable, "-c", ask], env=environment, capture_output=True, text=True
     )
     assert "FUSEDKD_CPU_ISA=mmx" in done.stdout
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 4097), (2, 3_000_000)])
+def test_large_results_lie_in_huge_pages(shape: tuple[int, int], monkeypatch) -> None:
+    """Where the kernel says which pages a mapping was advised to have (VmFlags: hg)."""
+    monkeypatch.setattr(cpu, "HUGE_BYTES", 0)
+    memory = cpu.empty(shape, dtype=torch.float32, device=torch.device("cpu")).fill_(2.0)
+    assert memory.shape == shape and (memory == 2).all()
+    maps = Path("/proc/self/smaps")
+    if memory.nbytes < 1 << 20 or not maps.exists():
+        return
+    inside, flags = memory.data_ptr() + memory.nbytes // 2, ""
+    for line in maps.read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(match[1], 16) <= inside < int(match[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            flags = line
+    assert " hg" in flags

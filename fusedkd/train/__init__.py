@@ -1,7 +1,15 @@
 """Distillation on ``transformers.Trainer``. Needs the ``train`` extra: ``pip install
 fusedkd[train]``."""
 
-from fusedkd.train.arguments import DistillationArguments, parse_divergence
+from fusedkd.calls import parse_divergence
+from fusedkd.train.arguments import DistillationArguments
+from fusedkd.train.student import StudentPlan, build_student
 from fusedkd.train.trainer import DistillationTrainer
 
-__all__ = ["DistillationArguments", "DistillationTrainer", "parse_divergence"]
+__all__ = [
+    "DistillationArguments",
+    "DistillationTrainer",
+    "StudentPlan",
+    "build_student",
+    "parse_divergence",
+]

@@ -2,69 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
-from fusedkd import backends, divergences
+from fusedkd import backends
+from fusedkd.calls import parse_divergence
 from fusedkd.logits import TAILS
 from fusedkd.spec import LossSpec
+from fusedkd.train.on_policy import OnPolicy
+from fusedkd.train.schedules import Schedule, parse_schedules
+from fusedkd.train.terms import parse_term
 
-__all__ = ["DistillationArguments", "parse_divergence"]
+__all__ = ["DistillationArguments"]
 
-_CALL = re.compile(r"\s*(?P<name>\w+)\s*(?:\((?P<call>[^()]*)\)|:(?P<colon>[^()]*))?\s*")
-
-
-def parse_divergence(text: str) -> divergences.Divergence:
-    """The divergence that ``text`` describes, as a command line or a recipe writes it.
-
-    ``"forward_kl"``, ``"jsd(beta=0.3)"``, ``"jsd(0.3)"`` and ``"jsd:0.3"`` are all understood;
-    parameters that are not given have the default of the factory in :mod:`fusedkd.divergences`.
-    Nothing is evaluated.
-
-    Raises:
-        ValueError: not of this form, an unknown name or parameter, or a parameter outside its
-            range.
-    """
-    match = _CALL.fullmatch(text)
-    if match is None:
-        raise ValueError(
-            f"divergence={text!r}: expected a name with optional numbers, such as 'forward_kl', "
-            "'jsd(beta=0.3)' or 'jsd:0.3'."
-        )
-    name, body = match["name"], match["call"] or match["colon"] or ""
-    divergences.make(
-        name
-    ) if name not in divergences.names() else None  # its error names the alternatives
-    factory = getattr(divergences, name)
-    positional: list[float] = []
-    named: dict[str, float] = {}
-    for part in filter(str.strip, body.split(",")):
-        key, equals, value = part.rpartition("=")
-        if equals:
-            named[key.strip()] = _number(text, value)
-        else:
-            positional.append(_number(text, value))
-    try:
-        bound = inspect.signature(factory).bind(*positional, **named)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(factory).parameters) or "none"
-        raise ValueError(
-            f"divergence={text!r}: {error}; the parameters of {name} are: {known}."
-        ) from None
-    return factory(*bound.args, **bound.kwargs)
-
-
-def _number(text: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(
-            f"divergence={text!r}: expected a number, not {value.strip()!r}."
-        ) from None
+KD_TOKENS = ("labels", "all")
 
 
 @dataclass
@@ -109,6 +62,46 @@ class DistillationArguments(TrainingArguments):
             "help": "Multiply the divergence by temperature^2 (Hinton et al. 2015, section 2)."
         },
     )
+    kd_tokens: str = field(
+        default="labels",
+        metadata={
+            "help": "Where the divergence counts: labels (where cross-entropy does) or all (every "
+            "token that is not padding, as DistilBERT)."
+        },
+    )
+    terms: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Terms beside the divergence: cosine, 'hidden_mse(weight=0.5, layers=3 6 9 "
+            "12)', embedding_mse, attention_mse, attention_kl, relation_kl (fusedkd.train.terms)."
+        },
+    )
+    schedules: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Numbers that change over the training, NAME=SHAPE:END[:AT]: "
+            "temperature=cosine:1, hidden_mse=step:0:0.8. NAME is temperature, "
+            "teacher_temperature, kd_weight, ce_weight or a term; SHAPE constant, linear, cosine "
+            "or step; AT the share of the training after which it is at END."
+        },
+    )
+    on_policy_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the batches that the student writes itself from their prompts (GKD's "
+            "lambda)."
+        },
+    )
+    on_policy_prompt: int = field(
+        default=128,
+        metadata={"help": "Tokens of a prompt where labels do not tell where it ends."},
+    )
+    on_policy_new_tokens: int = field(
+        default=128, metadata={"help": "Tokens that the student writes at most."}
+    )
+    on_policy_temperature: float = field(
+        default=1.0, metadata={"help": "That the student writes at."}
+    )
     vocab_size: int | None = field(
         default=None,
         metadata={
@@ -137,12 +130,53 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(
                 f"teacher_tail={self.teacher_tail!r}: expected one of {', '.join(TAILS)}."
             )
+        if self.kd_tokens not in KD_TOKENS:
+            raise ValueError(
+                f"kd_tokens={self.kd_tokens!r}: expected one of {', '.join(KD_TOKENS)}."
+            )
+        self.parsed_schedules()
+        if self.on_policy().share and (self.ce_weight or "ce_weight" in self.parsed_schedules()):
+            raise ValueError(
+                f"on_policy_share={self.on_policy_share} with a cross-entropy: the labels would be "
+                "what the student wrote itself. Expected ce_weight=0."
+            )
         super().__post_init__()
         if self.backend is not None:
             try:
                 backends.resolve(self.backend, self.device)
             except RuntimeError as error:
                 raise ValueError(str(error)) from None
+
+    def scheduled(self) -> dict[str, float]:
+        """The numbers that can follow a schedule, and what they start from."""
+        names = ("temperature", "teacher_temperature", "kd_weight", "ce_weight")
+        numbers = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return numbers | {name: term.weight for name, term in map(parse_term, self.terms)}
+
+    def on_policy(self) -> OnPolicy:
+        """How batches are written by the student."""
+        return OnPolicy(
+            self.on_policy_share,
+            self.on_policy_prompt,
+            self.on_policy_new_tokens,
+            self.on_policy_temperature,
+        )
+
+    def check_for_cache(self) -> None:
+        """Refuse what a cache of the teacher's answers cannot serve.
+
+        Raises:
+            ValueError: the student writes batches, or the teacher's temperature moves.
+        """
+        if self.on_policy_share:
+            raise ValueError("on_policy_share: a cache has no answers to what the student writes.")
+        moving = "temperature" if self.teacher_temperature is None else "teacher_temperature"
+        if moving in self.parsed_schedules():
+            raise ValueError(f"schedules: a cache has answers at fixed temperatures, not {moving}.")
+
+    def parsed_schedules(self) -> dict[str, Schedule]:
+        """``schedules`` by name."""
+        return parse_schedules(self.schedules, self.scheduled())
 
     def loss_keywords(self) -> dict[str, Any]:
         """The keyword arguments of :func:`fusedkd.kd_loss` that do not change between batches."""

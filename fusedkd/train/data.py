@@ -3,7 +3,7 @@ and blocks are cut."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,11 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-__all__ = ["check_ids", "load_documents", "pack", "split"]
+from fusedkd.train.stdlib_text import stdlib_texts
+
+__all__ = ["STDLIB", "check_ids", "load_documents", "pack", "read", "split"]
+
+STDLIB = "stdlib"  # in place of a path
 
 _READERS = {
     ".txt": "text",
@@ -30,23 +34,35 @@ def load_documents(paths: Sequence[str | Path]) -> Dataset:
 
     ``.txt``, ``.md`` and ``.py`` files are one document each; ``.jsonl``, ``.json`` and
     ``.parquet`` hold one per row, under ``text``, or ``messages`` (for the tokenizer's chat
-    template), or ``input_ids`` with optional ``labels``.
+    template), or ``input_ids`` with optional ``labels``. ``"stdlib"`` is the standard library of
+    this Python.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: nothing readable there, an unknown kind of file, or no known column.
     """
+    return read(paths, _documents)
+
+
+def read(paths: Sequence[str | Path], choose: Callable[[str, Dataset], Dataset]) -> Dataset:
+    """Every row of every file, of each kind of file those columns that ``choose(name, rows)``
+    gives."""
+    parts = [choose(STDLIB, _stdlib()) for path in paths if str(path) == STDLIB]
     by_reader: dict[str, list[str]] = {}
-    for path in chain.from_iterable(_files(Path(path)) for path in paths):
+    files = (_files(Path(path)) for path in paths if str(path) != STDLIB)
+    for path in chain.from_iterable(files):
         by_reader.setdefault(_READERS[path.suffix.lower()], []).append(str(path))
-    parts = [_load(reader, files) for reader, files in by_reader.items()]
+    parts += [choose(files[0], _load(reader, files)) for reader, files in by_reader.items()]
     if len({tuple(part.column_names) for part in parts}) > 1:
         raise ValueError(
             f"the data mix {' and '.join(str(part.column_names) for part in parts)}: expected one "
             "kind."
         )
-    documents = concatenate_datasets(parts)
-    return documents
+    return concatenate_datasets(parts)
+
+
+def _stdlib() -> Dataset:
+    return Dataset.from_dict({"text": stdlib_texts()})
 
 
 def _files(path: Path) -> list[Path]:
@@ -65,23 +81,22 @@ def _files(path: Path) -> list[Path]:
 def _load(reader: str, files: list[str]) -> Dataset:
     options = {"sample_by": "document"} if reader == "text" else {}
     try:
-        dataset = load_dataset(reader, data_files=files, split="train", **options)
+        return load_dataset(reader, data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps whatever its readers raise
         raise ValueError(
             f"cannot read {files[0]} as {reader}: {error.__cause__ or error}"
         ) from error
-    column = next((name for name in _COLUMNS if name in dataset.column_names), None)
+
+
+def _documents(name: str, rows: Dataset) -> Dataset:
+    column = next((name for name in _COLUMNS if name in rows.column_names), None)
     if column is None:
         raise ValueError(
-            f"{files[0]} has the columns {', '.join(dataset.column_names)}: expected one of "
+            f"{name} has the columns {', '.join(rows.column_names)}: expected one of "
             f"{', '.join(_COLUMNS)}."
         )
-    keep = (
-        [column, "labels"]
-        if column == "input_ids" and "labels" in dataset.column_names
-        else [column]
-    )
-    return dataset.select_columns(keep)
+    both = column == "input_ids" and "labels" in rows.column_names
+    return rows.select_columns([column, "labels"] if both else [column])
 
 
 SPLIT_SEED = 42
@@ -164,14 +179,15 @@ def _cut(
     }
 
 
-def check_ids(blocks: Dataset, vocabulary: int) -> None:
-    """Raise unless every token and every label that counts is one of ``vocabulary``.
+def check_ids(rows: Dataset, vocabulary: int, labels: bool) -> None:
+    """Raise unless every token, and with ``labels`` every label that counts, is one of
+    ``vocabulary``.
 
     Raises:
         ValueError: naming the column and what it holds.
     """
-    for name, ignored in (("input_ids", None), ("labels", -100)):
-        values = pc.list_flatten(blocks.data.column(name))
+    for name, ignored in (("input_ids", None), ("labels", -100))[: 1 + labels]:
+        values = pc.list_flatten(rows.data.column(name))
         counted = values if ignored is None else values.filter(pc.not_equal(values, ignored))
         found = pc.min_max(counted).as_py()
         least, most = found["min"], found["max"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import sysconfig
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -13,20 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fusedkd.train.data import pack
+from fusedkd.train.stdlib_text import stdlib_texts
 
 __all__ = ["Corpus", "corpus"]
 
-# Tests and installed packages differ between installations; the last two are generated tables.
-LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-}
-FILE_BYTES = range(500, 64_000)  # a larger file would be a large part of its split
 END = "<|endoftext|>"
 
 
@@ -53,7 +40,7 @@ def corpus(
     block: int,
 ) -> Corpus:
     """Split the standard library by file, in an order that only the files' names decide."""
-    texts = _texts()
+    texts = stdlib_texts()
     # 8 bytes per token are more than any tokenizer reaches here, so every set fills its blocks
     held_out = _take(texts, 8 * held_out_blocks * block)
     transfer = _take(texts, 8 * transfer_tokens)
@@ -71,19 +58,6 @@ def corpus(
         tokenizer=tokenizer,
         bytes_per_token=sum(len(text.encode()) for text in held_out) / tokens,
     )
-
-
-def _texts() -> list[str]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    names = [name for name in names if not LEFT_OUT & set(name.parts)]
-    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    texts = []
-    for name in names:
-        raw = (root / name).read_bytes()
-        if len(raw) in FILE_BYTES:
-            texts.append(raw.decode("utf-8", errors="replace"))
-    return texts
 
 
 def _take(texts: list[str], size: int) -> list[str]:

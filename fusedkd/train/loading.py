@@ -8,21 +8,32 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.data import load_documents, pack, split
 
 __all__ = [
     "DTYPES",
-    "is_masked",
     "load_blocks",
     "load_model",
     "load_tokenizer",
-    "refuse_masked",
+    "refuse_cache",
     "required",
+    "task_of",
 ]
 
+AUTO: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+}
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -39,35 +50,41 @@ def required(name: str, value: str | None) -> str:
     return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
-def is_masked(role: str, name: str) -> bool:
-    """Whether a saved model predicts masked tokens, not the next one."""
+def task_of(role: str, name: str) -> str:
+    """What a saved model does: "causal", "masked" or "classification"."""
     with as_user_error(f"--{role} {name} has no model that can be loaded"):
         config = AutoConfig.from_pretrained(name)
-    return any("MaskedLM" in architecture for architecture in config.architectures or [])
+    for ending, task in (("MaskedLM", "masked"), ("SequenceClassification", "classification")):
+        if any(ending in architecture for architecture in config.architectures or []):
+            return task
+    return "causal"
 
 
-def refuse_masked(masked: bool) -> None:
-    """A cache finds sequences by their ids.
+def refuse_cache(task: str) -> None:
+    """A cache finds sequences by their ids, and holds what comes next.
 
     Raises:
-        UserError: a masked model, which sees other ids in every epoch.
+        UserError: a masked model, which sees other ids in every epoch, or a classifier.
     """
-    if masked:
+    if task == "masked":
         raise UserError(
             "a masked language model cannot have a teacher cache: masks are drawn anew in every "
             "epoch, so the teacher never sees the same sequence twice. Use --teacher."
         )
+    if task == "classification":
+        raise UserError("a classifier cannot have a teacher cache: use --teacher.")
 
 
-def load_model(role: str, name: str, masked: bool, dtype: str, random: bool = False) -> Any:
-    """A saved model, or one of its config with random weights."""
-    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+def load_model(
+    role: str, name: str, task: str, dtype: str, random: bool = False, **config: Any
+) -> Any:
+    """A saved model, or one of its config with random weights; ``config`` overrides its own."""
     kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     with as_user_error(f"--{role} {name} cannot be loaded"):
         if random:
-            config = AutoConfig.from_pretrained(name)
-            return auto.from_config(config, dtype=torch.float32 if dtype == "auto" else kind)
-        return auto.from_pretrained(name, dtype=kind)
+            changed = AutoConfig.from_pretrained(name, **config)
+            return AUTO[task].from_config(changed, dtype=torch.float32 if dtype == "auto" else kind)
+        return AUTO[task].from_pretrained(name, dtype=kind, **config)
 
 
 def load_tokenizer(given: str | None, **models: str | None) -> Any:

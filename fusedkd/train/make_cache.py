@@ -19,12 +19,12 @@ from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
 from fusedkd.errors import UserError
 from fusedkd.train.loading import (
-    is_masked,
     load_blocks,
     load_model,
     load_tokenizer,
-    refuse_masked,
+    refuse_cache,
     required,
+    task_of,
 )
 from fusedkd.train.teachers import LiveTeacher
 
@@ -59,12 +59,12 @@ def make_cache(args: CacheArguments) -> None:
     """
     console = Console()
     name = required("teacher", args.teacher)
-    refuse_masked(is_masked("teacher", name))
+    refuse_cache(task_of("teacher", name))
     tokenizer = load_tokenizer(args.tokenizer, teacher=name)
     train, test = load_blocks(
         args.data, args.eval_data, args.eval_share, tokenizer, args.block_size
     )
-    model = load_model("teacher", name, False, args.teacher_dtype)
+    model = load_model("teacher", name, "causal", args.teacher_dtype)
     if model.config.is_encoder_decoder:
         raise UserError("--teacher is an encoder-decoder: a cache is for decoders.")
     job = _job(args, name, model, tokenizer, _Blocks(train, test))

@@ -8,21 +8,40 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from fusedkd.train.heads import NoPlainHead, PlainHead, plain_head
 
-__all__ = ["frozen", "is_causal", "plain_head_or_none", "true_vocabulary", "vocabulary_size"]
+__all__ = [
+    "frozen",
+    "is_causal",
+    "is_classifier",
+    "plain_head_or_none",
+    "true_vocabulary",
+    "vocabulary_size",
+]
 
 logger = logging.getLogger(__name__)
 
 
 def is_causal(model: Any) -> bool:
     """Whether position n predicts token n + 1, as in every decoder; not in masked or
-    encoder-decoder models."""
+    encoder-decoder models, nor in classifiers."""
+    masked = _base(model) in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return not masked and not is_classifier(model) and not model.config.is_encoder_decoder
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether the model gives one distribution per sequence, over classes."""
+    return _base(model) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
+def _base(model: Any) -> str:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    return not masked and not model.config.is_encoder_decoder
+    return type(model).__name__
 
 
 def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
@@ -38,6 +57,8 @@ def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.M
 
 
 def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
+    if is_classifier(model):  # a few classes: dense logits are nothing to warn about
+        return None
     try:
         return plain_head(model)
     except NoPlainHead as reason:
@@ -63,6 +84,9 @@ def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: An
     tokenizer's, if there is one; the smaller of the two, if they differ by no more than padding
     can.
     """
+    if is_classifier(student):
+        _check_classes(student, teacher)
+        return None
     sizes = [vocabulary_size(model) for model in (student, teacher)]
     if given is not None and given > min(sizes):
         raise ValueError(
@@ -81,3 +105,12 @@ def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: An
         "is more than padding explains: distillation by token needs one tokenizer. If it is one, "
         "pass vocab_size=<number of its tokens>."
     )
+
+
+def _check_classes(student: Any, teacher: Any) -> None:
+    ours, theirs = (getattr(model.config, "id2label", None) for model in (student, teacher))
+    if not is_classifier(teacher) or ours != theirs:
+        raise ValueError(
+            f"the student classifies into {ours}, the teacher ({type(teacher).__name__}) into "
+            f"{theirs}: expected one set of classes; set the student's id2label to the teacher's."
+        )

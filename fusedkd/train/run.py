@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import DataCollatorForLanguageModeling, default_data_collator, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from fusedkd.cache.keys import tokenizer_hash
@@ -19,14 +19,14 @@ from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.data import check_ids
 from fusedkd.train.loading import (
     DTYPES,
-    is_masked,
-    load_blocks,
     load_model,
     load_tokenizer,
-    refuse_masked,
+    refuse_cache,
     required,
+    task_of,
 )
 from fusedkd.train.models import vocabulary_size
+from fusedkd.train.tasks import prepare_data
 from fusedkd.train.trainer import DistillationTrainer
 
 __all__ = ["RunArguments", "distill"]
@@ -52,7 +52,8 @@ class RunArguments:
         default_factory=list,
         metadata={
             "help": "Text (.txt .md .py), .jsonl, .json or .parquet files, or folders of them. "
-            "Rows have a column text, messages or input_ids."
+            "Rows have a column text, messages or input_ids; for a classifier text, label and "
+            "perhaps text_pair. stdlib: the sources of Python's standard library."
         },
     )
     eval_data: list[str] = field(
@@ -69,6 +70,14 @@ class RunArguments:
     student_init: str = field(
         default="weights",
         metadata={"help": "weights: as saved. random: only the student's config is used."},
+    )
+    mlm_probability: float = field(
+        default=0.15,
+        metadata={"help": "Masked models: share of the tokens that is masked; 0: none."},
+    )
+    mlm_smoothing: float = field(
+        default=0.7,
+        metadata={"help": "They are drawn by count^-this, rare ones more often; 0: uniformly."},
     )
     student_dtype: str = field(
         default="float32",
@@ -116,36 +125,43 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
     if not run.data:
         raise UserError("--data is missing: expected files or folders of text.")
     _checkpoint(args)
-    masked = is_masked("student", student)
+    task = _task(teacher, student)
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     tokenizer = load_tokenizer(run.tokenizer, **models)
     if cached is not None:
-        refuse_masked(masked)
+        refuse_cache(task)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
-    train, test = load_blocks(run.data, run.eval_data, run.eval_share, tokenizer, run.block_size)
-    if test is None:
-        args.eval_strategy = "no"  # type: ignore[assignment]
+    data = prepare_data(task, run, tokenizer, teacher)
     set_seed(args.seed)  # before random weights are drawn
     random = run.student_init == "random"
-    student_model = load_model("student", student, masked, run.student_dtype, random)
-    teacher_side = cached or load_model("teacher", str(teacher), masked, run.teacher_dtype)
-    readers = [student_model] if cached else [student_model, teacher_side]
-    for name, blocks in (("data", train), ("eval_data", test)):
+    student_model = load_model("student", student, task, run.student_dtype, random, **data.student)
+    teacher_side = cached or load_model("teacher", str(teacher), task, run.teacher_dtype)
+    if data.test is None:
+        args.eval_strategy = "no"  # type: ignore[assignment]
+    causal, readers = task == "causal", [student_model] + ([] if cached else [teacher_side])
+    for name, rows in (("data", data.train), ("eval_data", data.test)):
         with as_user_error(f"--{name}"):
-            if blocks is not None:
-                check_ids(blocks, min(map(vocabulary_size, readers)))
+            if rows is not None:
+                check_ids(rows, min(map(vocabulary_size, readers)), labels=causal)
     with as_user_error():
         return DistillationTrainer(
             student_model,
             teacher_side,
             args,
-            train_dataset=train,
-            eval_dataset=test,
+            train_dataset=data.train,
+            eval_dataset=data.test,
             processing_class=tokenizer,
-            data_collator=DataCollatorForLanguageModeling(tokenizer)
-            if masked
-            else default_data_collator,
+            data_collator=data.collator,
         )
+
+
+def _task(teacher: str | None, student: str) -> str:
+    """What the student learns to do. Any student can become a classifier."""
+    ours = task_of("student", student)
+    theirs = ours if teacher is None else task_of("teacher", teacher)
+    if theirs != ours and theirs != "classification":
+        raise UserError(f"the student is a {ours} model, the teacher a {theirs} one: expected one.")
+    return theirs
 
 
 def _cache(run: RunArguments) -> TeacherCache | None:
@@ -200,13 +216,19 @@ def _teacher(teacher: nn.Module | TeacherCache) -> str:
 def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
     args = trainer.args
     table = Table(show_header=False, title="Distilled")
-    table.add_row("student", f"{trainer.model.num_parameters():,} parameters in {args.output_dir}")
+    parameters = trainer.model.num_parameters() - trainer.terms.parameters(trainer.model)
+    table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
     table.add_row("teacher", _teacher(trainer.teacher))
     table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")
+    for text in args.terms:
+        table.add_row("", f"+ {text}")
     table.add_row("steps", f"{trainer.state.global_step:,}")
     for name, (label, form) in ROWS.items():
         if name in metrics:
             table.add_row(label, format(metrics[name], form))
+    for name in trainer.terms.terms:
+        if f"eval_{name}" in metrics:
+            table.add_row(f"held-out {name}", f"{metrics[f'eval_{name}']:.4f}")
     Console().print(table)
     path = Path(args.output_dir or ".") / "distillation.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n")

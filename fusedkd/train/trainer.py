@@ -14,13 +14,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fusedkd import KDMetrics, LMHead, SparseTeacher, kd_loss_and_metrics
+from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.heads import PlainHead, loss_in_forward
-from fusedkd.train.meter import Meter
+from fusedkd.train.meter import Measured, Meter
 from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
+from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.teachers import CachedTeacher, LiveTeacher
+from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 
 __all__ = ["DistillationTrainer"]
 
@@ -41,9 +43,11 @@ class DistillationTrainer(Trainer):
     are compared; a warning says so once.
 
     Labels are shifted for causal models and not for masked ones, and only tokens whose label is
-    not -100 count, in the divergence too. The loss is the sum over the tokens of an optimizer step
-    divided by their number, over all micro-batches and processes, so that it does not depend on
-    how the step is cut up.
+    not -100 count, in the divergence too unless ``kd_tokens="all"``. The loss is the sum over the
+    tokens of an optimizer step divided by their number, over all micro-batches and processes, so
+    that it does not depend on how the step is cut up. That holds for ``args.terms`` as well, which
+    are means over the tokens that are not padding. Sequence classifiers are compared class by
+    class.
 
     Logged beside ``loss``: ``kd`` (the raw divergence), ``ce``, ``teacher_entropy``,
     ``student_entropy`` (nats per token), ``top1_agreement``, ``student_accuracy`` and
@@ -61,7 +65,8 @@ class DistillationTrainer(Trainer):
             callbacks, ...).
 
     Raises:
-        ValueError: teacher and student share parameters, or their vocabularies differ.
+        ValueError: teacher and student share parameters, their vocabularies or classes differ, or
+            a term does not fit them.
         CacheError: a cache of another tokenizer, without the temperature, not for this divergence,
             or without some sequence of a data set.
     """
@@ -88,6 +93,10 @@ class DistillationTrainer(Trainer):
                 "torch.nn.DataParallel is not supported: using one GPU. torchrun uses them all."
             )
             args._n_gpu = 1
+        self.teacher, self.terms = teacher, TermSet(args.terms)
+        self._counts_tokens = bool(self.terms) or args.kd_tokens == "all"
+        if model is not None:
+            self.terms.attach(model, teacher)
         super().__init__(model, args, **kwargs)
         # have the Trainer count the tokens of a step, in the alignment used here: the loss divides
         # by them
@@ -96,12 +105,15 @@ class DistillationTrainer(Trainer):
         if self.model_init is None:
             self._student_head = self._head_of_student(self.model)
         self._loss_keywords = args.loss_keywords()
-        self.teacher = teacher
         if isinstance(teacher, TeacherCache):
             self._read(teacher)
         else:
             self._run(teacher)
+        if args.on_policy_share and not self._loss_shifts_labels:
+            raise ValueError("on_policy_share: expected a decoder, which can write.")
         self._meters = {True: Meter(), False: Meter()}  # by model.training
+        self._objective = Objective(args, self._loss_keywords)
+        self._step_tokens: Tensor | int | None = None
 
     def _run(self, teacher: nn.Module) -> None:
         self.teacher = frozen(teacher, self.model, self.args.device)
@@ -111,6 +123,7 @@ class DistillationTrainer(Trainer):
         )
 
     def _read(self, cache: TeacherCache) -> None:
+        self.args.check_for_cache()
         side = CachedTeacher(
             cache,
             self._loss_keywords["divergence"],
@@ -125,6 +138,7 @@ class DistillationTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """As the Trainer's; the new model's head is looked up."""
         model: Any = super().call_model_init(trial)
+        self.terms.attach(model, self.teacher)
         self._student_head = self._head_of_student(model)
         return model
 
@@ -147,42 +161,54 @@ class DistillationTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As the Trainer's. The student may write some of the batches; the real tokens of the step
+        are counted, too, for what is a mean over them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.on_policy_share:
+            inner, write = self.accelerator.unwrap_model(self.model), self.args.on_policy()
+            first = hash((self.args.seed, self.state.global_step)) % 2**62
+            batches = [write(inner, batch, first + i) for i, batch in enumerate(batches)]
+            items = self._get_num_items_in_batch(batches, device)
+        if self._counts_tokens:
+            self._step_tokens = self._get_num_items_in_batch(list(map(as_labels, batches)), device)
+        return batches, items
+
     def _distill(
         self, model: nn.Module, inputs: Inputs, num_items: Tensor | int | None, dense: bool = False
-    ) -> tuple[Tensor, KDMetrics, Any]:
+    ) -> tuple[Tensor, Measured, Any]:
         inputs = dict(inputs)
         labels = self._aligned_labels(inputs)
-        teacher = self._teacher_side(inputs)
+        tokens = real_tokens(inputs) if self._counts_tokens else None
+        num_tokens = None if num_items is None else self._step_tokens
+        done = self.state.global_step / max(self.state.max_steps, 1)
+        targets = Targets(labels, tokens, num_items, num_tokens, model.training, done)
+        with self.terms.watch(self.teacher) as theirs:
+            teacher = self._teacher_side(inputs)
         head = None if dense else self._student_head
-        if head is None:
-            outputs = model(**inputs)
-            loss, metrics = self._loss(outputs.logits, teacher, labels, num_items, model.training)
-        else:
-            inner = self.accelerator.unwrap_model(model)
-            loss, metrics, outputs = loss_in_forward(
-                *(model, inner, head, inputs),
-                lambda student: self._loss(student, teacher, labels, num_items, model.training),
-            )
+        inner = self.accelerator.unwrap_model(model)
+        weights = self._objective.numbers(done)
+        with self.terms.in_forward(inner, theirs, tokens, num_tokens, weights) as extra:
+            if head is None:
+                outputs = model(**inputs)
+                loss, metrics = self._loss(outputs.logits, teacher, targets)
+                loss = loss + extra.loss
+            else:
+                loss, metrics, outputs = loss_in_forward(
+                    *(model, inner, head, inputs),
+                    lambda student: self._loss(student, teacher, targets),
+                )
+        metrics = {**metrics, **extra.measured(tokens, num_tokens)}
         self._meters[model.training].add(metrics)
         return loss, metrics, outputs
 
     def _loss(
-        self,
-        student: Tensor | LMHead,
-        teacher: Teacher,
-        labels: Tensor,
-        num_items: Tensor | int | None,
-        training: bool,
-    ) -> tuple[Tensor, Any]:
+        self, student: Tensor | LMHead, teacher: Teacher, targets: Targets
+    ) -> tuple[Tensor, Measured]:
         with self.accelerator.autocast():  # a head's hidden states and weight may differ in dtype
-            return kd_loss_and_metrics(
-                student,
-                teacher,
-                labels,
-                **self._loss_keywords,
-                label_smoothing=self.args.label_smoothing_factor if training else 0.0,
-                normalizer=num_items,
-            )
+            return self._objective(student, teacher, targets)
 
     def _aligned_labels(self, inputs: Inputs) -> Tensor:
         """Take the labels out of ``inputs`` and align them with the logits: label n is the target
@@ -206,11 +232,25 @@ class DistillationTrainer(Trainer):
     def _head_of_student(self, model: nn.Module) -> PlainHead | None:
         if self.args.torch_compile:
             # dynamo does not guard on hooks, so a compiled forward would keep the first step's
+            if self.terms:
+                raise ValueError(f"terms={self.args.terms}: torch_compile traces past their hooks.")
             logger.warning(
                 "student: dense logits are used, because torch_compile traces past hooks."
             )
             return None
         return plain_head_or_none(model, "student")
+
+    # ---- checkpoints ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.terms.save(self.accelerator.unwrap_model(self.model), output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.terms.load(self.accelerator.unwrap_model(self.model), checkpoint)
 
     # ---- logging and evaluation ----
 
@@ -232,8 +272,8 @@ class DistillationTrainer(Trainer):
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
-            _, metrics, _ = self._distill(model, self._prepare_inputs(inputs), None)
-        return metrics.ce.detach(), None, None
+            loss, metrics, _ = self._distill(model, self._prepare_inputs(inputs), None)
+        return metrics["ce"][0] if "ce" in metrics else loss.detach(), None, None
 
     def evaluation_loop(
         self,
@@ -251,9 +291,9 @@ class DistillationTrainer(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         means = meter.means(self.accelerator)
-        if means and output.metrics is not None:
-            loss = means.pop("ce")
-            means |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        if output.metrics is not None:
+            if (loss := means.pop("ce", None)) is not None:
+                means |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
             output.metrics.update(
                 {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
             )

@@ -9,6 +9,7 @@ that.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,18 @@ from fusedkd.spec import METRIC_COLUMNS, LossSpec
 
 from .products import head_dtypes, mm_
 
-__all__ = ["head_dtypes", "instruction_set", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
+__all__ = [
+    "empty",
+    "head_dtypes",
+    "instruction_set",
+    "mm_",
+    "rows",
+    "scale_",
+    "sparse_rows",
+    "unavailable",
+]
+
+HUGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
 
@@ -114,6 +126,15 @@ def _arguments(
     vocabulary = spec.vocab_size
     ends = labels, row_scale, spec.divergence.name, numbers, vocabulary, loss, grad, metric_rows
     return ends, (loss, metric_rows)
+
+
+def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """See :mod:`fusedkd.kernels`. Copying 155 MB into fresh memory took 121 ms, into fresh huge
+    pages 33, into pages already there 23 (2 cores of Zen 3, a virtual machine, 2026-11-24)."""
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    if memory.nbytes >= HUGE_BYTES:
+        _ops().prefer_huge_pages.default(memory)
+    return memory
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

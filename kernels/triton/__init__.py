@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty
 
 from fusedkd.sparse import SparseRows
 from fusedkd.spec import LossSpec
 
-__all__ = ["head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
+__all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
 
 
 def unavailable() -> str | None:

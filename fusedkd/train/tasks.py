@@ -1,0 +1,67 @@
+"""Data for each thing that a model can be distilled to do: rows, and how they become batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from datasets import Dataset
+from transformers import AutoConfig, DataCollatorWithPadding, default_data_collator
+
+from fusedkd.errors import UserError, as_user_error
+from fusedkd.train.examples import load_examples
+from fusedkd.train.loading import load_blocks
+from fusedkd.train.masking import FrequencyMasking, count_tokens
+
+if TYPE_CHECKING:
+    from fusedkd.train.run import RunArguments
+
+__all__ = ["TaskData", "prepare_data"]
+
+
+class TaskData(NamedTuple):
+    """What a trainer trains and evaluates on, and what the student's config has to have for it."""
+
+    train: Dataset
+    test: Dataset | None
+    collator: Any
+    student: dict[str, Any]
+
+
+def prepare_data(task: str, run: RunArguments, tokenizer: Any, teacher: str | None) -> TaskData:
+    """The data of ``run`` for a task of :func:`fusedkd.train.loading.task_of`.
+
+    Raises:
+        UserError: missing, unreadable or unfit data, or a tokenizer without what the task needs.
+    """
+    if task == "classification":
+        return _classification(run, tokenizer, str(teacher))
+    train, test = load_blocks(run.data, run.eval_data, run.eval_share, tokenizer, run.block_size)
+    if task == "causal":
+        return TaskData(train, test, default_data_collator, {})
+    with as_user_error():
+        counts = count_tokens(
+            train.select_columns("input_ids").with_format("numpy"), len(tokenizer)
+        )
+        collator = FrequencyMasking(tokenizer, counts, run.mlm_probability, run.mlm_smoothing)
+    return TaskData(train.remove_columns("labels"), _without_labels(test), collator, {})
+
+
+def _without_labels(data: Dataset | None) -> Dataset | None:
+    return None if data is None else data.remove_columns("labels")
+
+
+def _classification(run: RunArguments, tokenizer: Any, teacher: str) -> TaskData:
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token, which batches of sequences need.")
+    classes = AutoConfig.from_pretrained(teacher)
+    with as_user_error("--data"):
+        train, test = load_examples(
+            run.data,
+            run.eval_data,
+            run.eval_share,
+            tokenizer,
+            run.block_size,
+            classes.label2id,
+        )
+    student = {"id2label": classes.id2label, "label2id": classes.label2id}
+    return TaskData(train, test, DataCollatorWithPadding(tokenizer), student)
