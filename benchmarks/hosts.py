@@ -50,7 +50,7 @@ def _trl_op(after: bool, n: int, v: int) -> Step:
 
 
 def _torchtune(after: bool, n: int, v: int) -> Step:
-    """torchtune is not asked for: its forward KL is these lines."""
+    """torchtune is not asked for: its forward KL is these lines, less the teacher's entropy."""
     from fusedkd.integrations.torchtune import ForwardKLLoss
 
     make = torch.Generator().manual_seed(0)

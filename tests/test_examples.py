@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusedkd.benchmarks import hosts
 from torch import Tensor
 
 from fusedkd import LMHead
@@ -103,3 +104,10 @@ def test_torchtune_takes_heads_and_keeps_the_graph() -> None:
     torch.testing.assert_close(value.double(), by_hand(s, t, labels, 1.0, True))
     nothing = torchtune.ReverseKLLoss()(hidden, t, torch.full_like(labels, -100))
     assert nothing == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()
+
+
+def test_hosts_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    hosts.main(["--tokens", "8", "--vocabulary", "50", "--hosts", "torchtune ForwardKLLoss"])
+    loss = capsys.readouterr().out.splitlines()[-1].split("|")[2]
+    before, after = loss.split("→")
+    assert float(before) == pytest.approx(float(after), rel=1e-4)
