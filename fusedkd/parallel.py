@@ -60,8 +60,15 @@ def shards(
     Raises:
         ValueError: the two sides are split differently, over other groups, or ``vocab_size`` is
             larger than what there is.
+        TypeError: something else than tensors or heads.
     """
     sides = [x for x in (student, teacher) if not isinstance(x, SparseTeacher)]
+    for side in sides:
+        if not isinstance(_columns(side), Tensor):
+            raise TypeError(
+                f"over a group the student or the teacher is a {type(side).__name__}: expected "
+                "logits (a Tensor) or LMHead(hidden, weight); as teacher also SparseTeacher."
+            )
     groups = [found for x in sides if (found := _group_of(x)) is not None]
     groups += [group] if group is not None else []
     if any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import socket
@@ -11,7 +12,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parent
 TIMEOUT = 240  # seconds; a hang is a failure
+
+
+def load(name: str) -> Any:
+    """tests/<name>.py as a module of that name, for its helpers."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def run(script: str, function: str, world: int, out: Path, *arguments: Any) -> list[Any]:
@@ -33,8 +45,7 @@ def run(script: str, function: str, world: int, out: Path, *arguments: Any) -> l
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = (out / f"log{rank}").open("wb")
-        path = Path(__file__).parent / script
-        command = [sys.executable, str(path)]
+        command = [sys.executable, str(HERE / script)]
         environment = {**os.environ, **shared, **own}
         workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:

@@ -217,6 +217,7 @@ def messages(rank: int) -> dict[str, str]:
     calls = {
         "split": lambda: kd_loss_and_metrics(s, other, group=group),
         "size": lambda: kd_loss_and_metrics(s, t, group=group, vocab_size=V + 1),
+        "type": lambda: kd_loss_and_metrics([1.0], t, group=group),  # type: ignore[arg-type]
         "label": lambda: kd_loss_and_metrics(s, t, x["labels"] + V, group=group),
         "groups": lambda: kd_loss_and_metrics(
             distribute_tensor(x["s"], init_device_mesh("cpu", (world,)), [Shard(1)]),

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fusedkd import kd_loss
 from fusedkd.integrations import trl as drop_in
+from fusedkd.integrations.transformers import DistillationMixin
 from fusedkd.train import DistillationArguments, DistillationTrainer
 from fusedkd.train.heads import loss_in_forward, plain_head, tap
 
@@ -35,6 +36,12 @@ def data(counts: tuple[int, ...]) -> list[dict[str, Tensor]]:
 
 def collate(rows: list[Any]) -> dict[str, Tensor]:
     batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+    return batch
+
+
+def with_prompts(rows: list[Any]) -> dict[str, Tensor]:
+    """As TRL wants them."""
+    batch = collate(rows)
     prompts = {"prompts": batch["input_ids"][:, :2]}
     return batch | prompts | {"prompt_attention_mask": batch["attention_mask"][:, :2]}
 
@@ -49,6 +56,10 @@ class Gradients(tf.TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 self.found[name.removeprefix("module.")] = parameter.grad.clone()
+
+
+class Mixed(DistillationMixin, tf.Trainer):
+    pass
 
 
 def one_step(kind: str, counts: tuple[int, ...], batch: int, accumulation: int) -> Any:
@@ -72,12 +83,16 @@ def one_step(kind: str, counts: tuple[int, ...], batch: int, accumulation: int) 
     if kind == "fusedkd":
         args = tiny.config(DistillationArguments, out, divergence="jsd", ce_weight=0.3, **options)
         trainer: Any = DistillationTrainer(student, teacher, args, **shared)
+    elif kind == "mixin":
+        trainer = Mixed(student, tiny.config(tf.TrainingArguments, out, **options), **shared)
+        trainer.distil_from(teacher, divergence="jsd", ce_weight=0.3)
     else:
         config = {"gkd": tiny.gkd.GKDConfig, "gold": tiny.gold.GOLDConfig}[kind]
         host = {"gkd": drop_in.GKDTrainer, "gold": drop_in.GOLDTrainer}[kind]
         options |= {"max_completion_length": 4} if kind == "gold" else {"max_new_tokens": 4}
         args = tiny.config(config, out, lmbda=0.0, max_length=LENGTH, **options)
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        shared["data_collator"] = with_prompts
         trainer = host(student, teacher, args, processing_class=tiny.tokenizer(), **shared)
     trainer.train()
     return trainer.state.log_history[0]["loss"], gradients.found
@@ -87,7 +102,7 @@ def steps(rank: int) -> Any:
     world = torch.distributed.get_world_size()
     return {
         (kind, name, cut): one_step(kind, counts, *cut)
-        for kind in ("fusedkd", "gkd", "gold")
+        for kind in ("fusedkd", "mixin", "gkd", "gold")
         for name, counts in COUNTS.items()
         for cut in CUTS[world]
     }
@@ -96,7 +111,7 @@ def steps(rank: int) -> Any:
 def distil(student: nn.Module, teacher: nn.Module, head: Any, there: Any, share: slice) -> Any:
     """Loss and gradients for a share of the rows, divided by what one process's share is."""
     rows = collate(data(COUNTS["uneven"]))
-    mine = {name: x[share] for name, x in rows.items() if "prompt" not in name}
+    mine = {name: x[share] for name, x in rows.items()}
     labels = nn.functional.pad(mine.pop("labels"), (0, 1), value=-100)[..., 1:]
     hidden: list[Tensor] = []
     with torch.no_grad(), tap(there, hidden.append):

@@ -40,6 +40,7 @@ class LiveTeacher:
         self.model, self.context = model, context
         self.head = plain_head_or_none(model, "teacher")
         self._parameters = inspect.signature(model.forward).parameters
+        self._copies: tuple[Tensor, Tensor | None] | None = None
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs) -> Tensor | LMHead:
@@ -50,12 +51,23 @@ class LiveTeacher:
         if "use_cache" in names:  # nothing is generated: no keys and values to keep
             inputs = {**inputs, "use_cache": False}
         hidden: list[Tensor] = []
+        device = inputs["input_ids"].device
         with self.context():
             if self.head is None:
-                return self.model(**inputs).logits
+                return self.model(**inputs).logits.to(device)
             with tap(self.head, hidden.append):
                 self.model(**inputs)
-        return self.head.of(hidden[0])
+        return self._here(self.head.of(hidden[0]), device)
+
+    def _here(self, head: LMHead, device: torch.device) -> LMHead:
+        """The head where the student's loss is computed. Its weight, which does not change, is
+        copied there once."""
+        if head.hidden.device == device:
+            return head
+        if self._copies is None:
+            weight, bias = head.weight, head.bias
+            self._copies = weight.to(device), None if bias is None else bias.to(device)
+        return LMHead(head.hidden.to(device), *self._copies, head.logit_scale, head.softcap)
 
 
 class CachedTeacher:

@@ -1,0 +1,183 @@
+"""Other libraries' trainers and losses before and after their import is replaced.
+
+    python -m fusedkd.benchmarks.hosts --tokens 512 --vocabulary 151936
+
+Each line is measured in a fresh process on the CPU: one forward and backward of a loss, or of a
+trainer's ``compute_loss`` on one-layer models, after one of few tokens to warm up. Memory is the
+peak resident set over what was resident before. The numbers of the two must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .memory import child_command, reset_peak, status_bytes
+
+__all__ = ["HOSTS", "main"]
+
+HIDDEN = 256  # of both models: the vocabulary is what is measured
+Step = Callable[[], Tensor]  # makes the loss
+TIMEOUT = 900
+
+
+def _liger(after: bool, n: int, v: int) -> Step:
+    name = "fusedkd.integrations.liger" if after else "liger_kernel.chunked_loss"
+    loss = __import__(name, fromlist=["x"]).LigerFusedLinearJSDLoss(compiled=True)
+    tensors = _heads(n, v)
+    return lambda: loss(*tensors[:4], tensors[4])
+
+
+def _trl_op(after: bool, n: int, v: int) -> Step:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss as theirs
+
+    from fusedkd.integrations.trl import chunked_divergence_loss as ours
+
+    s, w, t, u, y = _heads(n, v)
+    mask = torch.ones_like(y)[None]
+    function: Any = ours if after else theirs
+    return lambda: function(s[None], t[None], w, u, mask, 0.5)[0]
+
+
+def _torchtune(after: bool, n: int, v: int) -> Step:
+    """torchtune is not asked for: its forward KL is these lines, less the teacher's entropy."""
+    from fusedkd.integrations.torchtune import ForwardKLLoss
+
+    make = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(n, v, generator=make) for _ in range(2))
+    s.requires_grad_()
+    y = torch.zeros(n, dtype=torch.int64)
+    if after:
+        return lambda: ForwardKLLoss()(s, t, y)
+
+    def plain() -> Tensor:
+        p, lq = t.softmax(-1, dtype=torch.float32), s.log_softmax(-1, dtype=torch.float32)
+        entropy = (p * p.log()).sum(-1).mean()
+        return entropy - (p * lq).sum(-1).mean()
+
+    return plain
+
+
+def _heads(n: int, v: int) -> list[Tensor]:
+    make = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(rows, HIDDEN, generator=make) / 8 for rows in (n, v, n, v)]
+    for student in tensors[:2]:
+        student.requires_grad_()
+    return [*tensors, torch.randint(0, v, (n,), generator=make)]
+
+
+def _trainer(kind: str) -> Callable[[bool, int, int], Step]:
+    def make(after: bool, n: int, v: int) -> Step:
+        from trl.experimental import gkd, gold
+
+        from fusedkd.integrations import trl as ours
+
+        host = {"GKD": gkd.GKDTrainer, "GOLD": gold.GOLDTrainer}[kind]
+        chosen = getattr(ours, f"{kind}Trainer") if after else host
+        trainer = _bare(chosen, _model(v, 1), _model(v, 2))
+        ids = torch.randint(0, v, (2, n // 2), generator=torch.Generator().manual_seed(0))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        return lambda: trainer.compute_loss(trainer.model, batch)
+
+    return make
+
+
+def _bare(kind: Any, student: Any, teacher: Any) -> Any:
+    """A trainer with what ``compute_loss`` reads: no data, tokenizer or processes."""
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    from fusedkd.train.models import plain_head_or_none
+    from fusedkd.train.teachers import LiveTeacher
+
+    trainer = object.__new__(kind)
+    trainer.args = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none")
+    trainer.accelerator = Accelerator(cpu=True)
+    trainer.model, trainer.teacher_model = student, teacher
+    trainer.beta, trainer.lmbda, trainer.seq_kd, trainer.temperature = 0.5, 0.0, False, 1.0
+    trainer.use_uld_loss, trainer._buffered_inputs = False, None
+    trainer.get_tp_size = lambda: 1
+    trainer._get_model_forward_kwargs = types.MethodType(lambda self, inputs: {}, trainer)
+    trainer._student_head = plain_head_or_none(student, "student")
+    trainer._teacher_side = LiveTeacher(teacher)
+    return trainer
+
+
+def _model(v: int, seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 512, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=v, **sizes, **heads, initializer_range=0.1))
+
+
+HOSTS: dict[str, Callable[[bool, int, int], Step]] = {
+    "TRL GKDTrainer": _trainer("GKD"),
+    "TRL GOLDTrainer, JSD": _trainer("GOLD"),
+    "TRL _chunked_divergence_loss": _trl_op,
+    "Liger LigerFusedLinearJSDLoss": _liger,
+    "torchtune ForwardKLLoss": _torchtune,
+}
+
+
+def _measure(host: str, after: bool, n: int, v: int) -> dict[str, float]:
+    HOSTS[host](after, 8, 1000)().backward()
+    step = HOSTS[host](after, n, v)
+    if host.startswith("Liger") and not after:
+        step().backward()  # compiles for the shape
+    before, start = reset_peak(), time.perf_counter()
+    loss = step()
+    loss.backward()
+    seconds = time.perf_counter() - start
+    return {
+        "loss": float(loss.detach()),
+        "seconds": seconds,
+        "bytes": status_bytes("VmHWM") - before,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--hosts", nargs="*", default=list(HOSTS), choices=HOSTS)
+    given = parser.parse_args(arguments)
+    print("| host | loss | seconds | GiB |\n|---|---|---|---|")
+    for host in given.hosts:
+        found = []
+        for after in (False, True):
+            call = json.dumps([host, after, given.tokens, given.vocabulary])
+            command, environment = child_command("hosts", call)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+            )
+            if done.returncode:
+                sys.exit(f"{host}, after={after}:\n{done.stderr[-2000:]}")
+            found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        loss, seconds, memory = (
+            " → ".join(f"{x[name] / scale:{digits}}" for x in found)
+            for name, scale, digits in (
+                ("loss", 1, ".6g"),
+                ("seconds", 1, ".2f"),
+                ("bytes", 2**30, ".2f"),
+            )
+        )
+        print(f"| {host} | {loss} | {seconds} | {memory} |", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].startswith("["):
+        print(json.dumps(_measure(*json.loads(sys.argv[1]))))
+    else:
+        main()

@@ -1,0 +1,113 @@
+"""The examples run, and what they train gets better; torchtune's losses and the mixin."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedkd.benchmarks import hosts
+from torch import Tensor
+
+from fusedkd import LMHead
+from fusedkd.integrations import torchtune
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for folder in (EXAMPLES, EXAMPLES.parent / "tests"):
+        monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("plain_pytorch", {}),
+        ("accelerate_loop", {"cpu": True}),
+        ("lightning_module", {}),
+        ("own_trainer", {"use_cpu": True}),
+        ("sft_trainer", {"use_cpu": True, "max_steps": 8, "bf16": False}),
+    ],
+)
+def test_example(name: str, options: dict[str, Any], example: Any) -> None:
+    if name == "sft_trainer":
+        options = {**options, "tokenizer": example("test_trl").tokenizer()}
+    losses = example(name).main(**options)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel", "accelerate_loop"])
+def test_example_with_two_processes(name: str, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run(
+        [*launch, str(EXAMPLES / f"{name}.py")],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, last = (float(part.split()[-1]) for part in run.stdout.split(" at ")[:2])
+    assert last < first
+
+
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    make = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 3, 8, 41, generator=make) * 2
+    labels = torch.randint(0, 41, (3, 8), generator=make)
+    labels[0, :5] = labels[2] = -100
+    return s, t, labels
+
+
+def by_hand(s: Tensor, t: Tensor, labels: Tensor, ratio: float, normalize: bool) -> Tensor:
+    lq, lp = s.double().log_softmax(-1), t.double().log_softmax(-1)
+    forward, reverse = (lp.exp() * (lp - lq)).sum(-1), (lq.exp() * (lq - lp)).sum(-1)
+    rows = (ratio * forward + (1 - ratio) * reverse)[labels != -100]
+    return rows.sum() / (len(rows) if normalize else 1)
+
+
+LOSSES = {"ForwardKL": 1.0, "ReverseKL": 0.0, "SymmetricKL": 0.3}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_torchtune(name: str, normalize: bool, chunked: bool) -> None:
+    s, t, labels = data()
+    s.requires_grad_()
+    options = {"sym_kd_ratio": 0.3} if name == "SymmetricKL" else {}
+    if chunked:
+        loss = getattr(torchtune, f"{name}WithChunkedOutputLoss")(num_output_chunks=4, **options)
+        value = loss(s.chunk(4, 1), t.chunk(4, 1), labels, normalize)
+    else:
+        value = getattr(torchtune, f"{name}Loss")(**options)(s, t, labels, normalize)
+    want = by_hand(s, t, labels, LOSSES[name], normalize)
+    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+    got, exact = (torch.autograd.grad(x, s)[0] for x in (value, want))
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_torchtune_takes_heads_and_keeps_the_graph() -> None:
+    s, t, labels = data()
+    eye = torch.eye(41)
+    hidden = s.clone().requires_grad_()
+    value = torchtune.ForwardKLLoss()(LMHead(hidden, eye), LMHead(t, eye), labels)
+    torch.testing.assert_close(value.double(), by_hand(s, t, labels, 1.0, True))
+    nothing = torchtune.ReverseKLLoss()(hidden, t, torch.full_like(labels, -100))
+    assert nothing == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()
+
+
+def test_hosts_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    hosts.main(["--tokens", "8", "--vocabulary", "50", "--hosts", "torchtune ForwardKLLoss"])
+    loss = capsys.readouterr().out.splitlines()[-1].split("|")[2]
+    before, after = loss.split("→")
+    assert float(before) == pytest.approx(float(after), rel=1e-4)
