@@ -259,7 +259,7 @@ def _dense_bar(case: Case) -> Bar:
 def _head_bar(case: Case) -> Bar:
     """The budget, the weight's gradient and its fp32 accumulator (the same for fp32), the gradient
     of the rows."""
-    from fusedkd.autograd import CHUNK_BYTES
+    from fusedkd.chunks import CHUNK_BYTES
 
     budget = case.chunk_bytes or CHUNK_BYTES[case.device]
     weight, item = case.vocab * case.hidden_student, DTYPES[case.dtype].itemsize

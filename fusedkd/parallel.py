@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedkd.autograd import CHUNK_BYTES
+from fusedkd.chunks import CHUNK_BYTES
 from fusedkd.logits import LMHead, SparseTeacher
 from fusedkd.parallel_rows import COPIES, SpreadRows
 

@@ -140,7 +140,7 @@ def test_peak_memory_of_a_known_step():
         (["--temperature", "-1"], ["--temperature", "above 0"]),
         (["--divergence", "jsdd"], ["--divergence", "jsdd", "jsd"]),
         (["--divergence", "jsd(beta=2)"], ["--divergence", "beta", "(0, 1)"]),
-        (["--divergence", "jsd(gamma=0.2)"], ["--divergence", "expected jsd(beta"]),
+        (["--divergence", "jsd(gamma=0.2)"], ["--divergence", "'gamma'", "of jsd are: beta"]),
         (["--vocabb", "3"], ["--vocabb", "did you mean --vocab?"]),
         (["--providers", "ligre"], ["--providers", "ligre", "liger"]),
         (["--device", "tpu"], ["--device", "tpu", "cuda"]),
