@@ -18,6 +18,7 @@ def test_the_kernels_in_the_interpreter() -> None:
     here = Path(__file__).parent
     environment = dict(os.environ, TRITON_INTERPRET="1", FUSEDKD_TEST_BACKEND="triton")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+    command += ["-n", "2", "--dist", "loadfile"]  # the last test of all to end, on idle cores
     command += [str(here / f"test_{name}.py") for name in FILES]
     done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ from fusedkd.train.loading import (
     task_of,
 )
 from fusedkd.train.models import vocabulary_size
-from fusedkd.train.tasks import prepare_data
+from fusedkd.train.tasks import TaskData, prepare_data
 from fusedkd.train.trainer import DistillationTrainer
 
 __all__ = ["RunArguments", "distill"]
@@ -138,13 +139,8 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
     teacher_side = cached or load_model("teacher", str(teacher), task, run.teacher_dtype)
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
-    causal, readers = task == "causal", [student_model] + ([] if cached else [teacher_side])
-    for name, rows in (("data", data.train), ("eval_data", data.test)):
-        with as_user_error(f"--{name}"):
-            if rows is not None:
-                check_ids(rows, min(map(vocabulary_size, readers)), labels=causal)
     with as_user_error():
-        return DistillationTrainer(
+        trainer = DistillationTrainer(
             student_model,
             teacher_side,
             args,
@@ -153,6 +149,17 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
             processing_class=tokenizer,
             data_collator=data.collator,
         )
+    _check_data(data, task, [student_model] + ([] if cached else [teacher_side]))
+    return trainer
+
+
+def _check_data(data: TaskData, task: str, readers: list[Any]) -> None:
+    """After the trainer's checks: a vocabulary that does not fit explains ids that do not."""
+    smallest = min(map(vocabulary_size, readers))
+    for name, rows in (("data", data.train), ("eval_data", data.test)):
+        with as_user_error(f"--{name}"):
+            if rows is not None:
+                check_ids(rows, smallest, labels=task == "causal")
 
 
 def _task(teacher: str | None, student: str) -> str:
