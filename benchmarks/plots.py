@@ -101,7 +101,8 @@ def _one_bar(axes: Any, y: float, row: Row) -> None:
     times = row.total_ms / row.floor_ms
     axes.barh(y, times, color=COLOURS.get(row.provider, "#999999"))
     flag = "" if row.verdict in ("ok", None) else f", {row.verdict}"
-    axes.text(times * 1.03, y, f"{row.provider} {times:.2g}x{flag}", va="center", fontsize=7)
+    size = f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
+    axes.text(times * 1.03, y, f"{row.provider} {size}x{flag}", va="center", fontsize=7)
 
 
 def _by_vocab(report: Report) -> Any:
