@@ -25,6 +25,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
 from fusedkd.train import DistillationArguments, DistillationTrainer
+from fusedkd.train.term_set import own_parameters
 from fusedkd.train.watch import Watch
 
 from .evidence_plan import SMOKE, STUDENTS, Setting, Student, Text, make_teacher, make_text
@@ -213,12 +214,11 @@ class _Evidence:
         )  # fmt: skip
         judge.remove_callback(PrinterCallback)
         found = judge.evaluate()
-        parameters = model.num_parameters() - _projections(model)
         return {
             "ce": found["eval_loss"],
             "agreement": found["eval_top1_agreement"],
             "accuracy": found["eval_student_accuracy"],
-            "parameters": parameters,
+            "parameters": own_parameters(model),
             "inference_ms": self.inference_ms(model),
         }
 
@@ -250,11 +250,6 @@ class _Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         fresh = self.masked is not None and "labels" not in rows[0]
         return self.masked(rows) if fresh else default_data_collator(rows)
-
-
-def _projections(model: Any) -> int:
-    modules = getattr(model, "fusedkd_projections", None)
-    return 0 if modules is None else sum(p.numel() for p in modules.parameters())
 
 
 if __name__ == "__main__":

@@ -259,9 +259,9 @@ def _dense_bar(case: Case) -> Bar:
 def _head_bar(case: Case) -> Bar:
     """The budget, the weight's gradient and its fp32 accumulator (the same for fp32), the gradient
     of the rows."""
-    from fusedkd.chunks import CHUNK_BYTES
+    from fusedkd.chunks import chunk_budget
 
-    budget = case.chunk_bytes or CHUNK_BYTES[case.device]
+    budget = chunk_budget(case.chunk_bytes, case.device)
     weight, item = case.vocab * case.hidden_student, DTYPES[case.dtype].itemsize
     allowed = budget + weight * (item % 4 + 4) + case.n * case.hidden_student * item
     return _memory_bar(case, allowed, "chunk_bytes, dW, its accumulator and dh")

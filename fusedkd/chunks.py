@@ -14,12 +14,26 @@ from fusedkd import backends
 from fusedkd.sparse import canonical
 from fusedkd.spec import LossSpec
 
-__all__ = ["CHUNK_BYTES", "Inputs", "Wanted", "as_rows", "in_place", "run", "stored_dtype"]
+__all__ = [
+    "CHUNK_BYTES",
+    "Inputs",
+    "Wanted",
+    "as_rows",
+    "chunk_budget",
+    "in_place",
+    "run",
+    "stored_dtype",
+]
 
 # Bytes of logits (and their gradient) that a head may hold at a time. On a GPU large chunks keep
 # the products efficient; 1 GiB is small beside any model whose vocabulary needs chunks. On a CPU
 # the chunk leaves the caches either way, and every chunk costs one more pass over dW.
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+
+
+def chunk_budget(chunk_bytes: int | None, device_type: str) -> int:
+    """``chunk_bytes`` as given, or the default of the device."""
+    return chunk_bytes or CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
 
 
 class Wanted(NamedTuple):
@@ -200,9 +214,7 @@ def _chunks(
     batch, length = student.rows.shape[:2]
     step = max(length, 1)
     if bytes_per_row:
-        device = student.rows.device.type
-        budget = spec.chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])
-        step = max(1, budget // bytes_per_row)
+        step = max(1, chunk_budget(spec.chunk_bytes, student.rows.device.type) // bytes_per_row)
         step -= step % 64 if step > 64 else 0  # whole tiles for the matrix products
     for b in range(batch):
         for start in range(0, max(length, 1), step):  # no tokens: one empty chunk

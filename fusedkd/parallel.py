@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedkd.chunks import CHUNK_BYTES
+from fusedkd.chunks import chunk_budget
 from fusedkd.logits import LMHead, SparseTeacher
 from fusedkd.parallel_rows import COPIES, SpreadRows
 
@@ -86,7 +86,7 @@ def shards(
         )
     local_student = _here(student, split, groups[0], summed=True)
     device = _columns(local_student).device
-    budget = (chunk_bytes or CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])) // 2
+    budget = chunk_budget(chunk_bytes, device.type) // 2
     live = max(0, min(split.columns, size - split.offset))
     rows = max(1, budget // (split.widest * 4 * COPIES))
     return Shards(

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fusedkd import LMHead, kd_loss
-from fusedkd.train.heads import PlainHead, loss_in_forward
+from fusedkd.train.heads import PlainHead, loss_in_forward, next_labels
 from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
 from fusedkd.train.teachers import LiveTeacher
 
@@ -82,8 +81,7 @@ class DistillationMixin:
             return host.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        if self._causal:  # padded rather than cut, so that hidden states stay contiguous
-            labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        labels = next_labels(labels) if self._causal else labels
         teacher = self._teacher_side(inputs)
         divisor = self._divisor(num_items_in_batch)
 
@@ -93,12 +91,8 @@ class DistillationMixin:
             return loss, None
 
         head = None if return_outputs else self._student_head
-        if head is None:
-            outputs = model(**inputs)
-            loss = compute(outputs.logits)[0]
-        else:
-            inner = self.accelerator.unwrap_model(model)
-            loss, _, outputs = loss_in_forward(model, inner, head, inputs, compute)
+        inner = self.accelerator.unwrap_model(model)
+        loss, _, outputs = loss_in_forward(model, inner, head, inputs, compute)
         return (loss, outputs) if return_outputs else loss
 
     def _divisor(self, num_items: Tensor | int | None) -> Tensor | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from trl import DistillationTrainer as _DistillationTrainer
 from trl.experimental.gkd import GKDTrainer as _GKDTrainer
 from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
@@ -15,7 +14,7 @@ from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
 from fusedkd import LMHead, kd_loss
 from fusedkd.integrations.elementwise import generalized_jsd
 from fusedkd.integrations.trl import chunked_divergence_loss, generalized_jsd_loss
-from fusedkd.train.heads import PlainHead, loss_in_forward
+from fusedkd.train.heads import PlainHead, loss_in_forward, next_labels
 from fusedkd.train.models import plain_head_or_none
 from fusedkd.train.teachers import LiveTeacher
 
@@ -51,8 +50,7 @@ class _FromHeads:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """As TRL's; with ``return_outputs`` the outputs hold dense logits."""
-        # padded rather than cut, so that hidden states stay contiguous
-        labels = F.pad(inputs["labels"], (0, 1), value=-100)[..., 1:]
+        labels = next_labels(inputs["labels"])
         forward = self._forward_inputs(inputs)
         self.teacher_model.eval()
         teacher = self._teacher_side(forward)
@@ -69,12 +67,8 @@ class _FromHeads:
                 ), None
 
         head = None if return_outputs else self._student_head
-        if head is None:
-            outputs = model(**forward)
-            loss = compute(outputs.logits)[0]
-        else:
-            inner = self.accelerator.unwrap_model(model)
-            loss, _, outputs = loss_in_forward(model, inner, head, forward, compute)
+        inner = self.accelerator.unwrap_model(model)
+        loss, _, outputs = loss_in_forward(model, inner, head, forward, compute)
         return (loss, outputs) if return_outputs else loss
 
     def _divisor(self, model: nn.Module, labels: Tensor, num_items: Any) -> Tensor | None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from fusedkd import LMHead
 
-__all__ = ["NoPlainHead", "PlainHead", "loss_in_forward", "plain_head", "tap"]
+__all__ = ["NoPlainHead", "PlainHead", "loss_in_forward", "next_labels", "plain_head", "tap"]
 
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies: the proof decides
@@ -173,21 +173,31 @@ def tap(head: PlainHead, receive: Callable[[Tensor], None]) -> Iterator[None]:
             handle.remove()
 
 
+def next_labels(labels: Tensor) -> Tensor:
+    """Labels (B, L) aligned with a causal model's logits: position n gets label n + 1. Padded
+    rather than cut, so that hidden states stay contiguous; the last position does not count."""
+    return F.pad(labels, (0, 1), value=-100)[..., 1:]
+
+
 def loss_in_forward(
     model: nn.Module,
     inner: nn.Module,
-    head: PlainHead,
+    head: PlainHead | None,
     inputs: dict[str, Any],
-    compute: Callable[[LMHead], tuple[Tensor, Any]],
+    compute: Callable[[Any], tuple[Tensor, Any]],
 ) -> tuple[Tensor, Any, Any]:
     """Run ``model`` without logits, and ``compute`` on its head within the wrapped forward.
 
     The loss leaves the forward as ``outputs["loss"]``, so that what wraps ``inner`` in ``model``
-    sees an ordinary model that returns an ordinary loss.
+    sees an ordinary model that returns an ordinary loss. Without a head ``compute`` gets the dense
+    logits, when the forward is over.
 
     Returns:
         The loss as ``model`` returned it, the second result of ``compute``, the outputs.
     """
+    if head is None:
+        outputs = model(**inputs)
+        return *compute(outputs.logits), outputs
     results: list[tuple[Tensor, Any]] = []
 
     def receive(hidden: Tensor) -> None:

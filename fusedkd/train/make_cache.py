@@ -26,6 +26,7 @@ from fusedkd.train.loading import (
     required,
     task_of,
 )
+from fusedkd.train.models import vocabulary_size
 from fusedkd.train.teachers import LiveTeacher
 
 __all__ = ["CacheArguments", "make_cache"]
@@ -91,7 +92,7 @@ def make_cache(args: CacheArguments) -> None:
 
 
 def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Blocks) -> Job:
-    columns = model.config.get_text_config().vocab_size
+    columns = vocabulary_size(model)
     size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
     if not 2 <= size <= columns:
         raise UserError(

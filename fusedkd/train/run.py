@@ -28,6 +28,7 @@ from fusedkd.train.loading import (
 )
 from fusedkd.train.models import vocabulary_size
 from fusedkd.train.tasks import TaskData, prepare_data
+from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
 
 __all__ = ["RunArguments", "distill"]
@@ -223,7 +224,7 @@ def _teacher(teacher: nn.Module | TeacherCache) -> str:
 def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
     args = trainer.args
     table = Table(show_header=False, title="Distilled")
-    parameters = trainer.model.num_parameters() - trainer.terms.parameters(trainer.model)
+    parameters = own_parameters(trainer.model)
     table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
     table.add_row("teacher", _teacher(trainer.teacher))
     table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")

@@ -18,7 +18,7 @@ from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
 from fusedkd.train.heads import tap
-from fusedkd.train.models import plain_head_or_none
+from fusedkd.train.models import plain_head_or_none, vocabulary_size
 
 __all__ = ["CachedTeacher", "LiveTeacher"]
 
@@ -112,7 +112,7 @@ class CachedTeacher:
             ValueError: the student has fewer than the teacher, or ``given`` is another number.
         """
         size = self.cache.manifest.vocab_size
-        columns = student.config.get_text_config().vocab_size
+        columns = vocabulary_size(student)
         if given not in (None, size):
             raise ValueError(f"vocab_size={given}: the cache {self.cache.folder} has {size:,}.")
         if columns < size:

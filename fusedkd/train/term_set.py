@@ -17,7 +17,7 @@ from fusedkd.train.capture import Captured, capture, expose_attention
 from fusedkd.train.meter import Measured
 from fusedkd.train.terms import Term, parse_term
 
-__all__ = ["Extra", "TermSet", "as_labels", "real_tokens"]
+__all__ = ["Extra", "TermSet", "as_labels", "own_parameters", "real_tokens"]
 
 _ATTRIBUTE = "fusedkd_projections"
 _FILE = "projections.safetensors"
@@ -143,11 +143,6 @@ class TermSet:
         modules = getattr(self.terms[name], "projections", None)
         return iter(()) if modules is None else modules.parameters()
 
-    def parameters(self, student: Any) -> int:
-        """How many the projections have, which are in the student and not of it."""
-        modules = getattr(student, _ATTRIBUTE, None)
-        return 0 if modules is None else sum(p.numel() for p in modules.parameters())
-
     def save(self, student: Any, folder: str) -> None:
         """Write the projections, if there are any."""
         modules = getattr(student, _ATTRIBUTE, None)
@@ -161,6 +156,13 @@ class TermSet:
         path = Path(folder) / _FILE
         if (modules := getattr(student, _ATTRIBUTE, None)) is not None and path.is_file():
             modules.load_state_dict(load_file(path))
+
+
+def own_parameters(student: Any) -> int:
+    """How many the student has, without the projections, which are in it and not of it."""
+    modules = getattr(student, _ATTRIBUTE, None)
+    projected = 0 if modules is None else sum(p.numel() for p in modules.parameters())
+    return int(student.num_parameters()) - projected
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> Tensor:

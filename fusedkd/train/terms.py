@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fusedkd.calls import bind_call, split_call
 from fusedkd.features import (
+    AttentionStates,
     attention_kl,
     attention_score_mse,
     cosine_loss,
@@ -117,65 +118,77 @@ class EmbeddingMSE(_Hidden):
 
 
 @dataclass
-class AttentionMSE:
+class _Attention:
+    """Compares what two layers' attention computed from, head by head unless ``any_heads``."""
+
+    weight: float = 1.0
+    layers: str = "last"
+    attention: ClassVar[bool] = True
+    any_heads: ClassVar[bool] = False
+
+    def bind(self, student: Any, teacher: Any) -> None:
+        if not self.any_heads:
+            self._check_heads(student, teacher)
+        self.pairs = layer_pairs(self.layers, depth(student), depth(teacher))
+
+    def _check_heads(self, student: Any, teacher: Any) -> None:
+        ours, theirs = (c.get_text_config().num_attention_heads for c in (student, teacher))
+        if ours != theirs:
+            name = next(name for name, kind in TERMS.items() if kind is type(self))
+            raise ValueError(
+                f"terms: {name} compares head by head, but the student has {ours} heads and the "
+                f"teacher {theirs}: use relation_kl."
+            )
+
+    def compare(self, s: AttentionStates, t: AttentionStates, tokens: Any, count: Any) -> Tensor:
+        """The term at one pair of layers."""
+        raise NotImplementedError
+
+    def __call__(
+        self, student: Captured, teacher: Captured, tokens: Any, normalizer: Any
+    ) -> Tensor:
+        total: Any = 0
+        for ours, theirs in self.pairs:
+            states = student.attention[ours - 1], teacher.attention[theirs - 1]
+            total = total + self.compare(*states, tokens, normalizer)
+        return total
+
+
+@dataclass
+class AttentionMSE(_Attention):
     """Mean squared difference of attention scores before the softmax (TinyBERT). ``center``
     subtracts each row's mean first, which a softmax does not see."""
 
-    weight: float = 1.0
     layers: str = "uniform"
     center: bool = True
-    attention: ClassVar[bool] = True
 
-    def bind(self, student: Any, teacher: Any) -> None:
-        self.pairs = _attention_pairs("attention_mse", self.layers, student, teacher)
-
-    def __call__(
-        self, student: Captured, teacher: Captured, tokens: Any, normalizer: Any
-    ) -> Tensor:
-        pairs = _states(student, teacher, self.pairs)
-        return _sum(attention_score_mse(s, t, tokens, normalizer, self.center) for s, t in pairs)
+    def compare(self, s: AttentionStates, t: AttentionStates, tokens: Any, count: Any) -> Tensor:
+        return attention_score_mse(s, t, tokens, count, self.center)
 
 
 @dataclass
-class AttentionKL:
+class AttentionKL(_Attention):
     """KL of attention distributions (MiniLM)."""
 
-    weight: float = 1.0
-    layers: str = "last"
-    attention: ClassVar[bool] = True
-
-    def bind(self, student: Any, teacher: Any) -> None:
-        self.pairs = _attention_pairs("attention_kl", self.layers, student, teacher)
-
-    def __call__(
-        self, student: Captured, teacher: Captured, tokens: Any, normalizer: Any
-    ) -> Tensor:
-        pairs = _states(student, teacher, self.pairs)
-        return _sum(attention_kl(s, t, tokens, normalizer) for s, t in pairs)
+    def compare(self, s: AttentionStates, t: AttentionStates, tokens: Any, count: Any) -> Tensor:
+        return attention_kl(s, t, tokens, count)
 
 
 @dataclass
-class RelationKL:
+class RelationKL(_Attention):
     """KL of relations among queries, among keys, among values (MiniLM v2): any heads, any widths.
     ``heads`` relation heads (0: as many as the student has attention heads)."""
 
-    weight: float = 1.0
-    layers: str = "last"
     heads: int = 0
     relations: str = "qkv"
-    attention: ClassVar[bool] = True
+    any_heads: ClassVar[bool] = True
 
     def bind(self, student: Any, teacher: Any) -> None:
-        self.pairs = layer_pairs(self.layers, depth(student), depth(teacher))
-        self.count = self.heads or student.get_text_config().num_attention_heads
+        super().bind(student, teacher)
+        self.relation_heads = self.heads or student.get_text_config().num_attention_heads
 
-    def __call__(
-        self, student: Captured, teacher: Captured, tokens: Any, normalizer: Any
-    ) -> Tensor:
-        pairs = _states(student, teacher, self.pairs)
-        return _sum(
-            relation_kl(s, t, tokens, normalizer, self.count, self.relations) for s, t in pairs
-        )
+    def compare(self, s: AttentionStates, t: AttentionStates, tokens: Any, count: Any) -> Tensor:
+        return relation_kl(s, t, tokens, count, self.relation_heads, self.relations)
 
 
 TERMS: dict[str, type[Any]] = {
@@ -197,7 +210,7 @@ def parse_term(text: str) -> tuple[str, Term]:
     name, positional, named = split_call("terms", text, "'cosine' or 'hidden_mse(weight=0.5)'")
     if name not in TERMS:
         near = difflib.get_close_matches(name, TERMS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"terms={text!r}: {name!r} is not known{hint} Known: {', '.join(TERMS)}.")
     kinds = {f.name: type(f.default) for f in fields(TERMS[name])}
     order = list(kinds)
@@ -230,21 +243,3 @@ def _value(text: str, kind: type | None, value: str) -> Any:
     except (KeyError, ValueError):
         wanted = "true or false" if kind is bool else "a number"
         raise ValueError(f"terms={text!r}: expected {wanted}, not {value!r}.") from None
-
-
-def _sum(parts: Any) -> Tensor:
-    return sum(parts)
-
-
-def _states(student: Captured, teacher: Captured, pairs: list[tuple[int, int]]) -> Any:
-    return ((student.attention[s - 1], teacher.attention[t - 1]) for s, t in pairs)
-
-
-def _attention_pairs(name: str, layers: str, student: Any, teacher: Any) -> list[tuple[int, int]]:
-    ours, theirs = (c.get_text_config().num_attention_heads for c in (student, teacher))
-    if ours != theirs:
-        raise ValueError(
-            f"terms: {name} compares head by head, but the student has {ours} heads and the "
-            f"teacher {theirs}: use relation_kl."
-        )
-    return layer_pairs(layers, depth(student), depth(teacher))

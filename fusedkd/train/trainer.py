@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -17,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.heads import PlainHead, loss_in_forward
+from fusedkd.train.heads import PlainHead, loss_in_forward, next_labels
 from fusedkd.train.meter import Measured, Meter
 from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
 from fusedkd.train.objective import Objective, Targets
@@ -191,15 +190,12 @@ class DistillationTrainer(Trainer):
         inner = self.accelerator.unwrap_model(model)
         weights = self._objective.numbers(done)
         with self.terms.in_forward(inner, theirs, tokens, num_tokens, weights) as extra:
-            if head is None:
-                outputs = model(**inputs)
-                loss, metrics = self._loss(outputs.logits, teacher, targets)
-                loss = loss + extra.loss
-            else:
-                loss, metrics, outputs = loss_in_forward(
-                    *(model, inner, head, inputs),
-                    lambda student: self._loss(student, teacher, targets),
-                )
+            loss, metrics, outputs = loss_in_forward(
+                *(model, inner, head, inputs),
+                lambda student: self._loss(student, teacher, targets),
+            )
+        if head is None:  # the terms were there before the loss
+            loss = loss + extra.loss
         metrics = {**metrics, **extra.measured(tokens, num_tokens)}
         self._meters[model.training].add(metrics)
         return loss, metrics, outputs
@@ -225,9 +221,7 @@ class DistillationTrainer(Trainer):
         if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
             unwrapped = self.accelerator.unwrap_model(self.model)
             inputs["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(labels)
-        # padded rather than cut, so that hidden states stay contiguous; the last position does not
-        # count
-        return F.pad(labels, (0, 1), value=-100)[..., 1:] if self._loss_shifts_labels else labels
+        return next_labels(labels) if self._loss_shifts_labels else labels
 
     def _head_of_student(self, model: nn.Module) -> PlainHead | None:
         if self.args.torch_compile:
