@@ -526,19 +526,71 @@ def test_an_instruction_set_that_is_not_there() -> None:
     assert "FUSEDKD_CPU_ISA=mmx" in done.stdout
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 4097), (2, 3_000_000)])
-def test_large_results_lie_in_huge_pages(shape: tuple[int, int], monkeypatch) -> None:
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 4097), (2, 3, 1_000_000)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_large_results_lie_in_huge_pages(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch
+) -> None:
     """Where the kernel says which pages a mapping was advised to have (VmFlags: hg)."""
-    monkeypatch.setattr(cpu, "HUGE_BYTES", 0)
-    memory = cpu.empty(shape, dtype=torch.float32, device=torch.device("cpu")).fill_(2.0)
-    assert memory.shape == shape and (memory == 2).all()
-    maps = Path("/proc/self/smaps")
-    if memory.nbytes < 1 << 20 or not maps.exists():
-        return
-    inside, flags = memory.data_ptr() + memory.nbytes // 2, ""
-    for line in maps.read_text().splitlines():
+    monkeypatch.setattr(cpu, "LARGE_BYTES", 1)
+    memory = large(shape, dtype).fill_(2.0)
+    assert memory.shape == shape and memory.dtype == dtype and memory.is_contiguous()
+    assert (memory == 2).all()
+    if memory.numel() > 0 and Path("/proc/self/smaps").exists():
+        assert " hg" in mapping_at(memory.data_ptr())["VmFlags"]
+
+
+def test_what_is_given_back_is_used_again() -> None:
+    a, b = large((4, 5_000_000)).fill_(1), large((4, 5_000_000)).fill_(2)
+    view, address = a[1:], a.data_ptr()
+    del a
+    other = large((4, 5_000_000))  # `view` still holds the first
+    assert len({address, b.data_ptr(), other.data_ptr()}) == 3
+    del view
+    assert large((1_500_000,)).data_ptr() != address, "a small result holds a large block"
+    assert large((4, 4_000_000)).data_ptr() == address
+    assert (b == 2).all()
+
+
+def test_what_is_given_back_belongs_to_the_system() -> None:
+    """Its pages are marked as free to take (LazyFree): they are nobody's memory in use."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("this system has no /proc/self/smaps_rollup")
+    memory = large((8, 8_000_000)).fill_(1)
+    address, size, before = memory.data_ptr(), memory.nbytes, free_to_take()
+    del memory
+    assert free_to_take() - before >= 0.9 * size
+    again = large((8, 8_000_000)).fill_(3)
+    assert again.data_ptr() == address and (again == 3).all()
+    assert free_to_take() - before <= 0.1 * size
+
+
+def test_few_blocks_are_kept() -> None:
+    blocks = [large((3_000_000 + i,)) for i in range(6)]
+    addresses = [block.data_ptr() for block in blocks]
+    while blocks:
+        blocks.pop(0)
+    assert [bool(mapping_at(address)) for address in addresses] == [False] * 2 + [True] * 4
+
+
+def large(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return cpu.empty(shape, dtype=dtype, device=torch.device("cpu"))
+
+
+def free_to_take() -> int:
+    """Bytes of this process that the system may take back without asking."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("LazyFree:")))
+
+
+def mapping_at(address: int) -> dict[str, str]:
+    """What /proc/self/smaps says of the mapping around an address."""
+    fields: dict[str, str] = {}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            found = int(match[1], 16) <= inside < int(match[2], 16)
-        elif found and line.startswith("VmFlags:"):
-            flags = line
-    assert " hg" in flags
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside:
+            name, _, value = line.partition(":")
+            fields[name] = value.strip()
+    return fields

@@ -9,6 +9,7 @@ that.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ __all__ = [
     "unavailable",
 ]
 
-HUGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
+LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
 
@@ -129,12 +130,12 @@ def _arguments(
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """See :mod:`fusedkd.kernels`. Copying 155 MB into fresh memory took 121 ms, into fresh huge
-    pages 33, into pages already there 23 (2 cores of Zen 3, a virtual machine, 2026-11-24)."""
-    memory = torch.empty(shape, dtype=dtype, device=device)
-    if memory.nbytes >= HUGE_BYTES:
-        _ops().prefer_huge_pages.default(memory)
-    return memory
+    """See :mod:`fusedkd.kernels`. Large memory that the last call gave back is used again."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    made: Tensor = _ops().spare.default(shape, dtype, size)
+    return made
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -12,11 +12,8 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "kernel.h"
+#include "memory.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -224,16 +221,14 @@ void scale_(Tensor data, Tensor factor) {
   });
 }
 
-// Fresh memory comes in pages of 4 KB, each of which costs a trap into the kernel when it is first written; asked for
-// huge pages, it comes 2 MB at a time. Advice: where the system has none, nothing changes.
-void prefer_huge_pages([[maybe_unused]] Tensor fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const uintptr_t from = (start + kPage - 1) / kPage * kPage;
-  const uintptr_t to = (start + fresh.numel() * fresh.element_size()) / kPage * kPage;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-#endif
+// Uninitialised and contiguous, on the CPU; see Spare.
+Tensor spare(std::vector<int64_t> shape, ScalarType dtype, int64_t bytes) {
+  const Spare::Block block = Spare::instance().take(bytes);
+  STD_TORCH_CHECK(block.data != nullptr, "fusedkd_cpu: out of memory: ", bytes, " bytes were asked for");
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+  return torch::stable::from_blob(block.data, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  dtype, [block](void*) { Spare::instance().give(block); });
 }
 
 std::string instruction_set() { return instructions().name; }
@@ -252,7 +247,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
       "sparse_rows(Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor row_scale, str divergence, "
       "float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
   m.def("scale_(Tensor(a!) data, Tensor factor) -> ()");
-  m.def("prefer_huge_pages(Tensor fresh) -> ()");
+  m.def("spare(int[] shape, ScalarType dtype, int bytes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
@@ -261,5 +256,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("rows", TORCH_BOX(&fusedkd::rows));
   m.impl("sparse_rows", TORCH_BOX(&fusedkd::sparse_rows));
   m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
-  m.impl("prefer_huge_pages", TORCH_BOX(&fusedkd::prefer_huge_pages));
+  m.impl("spare", TORCH_BOX(&fusedkd::spare));
 }
