@@ -152,7 +152,9 @@ class SparseRow : OneRow<X> {
       if (id != from) {
         fill = id - from > n / 2 ? -(F)kInfinity : *minima(k);
         t.student = cover(in_buffer(t.student, t.n), k, from, id, fill);
-        extremes(t.student, t.n, minima(k), &hi);
+        bool same = student_.as_is && fill == *minima(k);  // the extremes, if no id held the largest entry
+        for (const int32_t* each = from; each < id; ++each) same &= z_[each - indices_] < hi;
+        if (!same) extremes(t.student, t.n, minima(k), &hi);
       }
       sums_.student *= row_.student.advance(hi), sums_.unit *= row_.unit.advance(hi);
       Runs<X>::statistics[kNone][unit_][far(k, false)](t, row_, sums_);

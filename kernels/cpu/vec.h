@@ -117,13 +117,17 @@ template <class V>  // neither infinite nor NaN
 FUSEDKD_INLINE typename Of<V>::I finite(V x) {
   return x - x == V{};
 }
-template <class V>
-FUSEDKD_INLINE double total(V v) {
-  typename Of<V>::F lanes[sizeof(V) / sizeof(typename Of<V>::F)];
-  store(lanes, v);
+FUSEDKD_INLINE double total(VD v) {
   double sum = 0;
-  for (auto lane : lanes) sum += lane;
+  for (size_t i = 0; i < sizeof v / sizeof sum; ++i) sum += v[i];
   return sum;
+}
+FUSEDKD_INLINE double total(VF v) {
+  typedef float Half __attribute__((vector_size(FUSEDKD_VECTOR_BYTES / 2)));
+  Half low, high;
+  __builtin_memcpy(&low, &v, sizeof low);
+  __builtin_memcpy(&high, (const char*)&v + sizeof low, sizeof high);
+  return total(__builtin_convertvector(low, VD) + __builtin_convertvector(high, VD));
 }
 template <class V>
 FUSEDKD_INLINE typename Of<V>::F largest(V v) {
