@@ -19,14 +19,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fusedkd.kernels.triton import config, launches, programs
+from fusedkd.kernels.triton import config, launches, pointwise, programs, sparse, sparse_ops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -50,6 +50,7 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 # Every launch of the table, but of the pieces only one count: it enters a kernel as the length of
 # one tiny load.
 LAUNCHES = tuple(entry.launch(1, 262144, 132) for entry in launches.TABLE)
+TAILS = ("", "bucket", "drop")
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
     "all": {"metrics": True, "bent_s": True, "bent_t": True},
@@ -66,6 +67,7 @@ class Job:
     launch: config.Launch
     stage: str
     flags: str = "plain"
+    tail: str = ""  # "bucket" or "drop": against a teacher of K entries; "": against a dense one
 
     @property
     def backend(self) -> str:
@@ -94,10 +96,10 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) ->
     for target, dtype in itertools.product(targets, dtypes):
         if dtype != "head":  # scales one tensor
             yield Job(target, dtype, "-", config.SCALE, "scale")
-        for name, flag in itertools.product(divergences.names(), flags):
-            for launch in LAUNCHES:
-                for stage in config.stages(_variant(dtype, name, flag), launch):
-                    yield Job(target, dtype, name, launch, stage, flag)
+        for name, flag, launch in itertools.product(divergences.names(), flags, LAUNCHES):
+            for tail in TAILS:
+                for stage in _stages(dtype, name, flag, launch, tail):
+                    yield Job(target, dtype, name, launch, stage, flag, tail)
 
 
 def sample() -> list[Job]:
@@ -109,28 +111,46 @@ def sample() -> list[Job]:
         for launch in LAUNCHES[2:]
         for stage in config.stages(_variant("bf16", name, "plain"), launch)
     ]
+    # against K entries: every way through the sweeps (closed or not, bucket or not)
+    found += [
+        Job("sm_90", "bf16", name, launch, stage, "plain", tail)
+        for name, tail in (("forward_kl", "bucket"), ("jsd", "bucket"), ("total_variation", "drop"))
+        for launch in LAUNCHES[2:]
+        for stage in _stages("bf16", name, "plain", launch, tail)
+    ]
     turn = itertools.product(TARGETS, DTYPES, FLAGS)
     for i, (target, dtype, flag) in enumerate(turn):
         name = divergences.names()[i % len(divergences.names())]
         launch = LAUNCHES[i % len(LAUNCHES)]
-        stages = config.stages(_variant(dtype, name, flag), launch)
-        found.append(Job(target, dtype, name, launch, stages[i // 4 % len(stages)], flag))
+        for tail in ("", TAILS[1 + i % 2])[: 1 + (i % 3 == 0)]:
+            stages = _stages(dtype, name, flag, launch, tail)
+            found.append(Job(target, dtype, name, launch, stages[i // 4 % len(stages)], flag, tail))
         if flag == "plain" and dtype != "head":
             found.append(Job(target, dtype, "-", config.SCALE, "scale"))
     return found
 
 
-def _variant(dtype: str, divergence: str, flags: str) -> config.Variant:
-    return config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
+def _variant(dtype: str, divergence: str, flags: str, tail: str = "") -> config.Variant:
+    variant = config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
+    return replace(variant, teacher=variant.student, bent_t=False) if tail else variant
+
+
+def _stages(
+    dtype: str, divergence: str, flags: str, launch: config.Launch, tail: str
+) -> tuple[str, ...]:
+    variant = _variant(dtype, divergence, flags, tail)
+    if tail:
+        return sparse_ops.stages(variant, launch, tail == "bucket")
+    return config.stages(variant, launch)
 
 
 def source(job: Job) -> ASTSource:
     """What the launcher would hand to Triton's compiler."""
     if job.stage == "scale":
         return _scale_source(job)
-    variant = _variant(job.dtype, job.divergence, job.flags)
-    plan = config.plan(variant, job.launch, job.stage, job.backend)
-    constants: dict[str, Any] = config.constants(job.divergence, plan)
+    variant = _variant(job.dtype, job.divergence, job.flags, job.tail)
+    kernel, constants = _kernel(job, variant)
+    plan = constants["plan"]
     if not plan.metrics:
         constants["metrics"] = None
     if not plan.ce:
@@ -138,16 +158,26 @@ def source(job: Job) -> ASTSource:
     if job.stage == "whole":
         constants |= {"partial": None, "sums": None}
     acc = "fp64" if plan.acc == tl.float64 else "fp32"
-    pointers = dict.fromkeys(("row_scale", "loss", "metrics"), f"*{acc}")
-    pointers |= {"labels": "*i64", "partial": "*fp64", "sums": "*fp64"}
+    pointers = dict.fromkeys(("row_scale", "loss", "metrics", "log_probs"), f"*{acc}")
+    pointers |= {"labels": "*i64", "indices": "*i32", "partial": "*fp64", "sums": "*fp64"}
+    pointers["held"] = f"*{NAMES[variant.student]}"
     for name in ("student", "teacher", "grad"):
         pointers[name] = f"*{NAMES[getattr(variant, name)]}"
     signature = {}
-    for parameter in programs.row_kernel.params:
+    for parameter in kernel.params:
         name = parameter.name
         known = "constexpr" if name in constants else pointers.get(name)
         signature[name] = known or parameter.annotation_type
-    return ASTSource(programs.row_kernel, signature, constants)
+    return ASTSource(kernel, signature, constants)
+
+
+def _kernel(job: Job, variant: config.Variant) -> tuple[Any, dict[str, Any]]:
+    """The kernel and its constants, as the launchers have them."""
+    if job.tail:
+        of = (variant, job.launch, job.stage, job.tail == "bucket", job.backend)
+        return sparse.sparse_kernel, sparse_ops.constants(*of)
+    plan = config.plan(variant, job.launch, job.stage, job.backend)
+    return programs.row_kernel, config.constants(job.divergence, plan)
 
 
 def _scale_source(job: Job) -> ASTSource:
@@ -320,7 +350,7 @@ def _bytes_gcn(name: str) -> int:
 def problems(report: Report) -> list[str]:
     """What is wrong with a kernel; nothing for a good one."""
     stage, found = report.job.stage, []
-    sweeps = 3 if stage == "whole" else 1
+    sweeps = _sweeps(report.job) if stage == "whole" else 1
     if report.spilled:
         found.append(f"{report.spilled} bytes of registers spilled")
     if report.registers > report.budget:
@@ -336,11 +366,17 @@ def problems(report: Report) -> list[str]:
     return found
 
 
+def _sweeps(job: Job) -> int:
+    """Of a program that does a whole row."""
+    return 2 if job.tail == "bucket" or (job.tail and job.divergence in pointwise.CLOSED) else 3
+
+
 def _line(report: Report) -> str:
     job, launch = report.job, report.job.launch
     cost = " ".join(f"{c:.0f}/{s:.1f}" for c, s in zip(report.cost, report.special, strict=True))
     return (
-        f"{job.target:7s}{job.dtype:5s}{job.divergence:17s}{job.stage:11s}{job.flags:6s}"
+        f"{job.target:7s}{job.dtype:5s}{job.divergence:17s}{job.tail or 'dense':7s}"
+        f"{job.stage:11s}{job.flags:6s}"
         f"{launch.warps:3d} x {launch.unroll}{report.registers:5d}/{report.budget:3d}"
         f"{report.shared:7d}{report.spilled:5d}{report.calls:4d}"
         f"  {report.loads[0] if report.loads else '-':>3}"
@@ -349,8 +385,8 @@ def _line(report: Report) -> str:
 
 
 HEADER = (
-    "target dtype divergence      stage     flags  warps regs/budget shared spill call load store"
-    " instructions/special per entry, by sweep"
+    "target dtype divergence      tail   stage     flags  warps regs/budget shared spill call load"
+    " store instructions/special per entry, by sweep"
 )
 
 

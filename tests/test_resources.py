@@ -24,7 +24,9 @@ from triton.runtime.jit import create_function_from_signature
 
 
 def _id(job: resources.Job) -> str:
-    return "-".join((job.target, job.dtype, job.divergence, job.stage, job.flags))
+    return "-".join(
+        (job.target, job.dtype, job.divergence, job.tail or "dense", job.stage, job.flags)
+    )
 
 
 @pytest.mark.parametrize("job", resources.sample(), ids=_id)

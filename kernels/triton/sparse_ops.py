@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedkd.sparse import SparseRows
 from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec
 
-from . import config, ops, sparse
+from . import config, ops, pointwise, sparse
 
 # What a one-sided kernel has no use for.
 TEACHERS = ("t_b", "t_t", "inverse_t", "t_scale", "t_cap")
@@ -54,16 +54,21 @@ def sparse_rows(
         **_numbers(student, student if grad is None else grad, spec),
     }
     with ops._device(student):
-        for stage in config.stages(variant, launch):
-            constants = _constants(variant, launch, stage, spec.tail == "bucket")
-            if stage == "middle" and (constants["BUCKET"] or constants["plan"].closed):
-                continue  # nothing outside the ids has a say of its own
+        for stage in stages(variant, launch, spec.tail == "bucket"):
+            known = _constants(variant, launch, stage, spec.tail == "bucket")
             # Without a gradient the last stage is left with one loss per row.
             programs = 1 if stage == "gradient" and grad is None else launch.pieces
             sparse.sparse_kernel[n, programs](
-                **arguments, **constants, **config.options(launch, ops.TARGET)
+                **arguments, **known, **config.options(launch, ops.TARGET)
             )
     return loss, metric_rows
+
+
+def stages(variant: config.Variant, launch: config.Launch, bucket: bool) -> tuple[str, ...]:
+    """The launches of one call, in order: "middle" only where what is outside the ids has a say of
+    its own."""
+    skipped = "middle" if bucket or variant.divergence in pointwise.CLOSED else ""
+    return tuple(stage for stage in config.stages(variant, launch) if stage != skipped)
 
 
 def _numbers(student: Tensor, out: Tensor, spec: LossSpec) -> dict[str, float | int]:
@@ -96,8 +101,15 @@ def _variant(
 def _constants(
     variant: config.Variant, launch: config.Launch, stage: str, bucket: bool
 ) -> dict[str, Any]:
+    return constants(variant, launch, stage, bucket, ops.TARGET)
+
+
+def constants(
+    variant: config.Variant, launch: config.Launch, stage: str, bucket: bool, target: str
+) -> dict[str, Any]:
+    """The constexpr arguments of ``sparse_kernel`` on "cuda" or "hip"."""
     return {
         "DIVERGENCE": config.function(variant.divergence),
         "BUCKET": bucket,
-        "plan": config.plan(variant, launch, stage, ops.TARGET),
+        "plan": config.plan(variant, launch, stage, target),
     }
