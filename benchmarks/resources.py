@@ -213,9 +213,7 @@ def _read_cuda(compiled: Any, job: Job) -> Report:
     )
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     loops = list(_loops_sass(sass))
-    wide = [
-        loop for loop in loops if _widths_sass(loop, "LDG") and min(_widths_sass(loop, "LDG")) == 16
-    ]
+    wide = [loop for loop in loops if 16 in _narrowest([loop], "LDG", cursor=bool(job.tail))]
     entries = _entries_per_thread(job)
     return Report(
         job=job,
@@ -224,7 +222,7 @@ def _read_cuda(compiled: Any, job: Job) -> Report:
         shared=compiled.metadata.shared,
         spilled=found["STACK"] + found["LOCAL"],
         calls=len(re.findall(r"\bcall", compiled.asm["ptx"])),
-        loads=_narrowest(loops, "LDG"),
+        loads=_narrowest(loops, "LDG", cursor=bool(job.tail)),
         stores=_narrowest(loops, "STG"),
         cost=tuple(len(loop) / entries for loop in wide),
         special=tuple(sum("MUFU" in line for line in loop) / entries for loop in wide),
@@ -242,7 +240,7 @@ def _dump(cubin: bytes, what: str) -> str:
 
 
 def _loops_sass(sass: str) -> Iterator[list[str]]:
-    """The innermost loops, each a list of instructions: backward branches that hold no other."""
+    """The loops (backward branches), each a list of instructions less those of loops in it."""
     lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     spans = []
@@ -250,16 +248,19 @@ def _loops_sass(sass: str) -> Iterator[list[str]]:
         jump = re.search(r"BRA(?:\.\w+)* (?:`\(\S+\)|\S+, )?0x([0-9a-f]+)", text)
         if jump and (start := place.get(int(jump[1], 16), i)) < i:
             spans.append((start, i))
-    for start, end in _innermost(spans):
-        yield [text for _, text in lines[start : end + 1]]
+    for own in _own_parts(spans):
+        yield [lines[i][1] for i in own]
 
 
-def _innermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _own_parts(spans: list[tuple[int, int]]) -> Iterator[list[int]]:
+    """Of each loop the lines that are in no loop within it."""
     merged: dict[int, int] = {}
     for start, end in spans:  # a loop with several exits jumps back more than once
         merged[start] = max(end, merged.get(start, end))
     loops = list(merged.items())
-    return [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    for a in loops:
+        inner = [b for b in loops if b != a and a[0] <= b[0] and b[1] <= a[1]]
+        yield [i for i in range(a[0], a[1] + 1) if not any(b[0] <= i <= b[1] for b in inner)]
 
 
 def _widths_sass(loop: list[str], kind: str) -> list[int]:
@@ -273,8 +274,15 @@ def _widths_sass(loop: list[str], kind: str) -> list[int]:
     return found
 
 
-def _narrowest(loops: list[list[str]], kind: str) -> tuple[int, ...]:
-    widths = [min(found) for loop in loops if (found := _widths_sass(loop, kind))]
+def _narrowest(loops: list[list[str]], kind: str, cursor: bool = False) -> tuple[int, ...]:
+    """Of the accesses of each loop, widest loops first; ``cursor``: without the one id that a tile
+    is compared with (4 bytes; on AMD a scalar load, which is none of these)."""
+    widths = []
+    for loop in loops:
+        found = _widths_sass(loop, kind)
+        if cursor and 16 in found and 4 in found:
+            found.remove(4)
+        widths += [min(found)] if found else []
     return tuple(sorted(widths, reverse=True))
 
 
@@ -324,8 +332,8 @@ def _loops_gcn(text: str) -> Iterator[list[str]]:
         jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
         if jump and (start := place.get(jump[1], i)) < i:
             spans.append((start, i))
-    for start, end in _innermost(spans):
-        yield lines[start : end + 1]
+    for own in _own_parts(spans):
+        yield [lines[i] for i in own]
 
 
 def _narrowest_gcn(loops: list[list[str]], kind: str) -> tuple[int, ...]:
