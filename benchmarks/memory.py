@@ -91,23 +91,26 @@ def _step(provider: Provider, case: Case, n: int, problem: object) -> None:
 
 def status_bytes(field: str) -> int:
     """A line of /proc/self/status, e.g. VmRSS (resident now) or VmHWM (resident at most)."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+    return _field(Path("/proc/self/status"), field)
+
+
+def _field(path: Path, name: str) -> int:
+    with path.open() as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 def reset_peak() -> int:
-    """Forget the high-water mark; returns what is resident now."""
+    """Forget the high-water mark; returns what is resident now, without what was freed for the
+    system to take (kernels/cpu/memory.h keeps blocks that way): used again, it counts again."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("VmRSS")
+    return status_bytes("VmRSS") - _field(Path("/proc/self/smaps_rollup"), "LazyFree")
 
 
 def limit_address_space() -> int:
     """Allow no more than most of the memory that is free now; returns the allowance."""
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    allowance = int(free * SHARE)
+    allowance = int(_field(Path("/proc/meminfo"), "MemAvailable") * SHARE)
     ceiling = status_bytes("VmSize") + allowance
     resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
     return allowance

@@ -138,7 +138,7 @@ def _lines(report: Report, axis: str, value: Callable[[Row], float | None]) -> A
     ticks = sorted({x for points in best.values() for x, _ in points})
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8, rotation=30, ha="right")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

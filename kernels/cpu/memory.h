@@ -33,10 +33,13 @@ class Spare {
     const std::lock_guard<std::mutex> lock(mutex_);
     size_t best = kept_.size();
     for (size_t i = 0; i < kept_.size(); ++i) {
-      const bool fits = kept_[i].bytes >= bytes && kept_[i].bytes <= 2 * bytes;
+      const bool fits = kept_[i].bytes >= bytes && kept_[i].bytes <= kLargest * bytes;
       if (fits && (best == kept_.size() || kept_[i].bytes < kept_[best].bytes)) best = i;
     }
-    if (best == kept_.size()) return {map(bytes), bytes};
+    if (best == kept_.size()) {
+      drop_oldest();  // sizes have changed: what is kept goes as what is used comes
+      return {map(bytes), bytes};
+    }
     const Block block = kept_[best];
     kept_.erase(kept_.begin() + best);
     return block;
@@ -46,13 +49,18 @@ class Spare {
     const std::lock_guard<std::mutex> lock(mutex_);
     release(block);
     kept_.push_back(block);
-    if (kept_.size() <= kBlocks) return;
-    unmap(kept_.front());
-    kept_.erase(kept_.begin());
+    if (kept_.size() > kBlocks) drop_oldest();
   }
 
  private:
   static constexpr size_t kHuge = 2 << 20;
+  static constexpr size_t kLargest = 4;  // times what is asked for: the last chunk is shorter than the others
+
+  void drop_oldest() {
+    if (kept_.empty()) return;
+    unmap(kept_.front());
+    kept_.erase(kept_.begin());
+  }
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
   static constexpr size_t kBlocks = 4;  // a gradient, what it is added up in, a chunk of each side
