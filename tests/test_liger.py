@@ -302,6 +302,22 @@ def test_cosine_makes_its_gradient_in_chunks() -> None:
     compare(lambda x: loss(*x), want, inputs, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("weight, parts, made", [(0.0, False, 0), (0.0, True, 1), (0.5, False, 1)])
+def test_cosine_makes_the_hard_loss_only_for_use(
+    weight: float, parts: bool, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = linear(16, 8, 40, torch.float32, False)
+    want = F.cross_entropy(inputs[0] @ inputs[1].T, inputs[4])
+    calls, real = [], F.nll_loss
+    spy = lambda *x, **named: (calls.append(1), real(*x, **named))[1]  # noqa: E731
+    monkeypatch.setattr(F, "nll_loss", spy)
+    loss = ours.LigerFusedLinearCosineSimilarityLoss(weight, return_soft_hard_loss=parts)
+    found = loss(*inputs)
+    assert len(calls) == made
+    if parts:
+        torch.testing.assert_close(found[2], want, rtol=1e-5, atol=1e-5)
+
+
 def test_errors() -> None:
     for loss in (ours.LigerFusedLinearJSDLoss, ours.LigerFusedLinearJSD):
         with pytest.raises(AssertionError, match="emperature cannot be 0"):

@@ -226,6 +226,61 @@ def test_without_a_plain_head_dense_logits_are_used(
     assert len([r for r in caplog.records if "dense logits" in r.message]) == 1
 
 
+class Int8(Tensor):
+    """Says that it is fp32 and holds int8, as torchao's weights do."""
+
+    whole: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, whole: Tensor, scale: Tensor) -> Int8:
+        made = Tensor._make_wrapper_subclass(cls, whole.shape, dtype=torch.float32)
+        made.whole, made.scale = whole, scale
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].whole, args[0].scale)
+        plain = [x.whole * x.scale if isinstance(x, cls) else x for x in args]
+        return func(*plain, **(kwargs or {}))
+
+
+class Linear8(nn.Linear):
+    """Its weight is an integer tensor that only its forward understands, as with bitsandbytes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale)
+
+
+def quantise(head: nn.Linear, kind: str) -> nn.Linear:
+    scale = head.weight.detach().abs().max() / 127
+    whole = (head.weight.detach() / scale).round().to(torch.int8)
+    made = (Linear8 if kind == "integers" else nn.Linear)(16, V, bias=False)
+    weight = whole if kind == "integers" else Int8(whole, scale)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.scale = scale
+    return made
+
+
+@pytest.mark.parametrize("kind", ["integers", "subclass"])
+def test_a_quantised_teachers_head_gives_dense_logits(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = build("llama", 1).eval(), build("llama", 2).eval()
+    teacher.lm_head = quantise(teacher.lm_head, kind)
+    with caplog.at_level(logging.WARNING, logger="fusedkd"):
+        tested = trainer(student, teacher, tmp_path)
+    data = batch(rows())
+    loss = tested.compute_loss(student, dict(data))
+    torch.testing.assert_close(
+        loss, by_hand(student, teacher, data, shift=True), rtol=1e-4, atol=1e-5
+    )
+    loss.backward()
+    assert student.lm_head.weight.grad.abs().sum() > 0
+    assert [r for r in caplog.records if "teacher" in r.message and "quantised" in r.message]
+
+
 def test_outputs_hold_logits_where_they_are_asked_for(tmp_path: Path) -> None:
     student, teacher = build("llama", 1).eval(), build("llama", 2)
     tested = trainer(student, teacher, tmp_path)

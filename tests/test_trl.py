@@ -147,6 +147,26 @@ def test_chunked_divergence(
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunked_divergence_keeps_a_bias_in_fp32(autocast: bool) -> None:
+    make = torch.Generator().manual_seed(0)
+    shapes = [(3, 5, 64), (3, 5, 64), (V, 64), (V, 64), (V,), (V,)]
+    s, t, w, u, b, c = (torch.randn(shape, generator=make) for shape in shapes)
+    low = [x.to(torch.bfloat16) for x in (s, t, w / 8, u / 8)]
+    mask = torch.ones(3, 5)
+    found = []
+    for tensors in (low, [x.float() for x in low]):
+        half = autocast and tensors is low
+        hidden = [x.float() for x in tensors] if half else tensors
+        bias = b.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss, entropy, _ = ours.chunked_divergence_loss(
+                *(*hidden, mask, 0.5), student_lm_head_bias=bias, teacher_lm_head_bias=c
+            )
+        found.append((loss, entropy, torch.autograd.grad(loss, bias)[0]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "mine, other",
     [

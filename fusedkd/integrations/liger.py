@@ -48,6 +48,11 @@ from fusedkd.integrations.elementwise import (
     liger_tvd,
     pieces,
 )
+from fusedkd.integrations.linear_kl import (
+    LigerFusedLinearKLDivFunction,
+    LigerFusedLinearKLDivLoss,
+    liger_fused_linear_kl_div,
+)
 from fusedkd.spec import METRIC_COLUMNS, LossSpec
 
 __all__ = [
@@ -56,6 +61,8 @@ __all__ = [
     "LigerFusedLinearJSD",
     "LigerFusedLinearJSDFunction",
     "LigerFusedLinearJSDLoss",
+    "LigerFusedLinearKLDivFunction",
+    "LigerFusedLinearKLDivLoss",
     "LigerJSD",
     "LigerJSDFunction",
     "LigerKLDIVLoss",
@@ -65,6 +72,7 @@ __all__ = [
     "generalized_jsd",
     "liger_fused_linear_cosine",
     "liger_fused_linear_jsd",
+    "liger_fused_linear_kl_div",
     "liger_jsd",
     "liger_kl_div",
     "liger_tvd",
@@ -227,8 +235,10 @@ class _CosineRows(Rows):
             with torch.enable_grad():
                 s, t = (x[0, rows, columns].to(scale.dtype) for x in (student, teacher))
                 s, t = (torch.where(counts, x, 1.0).requires_grad_() for x in (s, t))
-                y = torch.zeros_like(scale).long() if labels is None else labels[rows]
-                ce = F.cross_entropy(s, y.where(counts[:, 0], 0), reduction="none")
+                ce = torch.zeros_like(scale)
+                if labels is not None and (metrics or spec.ce_weight):
+                    y = labels[rows].where(counts[:, 0], 0)
+                    ce = F.nll_loss(F.log_softmax(s, dim=-1), y, reduction="none")
                 terms = torch.stack([1 - F.cosine_similarity(s, t, dim=-1), ce], -1)
                 total = scale * (terms @ terms.new_tensor([spec.kd_scale, spec.ce_weight]))
                 everything = total.sum()

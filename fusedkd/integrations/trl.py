@@ -20,6 +20,7 @@ need no TRL; the trainers are made when they are first asked for.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,31 +116,37 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``trl.trainer.distillation_trainer._chunked_divergence_loss``.
+    """``trl.trainer.distillation_trainer._chunked_divergence_loss``. A weight that is a master copy
+    takes the hidden states' dtype; an fp32 bias is not rounded to theirs.
 
     Returns:
         The loss, the sum of the student's entropies (nats) and the number of tokens that count.
     """
     s, t = student_hidden_states, teacher_hidden_states.detach()
-    weight, bias = (_whole(x, s) for x in (student_lm_head_weight, student_lm_head_bias))
+    # An fp32 bias beside half-precision states is what autocast allows, and need not be rounded.
+    mixed = s.dtype == t.dtype and s.dtype in (torch.bfloat16, torch.float16)
+    weight = _whole(student_lm_head_weight, s.dtype)
+    bias = _whole(student_lm_head_bias, None if mixed else s.dtype)
     student = LMHead(s, weight, bias, student_logit_scale, student_final_logit_softcapping)
-    weight, bias = (_whole(x, t) for x in (teacher_lm_head_weight, teacher_lm_head_bias))
+    weight = _whole(teacher_lm_head_weight, t.dtype)
+    bias = _whole(teacher_lm_head_bias, None if mixed else t.dtype)
     teacher = LMHead(t, weight, bias, teacher_logit_scale, teacher_final_logit_softcapping)
-    loss, means = kd_loss_and_metrics(
-        *(student, teacher),
-        token_weights=completion_mask != 0,
-        divergence=generalized_jsd(beta),
-        temperature=temperature,
-        scale_by_t2=False,
-        normalizer=num_items_in_batch,
-    )
+    with torch.autocast(s.device.type, s.dtype) if mixed else nullcontext():
+        loss, means = kd_loss_and_metrics(
+            *(student, teacher),
+            token_weights=completion_mask != 0,
+            divergence=generalized_jsd(beta),
+            temperature=temperature,
+            scale_by_t2=False,
+            normalizer=num_items_in_batch,
+        )
     return loss, means.student_entropy * means.num_tokens, means.num_tokens
 
 
-def _whole(parameter: Tensor | None, hidden: Tensor) -> Any:
-    """A sharded parameter is gathered, once; a master copy takes the hidden states' dtype."""
+def _whole(parameter: Tensor | None, dtype: torch.dtype | None) -> Any:
+    """A sharded parameter is gathered, once, and takes the dtype if there is one."""
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return None if whole is None else whole.to(hidden.dtype)
+    return whole if whole is None or dtype is None else whole.to(dtype)
 
 
 def __getattr__(name: str) -> Any:

@@ -66,10 +66,8 @@ def plain_head(model: Any) -> PlainHead:
     linear = find() if find is not None else None
     if not isinstance(linear, nn.Linear):
         raise NoPlainHead(f"its output embedding is {type(linear).__name__}, not an nn.Linear")
-    if not linear.weight.is_floating_point() or set(dict(linear.named_parameters())) - {
-        "weight",
-        "bias",
-    }:
+    others = set(dict(linear.named_parameters())) - {"weight", "bias"}
+    if others or not _is_plain(linear.weight):
         raise NoPlainHead(f"its {type(linear).__name__} is quantised or adapted")
     try:
         hidden, product_, ramp, logits = _probe(model, linear)
@@ -92,6 +90,13 @@ def plain_head(model: Any) -> PlainHead:
         ):
             return PlainHead(linear, scale, softcap)
     raise NoPlainHead("it changes its logits in a way that its config does not name")
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether its memory holds the numbers, which kernels read. Quantised weights are integers, or
+    (torchao's) claim a floating-point type and answer each operation themselves."""
+    answers = type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return weight.is_floating_point() and (isinstance(weight, DTensor) or not answers)
 
 
 def _candidates(model: Any) -> Iterator[tuple[float, float | None]]:
