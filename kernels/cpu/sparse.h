@@ -14,7 +14,7 @@ using EntriesRun = double (*)(const double*, KlWeights, const double*, const dou
 
 FUSEDKD_INLINE Entry<VD> entry(VD lp, VD lq) {
   const VD nothing = splat<VD>(-kInfinity);
-  const VD gap = (lp == nothing) & (lq == nothing) ? VD{} : lp - lq;
+  const VD gap = ((lp == nothing) & (lq == nothing)) ? VD{} : lp - lq;
   return {lp, lq, gap, exp(lp), exp(lq), exp(-abs(gap))};
 }
 struct MixOfKls {
@@ -141,7 +141,7 @@ class SparseRow : OneRow<X> {
     for (int64_t k = 0; k < tiles_; ++k) {
       const int64_t n = end(k) - begin(k);
       Tile<X> t = this->tile(k, false);
-      F hi, fill;
+      F hi, fill = 0;
       extremes(t.student, t.n, minima(k), &hi);
       if (call_.metrics) {
         this->best(t.student, begin(k), end(k), hi, all, &top_student_);
