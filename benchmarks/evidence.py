@@ -78,6 +78,10 @@ class _Evidence:
     def run(self) -> None:
         for kind in ("causal", "masked"):
             self.teachers[kind] = self.teacher(kind)
+            if not self.learnt(kind):
+                self.console.print(
+                    f"[bold]The {kind} teacher has learnt next to nothing: no students."
+                )
         steps = self.results.get("steps") or self.affordable()
         self.note("steps", steps)
         self.note("facts", self.facts())
@@ -90,10 +94,19 @@ class _Evidence:
         content = json.dumps(self.results, indent=1) + "\n"
         write_atomically(self.folder / "results.json", content.encode())
 
+    def learnt(self, kind: str) -> bool:
+        """Whether the teacher knows more than how frequent tokens are."""
+        teacher = self.results[f"teacher/{kind}"]
+        return bool(teacher["ce"] < self.size.learnt * teacher["unigram"])
+
+    def students(self) -> dict[str, Student]:
+        """Those with a teacher."""
+        return {name: s for name, s in STUDENTS.items() if self.learnt(s.kind)}
+
     def jobs(self) -> Iterator[Job]:
         """Every seed of everything before the next: what is there when time runs out is whole."""
         for seed in range(self.size.seeds):
-            for name, student in STUDENTS.items():
+            for name, student in self.students().items():
                 for text in TEXTS:
                     for variant in ("init", "kd", "plain", "plain_time"):
                         yield Job(name, text, variant, seed)
@@ -114,7 +127,8 @@ class _Evidence:
         model = make_teacher(kind, self.size, self.text.tokenizer)
         watch = self.train(kind, model, None, None, "unlimited", steps, 0, evaluations=8)
         found = self.judge(kind, model, model)
-        self.note(f"teacher/{kind}", {**found, "steps": steps, "curve": watch.curve})
+        found |= {"steps": steps, "curve": watch.curve, "unigram": self.text.unigram(kind)}
+        self.note(f"teacher/{kind}", found)
         model.save_pretrained(path)
         return model.eval()
 
@@ -124,13 +138,13 @@ class _Evidence:
         """How many steps every student can have."""
         seconds = (WORK_SHARE - TEACHERS_SHARE) * self.seconds
         costs: dict[str, tuple[float, float]] = {}
-        for name, student in STUDENTS.items():
+        for name, student in self.students().items():
             costs[name] = self.probe(student, None), self.probe(student, student.loss)
         total = 0.0
         for job in self.jobs():
             plain, kd = costs[job.student]
             total += {"init": 0.0, "plain": plain}.get(job.variant, kd)
-        return max(2, int(seconds / total))
+        return max(2, int(seconds / total)) if total else 0
 
     def probe(self, student: Student, loss: Any) -> float:
         teacher = self.teachers[student.kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +38,12 @@ class Setting:
     heads: int = 4
     learning_rate: float = 2e-3
     seeds: int = 3
+    # A teacher whose cross-entropy is above this share of what token frequencies alone give has
+    # nothing to teach, and its students would show nothing.
+    learnt: float = 0.95
 
 
-SMOKE = Setting(60_000, 4_000, 8, 300, 16, 4, 32, 4, 4, seeds=1)
+SMOKE = Setting(60_000, 4_000, 8, 300, 16, 4, 32, 4, 4, seeds=1, learnt=math.inf)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ class Text:
         """Accuracy of always saying the most frequent token."""
         labels = np.asarray(self.held_out[kind]["labels"])
         return float((labels[labels != -100] == self.counts.argmax()).mean())
+
+    def unigram(self, kind: str) -> float:
+        """Cross-entropy of the training tokens' frequencies: what can be had without context."""
+        labels = np.asarray(self.held_out[kind]["labels"])
+        seen = self.counts + 1.0  # no token is impossible
+        return float(-np.log(seen / seen.sum())[labels[labels != -100]].mean())
 
 
 def make_text(size: Setting) -> Text:

@@ -141,7 +141,8 @@ def _how(results: Mapping[str, Any], size: Mapping[str, Any]) -> str:
         curves.append(
             f"The {kind} teacher: {teacher['parameters']:,} parameters, {teacher['steps']:,} "
             f"steps; its held-out cross-entropy fell by {fall:.3f} after the first "
-            f"evaluation{last}."
+            f"evaluation{last}, to {teacher['ce']:.3f}; token frequencies alone give "
+            f"{teacher['unigram']:.3f}. {_missing(results, kind)}"
         )
     return "\n".join(
         [
@@ -154,6 +155,13 @@ def _how(results: Mapping[str, Any], size: Mapping[str, Any]) -> str:
             ),
         ]
     )
+
+
+def _missing(results: Mapping[str, Any], kind: str) -> str:
+    names = [name for name, student in STUDENTS.items() if student.kind == kind]
+    if any(key.startswith(f"{name}/") for key in results for name in names):
+        return ""
+    return f"It has nothing to teach, so {', '.join(names)} were not trained."
 
 
 def _plot(path: Path, seeds: _Seeds) -> None:

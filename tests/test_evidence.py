@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fusedkd.benchmarks.evidence import _Evidence
+from fusedkd.benchmarks.evidence_plan import SMOKE, STUDENTS, make_text
+from fusedkd.benchmarks.evidence_report import write_report
 
 
 @pytest.mark.slow
@@ -23,3 +28,16 @@ def test_evidence_runs_goes_on_and_reports(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert report.count("| ALBERT-style |") == 2 and "equal time" in report
     assert (tmp_path / "evidence.png").stat().st_size
+
+
+def test_a_teacher_that_learnt_nothing_has_no_students(tmp_path: Path) -> None:
+    """Here nobody learns enough, and the report says so."""
+    size = replace(SMOKE, learnt=0.0)
+    evidence = _Evidence(size, make_text(size), tmp_path, seconds=1.0)
+    evidence.run()
+    write_report(tmp_path, evidence.results, size.__dict__)
+    assert not any(key.startswith(name) for key in evidence.results for name in STUDENTS)
+    teacher = evidence.results["teacher/causal"]
+    assert 3 < teacher["unigram"] < math.log(400)
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("nothing to teach") == 2 and "DistilBERT-style" in report
