@@ -573,6 +573,33 @@ def test_few_blocks_are_kept() -> None:
     assert [bool(mapping_at(address)) for address in addresses] == [False] * 2 + [True] * 4
 
 
+def test_what_is_kept_goes_before_an_error_comes() -> None:
+    """In a child whose address space ends 50 MB above four idle blocks of 200 MB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system has no /proc/self/status")
+    script = """
+import resource, torch
+from pathlib import Path
+from fusedkd.kernels import cpu
+
+def large(n):
+    return cpu.empty((n,), dtype=torch.float32, device=torch.device("cpu"))
+
+blocks = [large(50_000_000) for _ in range(4)]
+del blocks
+lines = Path("/proc/self/status").read_text().splitlines()
+used = 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmSize")))
+resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000,) * 2)
+large(150_000_000)
+try:
+    large(10**12)
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "cannot allocate memory: 4000000000000 bytes" in done.stdout, done.stderr
+
+
 def large(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return cpu.empty(shape, dtype=dtype, device=torch.device("cpu"))
 

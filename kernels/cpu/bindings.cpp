@@ -224,7 +224,7 @@ void scale_(Tensor data, Tensor factor) {
 // Uninitialised and contiguous, on the CPU; see Spare.
 Tensor spare(std::vector<int64_t> shape, ScalarType dtype, int64_t bytes) {
   const Spare::Block block = Spare::instance().take(bytes);
-  STD_TORCH_CHECK(block.data != nullptr, "fusedkd_cpu: out of memory: ", bytes, " bytes were asked for");
+  STD_TORCH_CHECK(block.data != nullptr, "fusedkd_cpu: cannot allocate memory: ", bytes, " bytes were asked for");
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   return torch::stable::from_blob(block.data, shape, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),

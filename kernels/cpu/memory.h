@@ -38,7 +38,9 @@ class Spare {
     }
     if (best == kept_.size()) {
       drop_oldest();  // sizes have changed: what is kept goes as what is used comes
-      return {map(bytes), bytes};
+      void* data = map(bytes);
+      for (; data == nullptr && !kept_.empty(); data = map(bytes)) drop_oldest();
+      return {data, bytes};
     }
     const Block block = kept_[best];
     kept_.erase(kept_.begin() + best);
