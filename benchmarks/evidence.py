@@ -96,8 +96,8 @@ class _Evidence:
 
     def learnt(self, kind: str) -> bool:
         """Whether the teacher knows more than how frequent tokens are."""
-        teacher = self.results[f"teacher/{kind}"]
-        return bool(teacher["ce"] < self.size.learnt * teacher["unigram"])
+        ce = self.results[f"teacher/{kind}"]["ce"]
+        return bool(ce < self.size.learnt * self.text.unigram(kind))
 
     def students(self) -> dict[str, Student]:
         """Those with a teacher."""
@@ -127,8 +127,7 @@ class _Evidence:
         model = make_teacher(kind, self.size, self.text.tokenizer)
         watch = self.train(kind, model, None, None, "unlimited", steps, 0, evaluations=8)
         found = self.judge(kind, model, model)
-        found |= {"steps": steps, "curve": watch.curve, "unigram": self.text.unigram(kind)}
-        self.note(f"teacher/{kind}", found)
+        self.note(f"teacher/{kind}", {**found, "steps": steps, "curve": watch.curve})
         model.save_pretrained(path)
         return model.eval()
 
@@ -251,6 +250,7 @@ class _Evidence:
         return {
             "bytes_per_token": self.text.bytes_per_token,
             "chance": {kind: self.text.chance(kind) for kind in self.text.held_out},
+            "unigram": {kind: self.text.unigram(kind) for kind in self.text.held_out},
             "tokens": {name: len(d) * self.size.block for name, d in self.text.train.items()},
         }
 

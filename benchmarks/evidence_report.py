@@ -142,7 +142,7 @@ def _how(results: Mapping[str, Any], size: Mapping[str, Any]) -> str:
             f"The {kind} teacher: {teacher['parameters']:,} parameters, {teacher['steps']:,} "
             f"steps; its held-out cross-entropy fell by {fall:.3f} after the first "
             f"evaluation{last}, to {teacher['ce']:.3f}; token frequencies alone give "
-            f"{teacher['unigram']:.3f}. {_missing(results, kind)}"
+            f"{results['facts']['unigram'][kind]:.3f}. {_missing(results, kind)}"
         )
     return "\n".join(
         [

@@ -99,13 +99,18 @@ def _field(path: Path, name: str) -> int:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
+def free_to_take() -> int:
+    """Resident, but freed: what the system may take back without asking (LazyFree)."""
+    return _field(Path("/proc/self/smaps_rollup"), "LazyFree")
+
+
 def reset_peak() -> int:
     """Forget the high-water mark; returns what is resident now, without what was freed for the
     system to take (kernels/cpu/memory.h keeps blocks that way): used again, it counts again."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("VmRSS") - _field(Path("/proc/self/smaps_rollup"), "LazyFree")
+    return status_bytes("VmRSS") - free_to_take()
 
 
 def limit_address_space() -> int:

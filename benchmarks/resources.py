@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusedkd.kernels.triton import config, launches, pointwise, programs, sparse, sparse_ops
+from fusedkd.kernels.triton import config, launches, programs, sparse, sparse_ops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -375,8 +375,9 @@ def problems(report: Report) -> list[str]:
 
 
 def _sweeps(job: Job) -> int:
-    """Of a program that does a whole row."""
-    return 2 if job.tail == "bucket" or (job.tail and job.divergence in pointwise.CLOSED) else 3
+    """Of a program that does a whole row: what would be launches if the row were split."""
+    split = replace(job.launch, pieces=2)
+    return len(_stages(job.dtype, job.divergence, job.flags, split, job.tail))
 
 
 def _line(report: Report) -> str:

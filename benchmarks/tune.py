@@ -70,12 +70,12 @@ def flaws(entry: Entry, call: tuple[int, int], names: Sequence[str], target: str
 
 
 def time_of(
-    index: int, entry: Entry, call: tuple[int, int], names: Sequence[str], timer: Timer
+    index: int, entry: Entry, step: Callable[[str], None], names: Sequence[str], timer: Timer
 ) -> float:
-    """Milliseconds of loss and gradient with ``entry`` as line ``index``: the geometric mean over
-    the divergences."""
+    """Milliseconds of a step (see step_of) with ``entry`` as line ``index``: the geometric mean
+    over the divergences."""
     table = (*launches.TABLE[:index], entry, *launches.TABLE[index + 1 :])
-    step, logs = step_of(*call), []
+    logs = []
     with mock.patch.object(launches, "TABLE", table):
         for name in names:
             step(name)
@@ -122,10 +122,11 @@ def search(
     """The best line for the place of line ``index``, and how many times faster than it."""
     entry = launches.TABLE[index]
     call, times = call_for(entry), {}
+    step = step_of(*call)
     candidates = list(neighbours(entry))
     for candidate in track(candidates, f"line {index}: {call[0]:,} x {call[1]:,}", console=console):
         if candidate == entry or not flaws(candidate, call, names, target):
-            times[candidate] = time_of(index, candidate, call, names, timer)
+            times[candidate] = time_of(index, candidate, step, names, timer)
     best = min(times, key=lambda each: times[each])
     gain = times[entry] / times[best]
     return (best, gain) if gain > 1 + GAIN else (entry, 1.0)

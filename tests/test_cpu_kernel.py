@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from fusedkd.benchmarks.memory import free_to_take
 from fusedkd.kernels import cpu, reference
 from torch import Tensor
 from torch.nn import functional as F
@@ -579,7 +580,7 @@ def test_what_is_kept_goes_before_an_error_comes() -> None:
         pytest.skip("this system has no /proc/self/status")
     script = """
 import resource, torch
-from pathlib import Path
+from fusedkd.benchmarks.memory import status_bytes
 from fusedkd.kernels import cpu
 
 def large(n):
@@ -587,9 +588,7 @@ def large(n):
 
 blocks = [large(50_000_000) for _ in range(4)]
 del blocks
-lines = Path("/proc/self/status").read_text().splitlines()
-used = 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmSize")))
-resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (status_bytes("VmSize") + 50_000_000,) * 2)
 large(150_000_000)
 try:
     large(10**12)
@@ -602,12 +601,6 @@ except RuntimeError as error:
 
 def large(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return cpu.empty(shape, dtype=dtype, device=torch.device("cpu"))
-
-
-def free_to_take() -> int:
-    """Bytes of this process that the system may take back without asking."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("LazyFree:")))
 
 
 def mapping_at(address: int) -> dict[str, str]:

@@ -37,7 +37,6 @@ def test_a_teacher_that_learnt_nothing_has_no_students(tmp_path: Path) -> None:
     evidence.run()
     write_report(tmp_path, evidence.results, size.__dict__)
     assert not any(key.startswith(name) for key in evidence.results for name in STUDENTS)
-    teacher = evidence.results["teacher/causal"]
-    assert 3 < teacher["unigram"] < math.log(400)
+    assert 3 < evidence.results["facts"]["unigram"]["causal"] < math.log(400)
     report = (tmp_path / "report.md").read_text()
     assert report.count("nothing to teach") == 2 and "DistilBERT-style" in report

@@ -66,7 +66,7 @@ def timer(step):
 
 seen = []
 entry = replace(launches.TABLE[0], warps=2)
-took = tune.time_of(0, entry, (3, 50), ["forward_kl", "jsd"], timer)
+took = tune.time_of(0, entry, tune.step_of(3, 50), ["forward_kl", "jsd"], timer)
 assert abs(took - 4.0) < 1e-9 and [launch.warps for launch in seen] == [2, 2], (took, seen)
 assert launches.TABLE[0].warps != 2
 """
