@@ -85,9 +85,11 @@ class _Evidence:
         steps = self.results.get("steps") or self.affordable()
         self.note("steps", steps)
         self.note("facts", self.facts())
-        for job in self.jobs():
+        jobs = list(self.jobs())
+        for number, job in enumerate(jobs, 1):
             if job.key not in self.results:
-                self.note(job.key, self.student(job, steps))
+                self.note(job.key, self.student(job, steps[job.student]))
+                self.console.print(f"{number} of {len(jobs)}: {job.key}")
 
     def note(self, key: str, value: Any) -> None:
         self.results[key] = value
@@ -133,17 +135,17 @@ class _Evidence:
 
     # ---- students ----
 
-    def affordable(self) -> int:
-        """How many steps every student can have."""
+    def affordable(self) -> dict[str, int]:
+        """How many steps every student can have: the time goes by the number of its trainings."""
         seconds = (WORK_SHARE - TEACHERS_SHARE) * self.seconds
-        costs: dict[str, tuple[float, float]] = {}
+        jobs = [job for job in self.jobs() if job.variant != "init"]
+        steps = {}
         for name, student in self.students().items():
-            costs[name] = self.probe(student, None), self.probe(student, student.loss)
-        total = 0.0
-        for job in self.jobs():
-            plain, kd = costs[job.student]
-            total += {"init": 0.0, "plain": plain}.get(job.variant, kd)
-        return max(2, int(seconds / total)) if total else 0
+            plain, kd = self.probe(student, None), self.probe(student, student.loss)
+            mine = [job for job in jobs if job.student == name]
+            cost = sum(plain if job.variant == "plain" else kd for job in mine)
+            steps[name] = max(2, int(seconds * len(mine) / len(jobs) / cost))
+        return steps
 
     def probe(self, student: Student, loss: Any) -> float:
         teacher = self.teachers[student.kind]
@@ -163,7 +165,10 @@ class _Evidence:
             steps = max(steps, round(steps * kd["seconds"] / plain["seconds"]))
         seconds = 0.0
         if job.variant != "init":
-            watch = self.train(student.kind, model, teacher, loss, job.text, steps, job.seed)
+            watch = self.train(
+                student.kind, model, teacher, loss, job.text, steps, job.seed,
+                smoothing=student.smoothing,
+            )  # fmt: skip
             seconds = watch.seconds
         found = self.judge(student.kind, model, teacher)
         return {**found, "steps": steps if seconds else 0, "seconds": seconds}
@@ -172,20 +177,18 @@ class _Evidence:
 
     def train(
         self, kind: str, model: Any, teacher: Any, loss: Any, text: str, steps: int, seed: int,
-        evaluations: int = 0,
+        evaluations: int = 0, smoothing: float = 0.0,
     ) -> Watch:  # fmt: skip
         """With a loss: distilled from ``teacher``; without: what its own forward calls loss."""
         watch = Watch(f"{kind}, {text}", self.console)
-        common: dict[str, Any] = self.common(steps, seed) | {
+        common: dict[str, Any] = self.common(kind, steps, seed) | {
             "eval_strategy": "steps" if evaluations else "no",
             "eval_steps": max(1, steps // max(evaluations, 1)),
         }
         data = {
-            "train_dataset": self.text.train[text].remove_columns("labels")
-            if kind == "masked"
-            else self.text.train[text],
+            "train_dataset": self.text.train[kind][text],
             "eval_dataset": self.text.held_out[kind],
-            "data_collator": _Collator(self.text.masked() if kind == "masked" else None),
+            "data_collator": _Collator(self.text.masking(smoothing)),
             "callbacks": [watch],
         }
         if loss is None:
@@ -198,12 +201,12 @@ class _Evidence:
         trainer.train()
         return watch
 
-    def common(self, steps: int, seed: int) -> dict[str, Any]:
+    def common(self, kind: str, steps: int, seed: int) -> dict[str, Any]:
         return {
             "output_dir": str(self.folder / "work"),
             "max_steps": steps,
-            "per_device_train_batch_size": self.size.batch,
-            "per_device_eval_batch_size": 4 * self.size.batch,
+            "per_device_train_batch_size": self.size.batch_of(kind),
+            "per_device_eval_batch_size": 4 * self.size.batch_of(kind),
             "learning_rate": self.size.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
@@ -220,7 +223,7 @@ class _Evidence:
         """Held-out cross-entropy, agreement and accuracies; size and speed."""
         copy = type(teacher)(teacher.config)  # a teacher may judge itself: nothing is shared
         copy.load_state_dict(teacher.state_dict())
-        args = DistillationArguments(**self.common(1, 0))
+        args = DistillationArguments(**self.common(kind, 1, 0))
         judge = DistillationTrainer(
             model, copy, args, eval_dataset=self.text.held_out[kind],
             data_collator=default_data_collator,
@@ -232,12 +235,12 @@ class _Evidence:
             "agreement": found["eval_top1_agreement"],
             "accuracy": found["eval_student_accuracy"],
             "parameters": own_parameters(model),
-            "inference_ms": self.inference_ms(model),
+            "inference_ms": self.inference_ms(model, self.size.block_of(kind)),
         }
 
-    def inference_ms(self, model: Any) -> float:
+    def inference_ms(self, model: Any, block: int) -> float:
         """Of one block at batch 1: the median of 20 forwards after 3."""
-        ids, times = torch.zeros(1, self.size.block, dtype=torch.long), []
+        ids, times = torch.zeros(1, block, dtype=torch.long), []
         model.eval()
         with torch.inference_mode():
             for _ in range(23):
@@ -251,19 +254,21 @@ class _Evidence:
             "bytes_per_token": self.text.bytes_per_token,
             "chance": {kind: self.text.chance(kind) for kind in self.text.held_out},
             "unigram": {kind: self.text.unigram(kind) for kind in self.text.held_out},
-            "tokens": {name: len(d) * self.size.block for name, d in self.text.train.items()},
+            "tokens": {
+                name: len(blocks) * self.size.block
+                for name, blocks in self.text.train["causal"].items()
+            },
         }
 
 
 class _Collator:
-    """Masks what has no labels yet; held-out rows were masked once and for all."""
+    """Masks what has no labels; causal rows have theirs, held-out ones were masked once."""
 
-    def __init__(self, masked: Any) -> None:
-        self.masked = masked
+    def __init__(self, masking: Any) -> None:
+        self.masking = masking
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        fresh = self.masked is not None and "labels" not in rows[0]
-        return self.masked(rows) if fresh else default_data_collator(rows)
+        return default_data_collator(rows) if "labels" in rows[0] else self.masking(rows)
 
 
 if __name__ == "__main__":

@@ -28,37 +28,47 @@ class Setting:
     """Sizes. The defaults fit an hour of two cores."""
 
     teacher_bytes: int = 6_000_000
-    limited_tokens: int = 150_000
+    limited_tokens: int = 60_000
     held_out_blocks: int = 200
     vocabulary: int = 2000
     block: int = 64
-    batch: int = 16
+    # A BERT of this size learns from neighbours within minutes in short blocks; in blocks of 64 it
+    # stays with token frequencies for thousands of steps. (BERT's own training began short too.)
+    masked_block: int = 16
+    batch: int = 16  # blocks of ``block`` tokens; masked batches hold as many tokens
     width: int = 128
-    layers: int = 6
+    layers: int = 4
     heads: int = 4
     learning_rate: float = 2e-3
     seeds: int = 3
+
     # A teacher whose cross-entropy is above this share of what token frequencies alone give has
     # nothing to teach, and its students would show nothing.
     learnt: float = 0.95
 
+    def block_of(self, kind: str) -> int:
+        return self.masked_block if kind == "masked" else self.block
 
-SMOKE = Setting(60_000, 4_000, 8, 300, 16, 4, 32, 4, 4, seeds=1, learnt=math.inf)
+    def batch_of(self, kind: str) -> int:
+        return self.batch * self.block // self.block_of(kind)
+
+
+SMOKE = Setting(60_000, 4_000, 8, 300, 16, 8, 4, 32, seeds=1, learnt=math.inf)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Blocks by name, "unlimited" and "limited" to train on; ``held_out`` by kind of model, with
-    masks drawn once."""
+    """Blocks by kind of model: to train on, "unlimited" and "limited"; and held out, with masks
+    drawn once, uniformly, as the teacher's are."""
 
-    train: dict[str, Dataset]
+    train: dict[str, dict[str, Dataset]]
     held_out: dict[str, Dataset]
     tokenizer: Any
     counts: np.ndarray
     bytes_per_token: float
 
-    def masked(self) -> FrequencyMasking:
-        return FrequencyMasking(self.tokenizer, self.counts)
+    def masking(self, smoothing: float) -> FrequencyMasking:
+        return FrequencyMasking(self.tokenizer, self.counts, smoothing=smoothing)
 
     def chance(self, kind: str) -> float:
         """Accuracy of always saying the most frequent token."""
@@ -82,18 +92,27 @@ def make_text(size: Setting) -> Text:
         block=size.block,
     )
     text.tokenizer.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
+    sets = {"unlimited": text.teacher, "limited": text.transfer, "held out": text.held_out}
+    short = {name: _cut(blocks, size.masked_block) for name, blocks in sets.items()}
     counts = count_tokens(text.teacher.with_format("numpy"), len(text.tokenizer))
-    set_seed(0)
-    uniform = FrequencyMasking(text.tokenizer, counts, smoothing=0.0)
-    batch = uniform([{"input_ids": ids} for ids in text.held_out["input_ids"]])
-    masked = Dataset.from_dict({name: value.tolist() for name, value in batch.items()})
-    return Text(
-        {"unlimited": text.teacher, "limited": text.transfer},
-        {"causal": text.held_out, "masked": masked},
+    held_out = short.pop("held out")
+    made = Text(
+        {"causal": sets, "masked": short},
+        {"causal": sets.pop("held out")},
         text.tokenizer,
         counts,
         text.bytes_per_token,
     )
+    set_seed(0)
+    batch = made.masking(smoothing=0.0)(list(held_out))
+    made.held_out["masked"] = Dataset.from_dict({k: v.tolist() for k, v in batch.items()})
+    return made
+
+
+def _cut(blocks: Dataset, length: int) -> Dataset:
+    """Shorter blocks, without labels."""
+    ids = np.asarray(blocks.with_format("numpy")["input_ids"][:])
+    return Dataset.from_dict({"input_ids": ids.reshape(-1, length)})
 
 
 def make_teacher(kind: str, size: Setting, tokenizer: Any) -> Any:
@@ -121,7 +140,7 @@ def make_teacher(kind: str, size: Setting, tokenizer: Any) -> Any:
             num_hidden_layers=size.layers,
             num_attention_heads=size.heads,
             intermediate_size=4 * size.width,
-            max_position_embeddings=size.block,
+            max_position_embeddings=size.masked_block,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             pad_token_id=tokenizer.pad_token_id,
@@ -135,13 +154,14 @@ def make_teacher(kind: str, size: Setting, tokenizer: Any) -> Any:
 @dataclass(frozen=True)
 class Student:
     """How one starts and what it minimises; ``without`` are its loss less one of its parts, and
-    ``papers`` what the paper lost by that."""
+    ``papers`` what the paper lost by that; ``smoothing`` that of its recipe's masks."""
 
     kind: str
     plan: Callable[[Setting], StudentPlan]
     loss: dict[str, Any]
     without: dict[str, dict[str, Any]] = field(default_factory=dict)
     papers: dict[str, str] = field(default_factory=dict)
+    smoothing: float = 0.0
 
     def build(self, teacher: Any, size: Setting, seed: int, random: bool = False) -> Any:
         """The student before training; ``random``: of the same shape, with nothing copied."""
@@ -184,6 +204,7 @@ def _students() -> dict[str, Student]:
             {n: _less(triple, n) for n in distil if n != "initialisation"}
             | {"initialisation": triple},
             {n: f"{loss} of 77.0" for n, loss in distil.items()},
+            smoothing=0.7,
         ),
         "TinyBERT-style": Student(
             "masked",

@@ -21,8 +21,8 @@ VARIANTS = {
     "kd": "KD",
 }
 HEADINGS = (
-    "student", "teacher CE", *(f"CE: {label}" for label in VARIANTS.values()), "gap closed",
-    "bits/byte, KD", "agreement", "parameters", "inference, ms", "accuracy kept", "above chance",
+    "student", "steps", "teacher CE", *(f"CE: {label}" for label in VARIANTS.values()),
+    "gap closed", "bits/byte, KD", "agreement", "parameters", "inference, ms", "accuracy kept", "above chance",
 )  # fmt: skip
 ABLATION = ("student, limited text", "without", "CE lost", "the paper lost, GLUE points")
 PAPERS = """\
@@ -65,8 +65,8 @@ def write_report(folder: Path, results: Mapping[str, Any], size: Mapping[str, An
     seeds = _Seeds(results)
     parts = ["# Does it help?", "", PAPERS, ""]
     for text in ("unlimited", "limited"):
-        tokens, steps = results["facts"]["tokens"][text], results["steps"]
-        parts += [f"## {text.capitalize()} text: {tokens:,} tokens, {steps} steps", ""]
+        tokens = results["facts"]["tokens"][text]
+        parts += [f"## {text.capitalize()} text: {tokens:,} tokens", ""]
         rows = [_row(seeds, name, text) for name in STUDENTS]
         parts += [_table(HEADINGS, [row for row in rows if row]), ""]
     parts += ["## What each part is worth", "", _table(ABLATION, _ablations(seeds)), ""]
@@ -93,6 +93,7 @@ def _row(seeds: _Seeds, name: str, text: str) -> list[str] | None:
     speed = statistics.median(seeds.values(name, text, "kd", "inference_ms"))
     return [
         name,
+        str(seeds.results["steps"][name]),
         f"{teacher['ce']:.3f}",
         *(_spread(values) for values in ce.values()),
         "passed it" if passed else _spread(gaps, ".0%"),
