@@ -22,7 +22,8 @@ VARIANTS = {
 }
 HEADINGS = (
     "student", "steps", "teacher CE", *(f"CE: {label}" for label in VARIANTS.values()),
-    "gap closed", "bits/byte, KD", "agreement", "parameters", "inference, ms", "accuracy kept", "above chance",
+    "gap closed", "bits/byte, KD", "agreement", "parameters", "inference, ms", "accuracy kept",
+    "above chance",
 )  # fmt: skip
 ABLATION = ("student, limited text", "without", "CE lost", "the paper lost, GLUE points")
 PAPERS = """\
