@@ -165,10 +165,7 @@ class _Evidence:
             steps = max(steps, round(steps * kd["seconds"] / plain["seconds"]))
         seconds = 0.0
         if job.variant != "init":
-            watch = self.train(
-                student.kind, model, teacher, loss, job.text, steps, job.seed,
-                smoothing=student.smoothing,
-            )  # fmt: skip
+            watch = self.train(student.kind, model, teacher, loss, job.text, steps, job.seed)
             seconds = watch.seconds
         found = self.judge(student.kind, model, teacher)
         return {**found, "steps": steps if seconds else 0, "seconds": seconds}
@@ -177,7 +174,7 @@ class _Evidence:
 
     def train(
         self, kind: str, model: Any, teacher: Any, loss: Any, text: str, steps: int, seed: int,
-        evaluations: int = 0, smoothing: float = 0.0,
+        evaluations: int = 0,
     ) -> Watch:  # fmt: skip
         """With a loss: distilled from ``teacher``; without: what its own forward calls loss."""
         watch = Watch(f"{kind}, {text}", self.console)
@@ -188,7 +185,7 @@ class _Evidence:
         data = {
             "train_dataset": self.text.train[kind][text],
             "eval_dataset": self.text.held_out[kind],
-            "data_collator": _Collator(self.text.masking(smoothing)),
+            "data_collator": _Collator(self.text.masking()),
             "callbacks": [watch],
         }
         if loss is None:

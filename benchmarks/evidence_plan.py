@@ -59,7 +59,7 @@ SMOKE = Setting(60_000, 4_000, 8, 300, 16, 8, 4, 32, seeds=1, learnt=math.inf)
 @dataclass(frozen=True)
 class Text:
     """Blocks by kind of model: to train on, "unlimited" and "limited"; and held out, with masks
-    drawn once, uniformly, as the teacher's are."""
+    drawn once."""
 
     train: dict[str, dict[str, Dataset]]
     held_out: dict[str, Dataset]
@@ -67,8 +67,10 @@ class Text:
     counts: np.ndarray
     bytes_per_token: float
 
-    def masking(self, smoothing: float) -> FrequencyMasking:
-        return FrequencyMasking(self.tokenizer, self.counts, smoothing=smoothing)
+    def masking(self) -> FrequencyMasking:
+        """Uniform also for DistilBERT, whose release draws rare tokens more often: what a student
+        learns of frequencies would be held against it where it is judged."""
+        return FrequencyMasking(self.tokenizer, self.counts, smoothing=0.0)
 
     def chance(self, kind: str) -> float:
         """Accuracy of always saying the most frequent token."""
@@ -104,7 +106,7 @@ def make_text(size: Setting) -> Text:
         text.bytes_per_token,
     )
     set_seed(0)
-    batch = made.masking(smoothing=0.0)(list(held_out))
+    batch = made.masking()(list(held_out))
     made.held_out["masked"] = Dataset.from_dict({k: v.tolist() for k, v in batch.items()})
     return made
 
@@ -154,14 +156,13 @@ def make_teacher(kind: str, size: Setting, tokenizer: Any) -> Any:
 @dataclass(frozen=True)
 class Student:
     """How one starts and what it minimises; ``without`` are its loss less one of its parts, and
-    ``papers`` what the paper lost by that; ``smoothing`` that of its recipe's masks."""
+    ``papers`` what the paper lost by that."""
 
     kind: str
     plan: Callable[[Setting], StudentPlan]
     loss: dict[str, Any]
     without: dict[str, dict[str, Any]] = field(default_factory=dict)
     papers: dict[str, str] = field(default_factory=dict)
-    smoothing: float = 0.0
 
     def build(self, teacher: Any, size: Setting, seed: int, random: bool = False) -> Any:
         """The student before training; ``random``: of the same shape, with nothing copied."""
@@ -204,7 +205,6 @@ def _students() -> dict[str, Student]:
             {n: _less(triple, n) for n in distil if n != "initialisation"}
             | {"initialisation": triple},
             {n: f"{loss} of 77.0" for n, loss in distil.items()},
-            smoothing=0.7,
         ),
         "TinyBERT-style": Student(
             "masked",
