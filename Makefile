@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow wheel-test bench evidence gpu clean
+.PHONY: help setup demo test lint test-slow test-zero wheel-test bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
 	@echo "make demo        distil a small decoder on real text into outputs/demo/ (about 6 minutes)"
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
 	@echo "make test-slow   the tests that take longer"
+	@echo "make test-zero   models that DeepSpeed's ZeRO-3 shards, after installing DeepSpeed"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
 	@echo "make evidence    students of the recipes with their controls, over seeds (60 minutes)"
 	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
@@ -41,6 +42,13 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Beside the environment and not in it: transformers and accelerate import DeepSpeed where they
+# find it, in every other test too.
+test-zero: setup
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
+		--target build/deepspeed deepspeed hjson msgpack py-cpuinfo einops
+	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/test_zero.py
 
 # The peers first; torch, triton and transformers stay as pinned.
 bench: setup

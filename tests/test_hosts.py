@@ -26,7 +26,7 @@ tiny: Any = processes.load("test_trainer")
 def losses_agree(student: Any, teacher: nn.Module, out: Path, heads: bool) -> None:
     """The trainer's loss and gradients are those of the models' logits."""
     trainer = tiny.trainer(student, teacher, out, kd_weight=1.0, ce_weight=0.0)
-    assert (trainer._student_head is not None) == heads
+    assert (trainer._student_head.found is not None) == heads
     data = tiny.batch(tiny.rows())
     loss = trainer.compute_loss(trainer.model, dict(data))
     loss.backward()

@@ -114,7 +114,7 @@ def test_accumulation_changes_no_term(kind: str, dense: bool, tmp_path: Path) ->
             kd_weight=0.7, ce_weight=0.3,
         )  # fmt: skip
         if dense:
-            tested._student_head = tested._teacher_side.head = None
+            tested._student_head.found = tested._teacher_side.head = None
         tested.train()
         log = tested.state.log_history[0]
         results.append(({k: log[k] for k in log if k not in ("epoch", "step")}, spy.seen[0]))

@@ -149,7 +149,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) 
 def test_loss_and_gradient_are_those_of_the_logits(kind: str, tmp_path: Path) -> None:
     student, teacher = build(kind, 1).eval(), build(kind, 2).eval()
     tested = trainer(student, teacher, tmp_path)
-    assert tested._student_head is not None and tested._teacher_side.head is not None
+    assert tested._student_head.found is not None and tested._teacher_side.head is not None
     data = batch(rows())
     loss = tested.compute_loss(student, dict(data))
     loss.backward()
@@ -319,7 +319,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(
         )
         _without_dropout(student)
         if dense:
-            tested._student_head = tested._teacher_side.head = None
+            tested._student_head.found = tested._teacher_side.head = None
         tested.train()
         results.append((tested.state.log_history[0]["loss"], seen[0]))
     for loss, grads in results[1:]:
@@ -514,7 +514,7 @@ def test_options_train_close_to_plain_fp32(option: dict[str, bool], tmp_path: Pa
     losses = []
     for student, more in zip(students, ({}, option), strict=True):
         tested = trainer(student, build("llama", 2), tmp_path, max_steps=3, **more)
-        assert tested._student_head is not None
+        assert tested._student_head.found is not None
         tested.train()
         losses.append([e["loss"] for e in tested.state.log_history if "loss" in e])
     assert losses[0] == pytest.approx(losses[1], rel=3e-2)

@@ -108,8 +108,11 @@ def steps(rank: int) -> Any:
     }
 
 
-def distil(student: nn.Module, teacher: nn.Module, head: Any, there: Any, share: slice) -> Any:
-    """Loss and gradients for a share of the rows, divided by what one process's share is."""
+def distil(
+    student: nn.Module, teacher: nn.Module, head: Any, there: Any, share: slice, engine: Any = None
+) -> Any:
+    """Loss and gradients for a share of the rows, divided by what one process's share is.
+    ``engine``: DeepSpeed's, around the student."""
     rows = collate(data(COUNTS["uneven"]))
     mine = {name: x[share] for name, x in rows.items()}
     labels = nn.functional.pad(mine.pop("labels"), (0, 1), value=-100)[..., 1:]
@@ -122,8 +125,8 @@ def distil(student: nn.Module, teacher: nn.Module, head: Any, there: Any, share:
     def compute(here: Any) -> Any:
         return kd_loss(here, answer, labels, divergence="jsd", normalizer=total), None
 
-    loss = loss_in_forward(student, student, head, mine, compute)[0]
-    loss.backward()
+    loss = loss_in_forward(engine or student, student, head, mine, compute)[0]
+    (engine.backward if engine else Tensor.backward)(loss)
     return loss.detach(), {name: x.grad for name, x in student.named_parameters()}
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd import LMHead, kd_loss
-from fusedkd.train.heads import PlainHead, loss_in_forward, next_labels
-from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
+from fusedkd.train.heads import loss_in_forward, next_labels
+from fusedkd.train.models import StudentHead, frozen, is_causal, true_vocabulary
 from fusedkd.train.teachers import LiveTeacher
 
 __all__ = ["DistillationMixin"]
@@ -42,7 +42,7 @@ class DistillationMixin:
     get_tp_size: Any
 
     _teacher_side: LiveTeacher | None = None
-    _student_head: PlainHead | None
+    _student_head: StudentHead
     _loss_keywords: dict[str, Any]
 
     def distil_from(self, teacher: nn.Module, **keywords: Any) -> None:
@@ -65,7 +65,7 @@ class DistillationMixin:
         self._causal = is_causal(student)
         # the Trainer is to count a step's tokens, aligned as they are here
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, self._causal
-        self._student_head = plain_head_or_none(student, "student")
+        self._student_head = StudentHead(student)
         self._teacher_side = LiveTeacher(teacher, self.accelerator.autocast)
 
     def compute_loss(
@@ -90,8 +90,8 @@ class DistillationMixin:
                 loss = kd_loss(student, teacher, labels, **self._loss_keywords, normalizer=divisor)
             return loss, None
 
-        head = None if return_outputs else self._student_head
         inner = self.accelerator.unwrap_model(model)
+        head = None if return_outputs else self._student_head.of(inner)
         loss, _, outputs = loss_in_forward(model, inner, head, inputs, compute)
         return (loss, outputs) if return_outputs else loss
 

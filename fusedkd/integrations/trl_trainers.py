@@ -14,8 +14,8 @@ from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
 from fusedkd import LMHead, kd_loss
 from fusedkd.integrations.elementwise import generalized_jsd
 from fusedkd.integrations.trl import chunked_divergence_loss, generalized_jsd_loss
-from fusedkd.train.heads import PlainHead, loss_in_forward, next_labels
-from fusedkd.train.models import plain_head_or_none
+from fusedkd.train.heads import loss_in_forward, next_labels
+from fusedkd.train.models import StudentHead
 from fusedkd.train.teachers import LiveTeacher
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer"]
@@ -39,7 +39,7 @@ class _FromHeads:
         # The step's tokens are to be counted where the loss counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         unwrap = self.accelerator.unwrap_model
-        self._student_head: PlainHead | None = plain_head_or_none(unwrap(self.model), "student")
+        self._student_head = StudentHead(unwrap(self.model))
         self._teacher_side = LiveTeacher(unwrap(self.teacher_model), self.accelerator.autocast)
 
     def compute_loss(
@@ -66,8 +66,8 @@ class _FromHeads:
                     normalizer=divisor,
                 ), None
 
-        head = None if return_outputs else self._student_head
         inner = self.accelerator.unwrap_model(model)
+        head = None if return_outputs else self._student_head.of(inner)
         loss, _, outputs = loss_in_forward(model, inner, head, forward, compute)
         return (loss, outputs) if return_outputs else loss
 

@@ -23,7 +23,15 @@ from transformers import PreTrainedModel
 
 from fusedkd import LMHead
 
-__all__ = ["NoPlainHead", "PlainHead", "loss_in_forward", "next_labels", "plain_head", "tap"]
+__all__ = [
+    "NoPlainHead",
+    "PlainHead",
+    "is_partitioned",
+    "loss_in_forward",
+    "next_labels",
+    "plain_head",
+    "tap",
+]
 
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies: the proof decides
@@ -48,11 +56,25 @@ class PlainHead:
         A sharded weight is gathered here, once. Within a forward that FSDP or ZeRO wraps it is
         whole already.
         """
-        weight, bias = (
-            x.full_tensor() if isinstance(x, DTensor) else x
-            for x in (self.linear.weight, self.linear.bias)
-        )
-        return LMHead(hidden, weight, bias, self.logit_scale, self.softcap)
+        return LMHead(hidden, *_whole(self.linear), self.logit_scale, self.softcap)
+
+
+def _whole(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, gathered if they are sharded: DTensors, or what ZeRO-3 has left of them."""
+    parameters = [x for x in (linear.weight, linear.bias) if x is not None]
+    if any(is_partitioned(x) for x in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters):
+            found = [x.detach().clone() for x in parameters]
+    else:
+        found = [x.full_tensor() if isinstance(x, DTensor) else x for x in parameters]
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has the parameter in parts on several processes now."""
+    return parameter.numel() != getattr(parameter, "ds_numel", parameter.numel())
 
 
 def plain_head(model: Any) -> PlainHead:
@@ -77,9 +99,7 @@ def plain_head(model: Any) -> PlainHead:
         raise NoPlainHead(
             f"a trial forward pass failed ({type(error).__name__}: {error})"
         ) from error
-    if not torch.allclose(
-        F.linear(hidden, linear.weight, linear.bias), product_, rtol=1e-2, atol=1e-3
-    ):
+    if not torch.allclose(F.linear(hidden, *_whole(linear)), product_, rtol=1e-2, atol=1e-3):
         raise NoPlainHead("its output embedding does more than multiply by its weight")
     for scale, softcap in _candidates(model):
         expected = ramp * scale
@@ -203,6 +223,7 @@ def loss_in_forward(
     if head is None:
         outputs = model(**inputs)
         return *compute(outputs.logits), outputs
+    _register_with_zero(inner, head.linear)
     results: list[tuple[Tensor, Any]] = []
 
     def receive(hidden: Tensor) -> None:
@@ -219,3 +240,13 @@ def loss_in_forward(
     finally:
         handle.remove()
     return outputs["loss"], results[0][1], outputs
+
+
+def _register_with_zero(model: nn.Module, linear: nn.Linear) -> None:
+    """DeepSpeed's ZeRO-3 has a module's weights whole while its forward and backward run. The
+    loss leaves by ``model``, not by its ``linear``, so it is there that they have to be."""
+    for parameter in linear.parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(model, parameter)

@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from fusedkd.train.heads import NoPlainHead, PlainHead, plain_head
+from fusedkd.train.heads import NoPlainHead, PlainHead, is_partitioned, plain_head
 
 __all__ = [
+    "StudentHead",
     "frozen",
     "is_causal",
     "is_classifier",
@@ -52,6 +53,13 @@ def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.M
             "the teacher separately, or copy.deepcopy it."
         )
     teacher.eval().requires_grad_(False)
+    if any(map(is_partitioned, teacher.parameters())):  # by from_pretrained, under ZeRO-3
+        import deepspeed
+
+        # only for its hooks, which gather each layer as it runs
+        stage = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+        deepspeed.initialize(model=teacher, config=stage)
+        return teacher
     placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
     return teacher if placed else teacher.to(device)
 
@@ -66,6 +74,21 @@ def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
             "%s %s: dense logits are used, because %s.", role, type(model).__name__, reason
         )
         return None
+
+
+class StudentHead:
+    """The student's plain head, if it has one: looked for at once, or in the first step where
+    ZeRO-3 has the model in parts, which cannot run before DeepSpeed has wrapped it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._waits = any(map(is_partitioned, model.parameters()))
+        self.found = None if self._waits else plain_head_or_none(model, "student")
+
+    def of(self, model: nn.Module) -> PlainHead | None:
+        """The head of ``model``, the one that this was made for."""
+        if self._waits:
+            self.found, self._waits = plain_head_or_none(model, "student"), False
+        return self.found
 
 
 _PADDING = 512  # tables are padded to multiples of 64-512; more is another vocabulary

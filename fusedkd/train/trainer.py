@@ -16,9 +16,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.heads import PlainHead, loss_in_forward, next_labels
+from fusedkd.train.heads import loss_in_forward, next_labels
 from fusedkd.train.meter import Measured, Meter
-from fusedkd.train.models import frozen, is_causal, plain_head_or_none, true_vocabulary
+from fusedkd.train.models import StudentHead, frozen, is_causal, true_vocabulary
 from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
@@ -72,7 +72,7 @@ class DistillationTrainer(Trainer):
 
     args: DistillationArguments
     model: Any  # a PreTrainedModel, or what wraps one
-    _student_head: PlainHead | None
+    _student_head: StudentHead | None
 
     def __init__(
         self,
@@ -186,8 +186,8 @@ class DistillationTrainer(Trainer):
         targets = Targets(labels, tokens, num_items, num_tokens, model.training, done)
         with self.terms.watch(self.teacher) as theirs:
             teacher = self._teacher_side(inputs)
-        head = None if dense else self._student_head
         inner = self.accelerator.unwrap_model(model)
+        head = None if dense or self._student_head is None else self._student_head.of(inner)
         weights = self._objective.numbers(done)
         with self.terms.in_forward(inner, theirs, tokens, num_tokens, weights) as extra:
             loss, metrics, outputs = loss_in_forward(
@@ -223,7 +223,7 @@ class DistillationTrainer(Trainer):
             inputs["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(labels)
         return next_labels(labels) if self._loss_shifts_labels else labels
 
-    def _head_of_student(self, model: nn.Module) -> PlainHead | None:
+    def _head_of_student(self, model: nn.Module) -> StudentHead | None:
         if self.args.torch_compile:
             # dynamo does not guard on hooks, so a compiled forward would keep the first step's
             if self.terms:
@@ -232,7 +232,7 @@ class DistillationTrainer(Trainer):
                 "student: dense logits are used, because torch_compile traces past hooks."
             )
             return None
-        return plain_head_or_none(model, "student")
+        return StudentHead(model)
 
     # ---- checkpoints ----
 

@@ -1,0 +1,31 @@
+"""DeepSpeed's ZeRO-3, in real processes over gloo. `make test-zero` installs DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make test-zero`")
+
+
+@pytest.mark.parametrize("teacher_too", [False, True])
+def test_gradients_of_a_model_in_parts(teacher_too: bool, tmp_path: Path) -> None:
+    """Heads, tokens on two processes: loss and gradients of one."""
+    ranks = processes.run("workers_zero.py", "gradients", 2, tmp_path, teacher_too)
+    for got, want in ranks:
+        assert all(gradient is not None for gradient in want[1].values())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_trainer_on_models_that_were_loaded_in_parts(tmp_path: Path) -> None:
+    tiny, folder = processes.load("test_trl"), tmp_path / "models"
+    for seed, name in enumerate(("student", "teacher"), 1):
+        tiny.build(seed).save_pretrained(folder / name)
+    want = processes.run("workers_zero.py", "losses", 1, tmp_path / "one", str(folder), False)[0]
+    assert len(want) == 3 and want[2] < want[0]
+    for got in processes.run("workers_zero.py", "losses", 2, tmp_path / "two", str(folder), True):
+        assert got == pytest.approx(want, rel=1e-5)
