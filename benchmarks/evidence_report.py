@@ -54,8 +54,10 @@ class _Seeds:
         self.results = results
 
     def values(self, student: str, text: str, variant: str, name: str) -> list[float]:
+        """By seed, whatever the order in which they came."""
         start = f"{student}/{text}/{variant}/"
-        return [run[name] for key, run in self.results.items() if key.startswith(start)]
+        keys = [key for key in self.results if key.startswith(start)]
+        return [self.results[key][name] for key in sorted(keys, key=lambda x: int(x[len(start) :]))]
 
     def paired(
         self,
