@@ -7,6 +7,7 @@ import tempfile
 from typing import Any
 
 import processes
+import pytest
 import test_trl as tiny
 import torch
 import transformers as tf
@@ -40,11 +41,13 @@ def gradients(rank: int, teacher_too: bool) -> Any:
     student.zero_grad()
     wrapped = engine(student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
     if teacher_too:
-        engine(teacher)
+        engine(teacher.requires_grad_(False))
     share = trainers.ROWS // torch.distributed.get_world_size()
     rows = slice(rank * share, rank * share + share)
     loss, _ = trainers.distil(student, teacher, head, there, rows, wrapped)
     torch.distributed.all_reduce(loss)
+    with pytest.raises(RuntimeError, match="in parts"):
+        head.of(torch.zeros(1, 16))  # outside of the forward
     found = {name: safe_get_full_grad(x) for name, x in student.named_parameters()}
     return (loss / torch.distributed.get_world_size(), found), want
 

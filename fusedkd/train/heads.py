@@ -55,7 +55,12 @@ class PlainHead:
 
         A sharded weight is gathered here, once. Within a forward that FSDP or ZeRO wraps it is
         whole already.
+
+        Raises:
+            RuntimeError: ZeRO-3 has a trained weight in parts, so that no gradient would reach it.
         """
+        if torch.is_grad_enabled() and self.linear.weight.requires_grad:
+            _check_whole(self.linear.weight)
         return LMHead(hidden, *_whole(self.linear), self.logit_scale, self.softcap)
 
 
@@ -70,6 +75,14 @@ def _whole(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     else:
         found = [x.full_tensor() if isinstance(x, DTensor) else x for x in parameters]
     return found[0], found[1] if len(found) > 1 else None
+
+
+def _check_whole(weight: Tensor) -> None:
+    if is_partitioned(weight):
+        raise RuntimeError(
+            "ZeRO-3 has the head's weight in parts, outside of its model's forward: expected the "
+            "loss to be computed within it, as fusedkd.train.heads.loss_in_forward does."
+        )
 
 
 def is_partitioned(parameter: Tensor) -> bool:

@@ -57,8 +57,14 @@ def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.M
         import deepspeed
 
         # only for its hooks, which gather each layer as it runs
-        stage = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
-        deepspeed.initialize(model=teacher, config=stage)
+        dtype = next(teacher.parameters()).dtype
+        config = {
+            "zero_optimization": {"stage": 3},
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        }
+        deepspeed.initialize(model=teacher, config=config)
         return teacher
     placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
     return teacher if placed else teacher.to(device)
