@@ -1,9 +1,9 @@
-"""The loss once more, written from design.md section 3 alone: eager torch at any precision.
+"""The loss once more, written from the formulas alone: eager torch at any precision.
 
 Nothing of fusedkd's mathematics is used. ``answer(..., dtype=torch.float64)`` is the truth, the
 same call at float32 is "the same formula in eager PyTorch at fp32", whose error is the budget.
-``table`` gives value and gradient of each divergence elementwise, as the table of section 3 does,
-with the conventions for p = 0 and q = 0; it judges the rows that hold -inf, where autograd
+``table`` gives value and gradient of each divergence elementwise, with the
+conventions for p = 0 and q = 0; it judges the rows that hold -inf, where autograd
 through the plain formulas yields NaN.
 """
 

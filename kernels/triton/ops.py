@@ -161,7 +161,7 @@ def _scale_plan(dtype: torch.dtype) -> config.Tiling:
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """See :mod:`fusedkd.kernels`. Half-precision heads have fp32 logits: rounding them first costs
-    the JSD's gradient 4 to 23 % (peers.md)."""
+    the JSD's gradient 4 to 23 %."""
     return (torch.float32 if dtype in HALF else dtype), dtype
 
 
