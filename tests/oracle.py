@@ -215,7 +215,7 @@ def answer(
     dtype: torch.dtype = torch.float64,
     **_ignored: Any,  # inplace, chunk_bytes, backend: how, not what
 ) -> Answer:
-    """The contract of section 2, on the inputs as they are (quantised), computed at ``dtype``."""
+    """What kd_loss promises, on the inputs as they are (quantised), computed at ``dtype``."""
     if isinstance(divergence, str):
         divergence = divergences.make(divergence)
     leaves = {k: x.detach().to(dtype).requires_grad_() for k, x in tensors(student).items()}

@@ -1,6 +1,6 @@
 """Hundreds of random calls against the oracle: loss, metrics and every gradient, on each backend.
 
-The budget is section 5's of the design: the error of the same formula in eager PyTorch at fp32,
+The budget is the error of the same formula in eager PyTorch at fp32,
 plus rounding to the output's dtype.
 """
 
