@@ -28,14 +28,16 @@ ZERO = {
 def engine(model: nn.Module, **keywords: Any) -> Any:
     import deepspeed
 
-    return deepspeed.initialize(model=model, config=ZERO, **keywords)[0]
+    half = next(model.parameters()).dtype == torch.bfloat16
+    config = {**ZERO, "bf16": {"enabled": half}}
+    return deepspeed.initialize(model=model, config=config, **keywords)[0]
 
 
-def gradients(rank: int, teacher_too: bool) -> Any:
+def gradients(rank: int, teacher_too: bool, dtype: torch.dtype) -> Any:
     """Loss and gradients of a step with each process's share of the rows, and of one device."""
     from deepspeed.utils import safe_get_full_grad
 
-    student, teacher = tiny.build(1), tiny.build(2)
+    student, teacher = tiny.build(1).to(dtype), tiny.build(2).to(dtype)
     head, there = plain_head(student), plain_head(teacher)
     want = trainers.distil(student, teacher, head, there, slice(None))
     student.zero_grad()
@@ -48,7 +50,7 @@ def gradients(rank: int, teacher_too: bool) -> Any:
     torch.distributed.all_reduce(loss)
     with pytest.raises(RuntimeError, match="in parts"):
         head.of(torch.zeros(1, 16))  # outside of the forward
-    found = {name: safe_get_full_grad(x) for name, x in student.named_parameters()}
+    found = {name: safe_get_full_grad(x).to(dtype) for name, x in student.named_parameters()}
     return (loss / torch.distributed.get_world_size(), found), want
 
 
