@@ -147,6 +147,12 @@ def test_chunked_divergence(
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+def test_chunked_divergence_refuses_a_quantised_head() -> None:
+    s, w, mask = torch.ones(1, 2, 8), torch.ones(V, 8), torch.ones(1, 2)
+    with pytest.raises(TypeError, match="quantised"):
+        ours.chunked_divergence_loss(s, s, w, w.to(torch.int8), mask, 0.5)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_chunked_divergence_keeps_a_bias_in_fp32(autocast: bool) -> None:
     make = torch.Generator().manual_seed(0)

@@ -121,6 +121,9 @@ def chunked_divergence_loss(
 
     Returns:
         The loss, the sum of the student's entropies (nats) and the number of tokens that count.
+
+    Raises:
+        TypeError: a weight is quantised.
     """
     s, t = student_hidden_states, teacher_hidden_states.detach()
     # An fp32 bias beside half-precision states is what autocast allows, and need not be rounded.
@@ -145,6 +148,12 @@ def chunked_divergence_loss(
 
 def _whole(parameter: Tensor | None, dtype: torch.dtype | None) -> Any:
     """A sharded parameter is gathered, once, and takes the dtype if there is one."""
+    if parameter is not None and not parameter.is_floating_point():
+        raise TypeError(
+            f"an lm_head's parameter is {parameter.dtype}, so it is quantised and its numbers mean "
+            "nothing by themselves: expected a floating-point one. Leave the lm_head out of the "
+            "quantisation (llm_int8_skip_modules in bitsandbytes), as is the default."
+        )
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole if whole is None or dtype is None else whole.to(dtype)
 
