@@ -168,6 +168,8 @@ class _Evidence:
             watch = self.train(student.kind, model, teacher, loss, job.text, steps, job.seed)
             seconds = watch.seconds
         found = self.judge(student.kind, model, teacher)
+        if job.variant == "init":  # training changes no speed
+            found |= self.speed(self.size.block_of(student.kind), model=model, teacher=teacher)
         return {**found, "steps": steps if seconds else 0, "seconds": seconds}
 
     # ---- both ----
@@ -217,7 +219,7 @@ class _Evidence:
         }
 
     def judge(self, kind: str, model: Any, teacher: Any) -> dict[str, Any]:
-        """Held-out cross-entropy, agreement and accuracies; size and speed."""
+        """Held-out cross-entropy, agreement and accuracies; size."""
         copy = type(teacher)(teacher.config)  # a teacher may judge itself: nothing is shared
         copy.load_state_dict(teacher.state_dict())
         args = DistillationArguments(**self.common(kind, 1, 0))
@@ -227,19 +229,15 @@ class _Evidence:
         )  # fmt: skip
         judge.remove_callback(PrinterCallback)
         found = judge.evaluate()
-        took = self.inference(self.size.block_of(kind), model=model, teacher=copy)
         return {
             "ce": found["eval_loss"],
             "agreement": found["eval_top1_agreement"],
             "accuracy": found["eval_student_accuracy"],
             "parameters": own_parameters(model),
-            "inference_ms": took["model"],
-            "speedup": took["teacher"] / took["model"],
         }
 
-    def inference(self, block: int, **models: Any) -> dict[str, float]:
-        """Milliseconds of one block at batch 1, of each in turn: the medians of 40 forwards after
-        3."""
+    def speed(self, block: int, **models: Any) -> dict[str, float]:
+        """Of one block at batch 1, both models in turn: medians of 40 forwards after 3."""
         ids, times = torch.zeros(1, block, dtype=torch.long), {name: [] for name in models}
         with torch.inference_mode():
             for _ in range(43):
@@ -247,7 +245,8 @@ class _Evidence:
                     began = time.perf_counter()
                     model.eval()(ids)
                     times[name].append(1e3 * (time.perf_counter() - began))
-        return {name: statistics.median(seen[3:]) for name, seen in times.items()}
+        ms = {name: statistics.median(seen[3:]) for name, seen in times.items()}
+        return {"inference_ms": ms["model"], "speedup": ms["teacher"] / ms["model"]}
 
     def facts(self) -> dict[str, Any]:
         return {

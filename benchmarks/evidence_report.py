@@ -28,23 +28,23 @@ HEADINGS = (
 ABLATION = ("student, limited text", "without", "CE lost", "the paper lost, GLUE points")
 # parameters and speed on a CPU at batch 1, beside the teacher; what was kept of its quality
 PAPERS = {
-    "GPT-style": ("DistilGPT2", "66 %", "not given", "perplexity 21.1 after 16.3"),
-    "DistilBERT-style": ("DistilBERT", "61 %", "1.63x", "96.9 % of GLUE (77.0 of 79.5)"),
-    "TinyBERT-style": ("TinyBERT4", "13 %", "9.4x", "96.8 % of GLUE (77.0 of 79.5)"),
-    "ALBERT-style": ("ALBERT-base, not distilled", "11 %", "not given", "98.2 % (80.1 of 81.6)"),
+    "GPT-style": ("DistilGPT2", "66%", "not given", "perplexity 21.1 after 16.3"),
+    "DistilBERT-style": ("DistilBERT", "61%", "1.63x", "96.9% of GLUE (77.0 of 79.5)"),
+    "TinyBERT-style": ("TinyBERT4", "13%", "9.4x", "96.8% of GLUE (77.0 of 79.5)"),
+    "ALBERT-style": ("ALBERT-base, not distilled", "11%", "not given", "98.2% (80.1 of 81.6)"),
 }
 BESIDE = (
     "student", "parameters: paper", "here", "speed: paper", "here", "kept: paper",
-    "here: accuracy", "less chance", "gap closed", "with little text",
+    "here: accuracy", "above chance", "gap closed", "with little text",
 )  # fmt: skip
 READING = """\
 What this can show: whether each recipe works end to end, and which way its parts push, beside the
 controls that papers often leave out. What it cannot: how much you will gain. Models of a million
 parameters on some megabytes of source code, cross-entropy in the place of GLUE, a few hundred
 steps. "Gap closed" is (CE without - CE with) / (CE without - CE teacher), at equal steps; it has no
-meaning where the student without distillation has passed the teacher. "Less chance" and "above
-chance" are (accuracy - chance) / (teacher's accuracy - chance), chance being the most frequent
-token. Masks are drawn uniformly, also for DistilBERT, whose release prefers rare tokens."""
+meaning where the student without distillation has passed the teacher. "Above chance" is
+(accuracy - chance) / (teacher's accuracy - chance), chance being the most frequent token. Masks
+are drawn uniformly, also for DistilBERT, whose release prefers rare tokens."""
 
 
 class _Seeds:
@@ -78,8 +78,8 @@ def write_report(folder: Path, results: Mapping[str, Any], size: Mapping[str, An
     for text in ("unlimited", "limited"):
         tokens = results["facts"]["tokens"][text]
         parts += [f"## {text.capitalize()} text: {tokens:,} tokens", ""]
-        rows = [_row(seeds, name, text) for name in STUDENTS]
-        parts += [_table(HEADINGS, [row for row in rows if row]), ""]
+        cells = [found for name in STUDENTS if (found := _cells(seeds, name, text))]
+        parts += [_table(HEADINGS, [[found[h] for h in HEADINGS] for found in cells]), ""]
     parts += ["## What each part is worth", "", _table(ABLATION, _ablations(seeds)), ""]
     parts += ["![cross-entropy of every seed](evidence.png)", "", "## How", "", _how(results, size)]
     write_atomically(folder / "report.md", ("\n".join(parts) + "\n").encode())
@@ -87,24 +87,20 @@ def write_report(folder: Path, results: Mapping[str, Any], size: Mapping[str, An
 
 
 def _beside(seeds: _Seeds, name: str) -> list[str] | None:
-    rows = [_row(seeds, name, text) for text in ("unlimited", "limited")]
-    if rows[0] is None or rows[1] is None:
+    unlimited, limited = (_cells(seeds, name, text) for text in ("unlimited", "limited"))
+    if unlimited is None or limited is None:
         return None
-    unlimited, limited = (dict(zip(HEADINGS, row, strict=True)) for row in rows if row)
     paper, size, speed, kept = PAPERS[name]
-    inside = [
-        unlimited[column].partition("(")[2].rstrip(")")
-        for column in ("parameters", "inference, ms")
-    ]
     return [
         f"{name} ({paper})",
-        *(size, inside[0].replace("%", " %"), speed, inside[1]),
+        *(size, unlimited["share"], speed, unlimited["speedup"]),
         *(kept, unlimited["accuracy kept"], unlimited["above chance"]),
         *(unlimited["gap closed"], limited["gap closed"]),
     ]
 
 
-def _row(seeds: _Seeds, name: str, text: str) -> list[str] | None:
+def _cells(seeds: _Seeds, name: str, text: str) -> dict[str, str] | None:
+    """What the tables say of one student, by heading; None: it was not trained."""
     kind = STUDENTS[name].kind
     teacher, facts = seeds.results[f"teacher/{kind}"], seeds.results["facts"]
     ce = {v: seeds.values(name, text, v, "ce") for v in VARIANTS}
@@ -119,24 +115,26 @@ def _row(seeds: _Seeds, name: str, text: str) -> list[str] | None:
     accuracy = statistics.mean(seeds.values(name, text, "kd", "accuracy"))
     chance = facts["chance"][kind]
     size = seeds.values(name, text, "kd", "parameters")[0]
-    # of what was not trained: nothing else differs, and a run that is cut short has it
     ms, speedup = (
         statistics.median(seeds.values(name, text, "init", what))
         for what in ("inference_ms", "speedup")
     )
-    return [
-        name,
-        str(seeds.results["steps"][name]),
-        f"{teacher['ce']:.3f}",
-        *(_spread(values) for values in ce.values()),
-        "passed it" if passed else _spread(gaps, ".0%"),
-        _spread(bits) if bits else "masked",
-        _spread(seeds.values(name, text, "kd", "agreement"), ".1%"),
-        f"{size:,} ({size / teacher['parameters']:.0%})",
-        f"{ms:.1f} ({speedup:.2f}x)",
-        _share(accuracy, teacher["accuracy"]),
-        _share(accuracy - chance, teacher["accuracy"] - chance),
-    ]
+    share, faster = f"{size / teacher['parameters']:.0%}", f"{speedup:.2f}x"
+    return {
+        "student": name,
+        "steps": str(seeds.results["steps"][name]),
+        "teacher CE": f"{teacher['ce']:.3f}",
+        **{f"CE: {label}": _spread(ce[variant]) for variant, label in VARIANTS.items()},
+        "gap closed": "passed it" if passed else _spread(gaps, ".0%"),
+        "bits/byte, KD": _spread(bits) if bits else "masked",
+        "agreement": _spread(seeds.values(name, text, "kd", "agreement"), ".1%"),
+        "parameters": f"{size:,} ({share})",
+        "share": share,
+        "inference, ms": f"{ms:.1f} ({faster})",
+        "speedup": faster,
+        "accuracy kept": _share(accuracy, teacher["accuracy"]),
+        "above chance": _share(accuracy - chance, teacher["accuracy"] - chance),
+    }
 
 
 def _ablations(seeds: _Seeds) -> list[list[str]]:

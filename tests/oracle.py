@@ -2,9 +2,8 @@
 
 Nothing of fusedkd's mathematics is used. ``answer(..., dtype=torch.float64)`` is the truth, the
 same call at float32 is "the same formula in eager PyTorch at fp32", whose error is the budget.
-``table`` gives value and gradient of each divergence elementwise, with the
-conventions for p = 0 and q = 0; it judges the rows that hold -inf, where autograd
-through the plain formulas yields NaN.
+``table`` gives value and gradient of each divergence elementwise, with the conventions for p = 0
+and q = 0; it judges the rows that hold -inf, where autograd through the plain formulas yields NaN.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hundreds of random calls against the oracle: loss, metrics and every gradient, on each backend.
 
-The budget is the error of the same formula in eager PyTorch at fp32,
-plus rounding to the output's dtype.
+The budget is the error of the same formula in eager PyTorch at fp32, plus rounding to the output's
+dtype.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ to any logits. A model that fails the proof keeps its dense logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -59,30 +59,33 @@ class PlainHead:
         Raises:
             RuntimeError: ZeRO-3 has a trained weight in parts, so that no gradient would reach it.
         """
-        if torch.is_grad_enabled() and self.linear.weight.requires_grad:
-            _check_whole(self.linear.weight)
-        return LMHead(hidden, *_whole(self.linear), self.logit_scale, self.softcap)
+        weight, bias = map(_whole, (self.linear.weight, self.linear.bias))
+        return LMHead(hidden, weight, bias, self.logit_scale, self.softcap)
 
 
-def _whole(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, gathered if they are sharded: DTensors, or what ZeRO-3 has left of them."""
-    parameters = [x for x in (linear.weight, linear.bias) if x is not None]
-    if any(is_partitioned(x) for x in parameters):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters):
-            found = [x.detach().clone() for x in parameters]
-    else:
-        found = [x.full_tensor() if isinstance(x, DTensor) else x for x in parameters]
-    return found[0], found[1] if len(found) > 1 else None
-
-
-def _check_whole(weight: Tensor) -> None:
-    if is_partitioned(weight):
+def _whole(parameter: Tensor | None) -> Any:
+    """The parameter, gathered if it is sharded: a DTensor, or what ZeRO-3 has left of it."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if parameter is None or not is_partitioned(parameter):
+        return parameter
+    if torch.is_grad_enabled() and parameter.requires_grad:
         raise RuntimeError(
             "ZeRO-3 has the head's weight in parts, outside of its model's forward: expected the "
             "loss to be computed within it, as fusedkd.train.heads.loss_in_forward does."
         )
+    with _gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def _gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """While open, what ZeRO-3 has in parts is whole."""
+    parts = [x for x in parameters if is_partitioned(x)]
+    if not parts:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parts)  # type: ignore[no-any-return]
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -112,7 +115,9 @@ def plain_head(model: Any) -> PlainHead:
         raise NoPlainHead(
             f"a trial forward pass failed ({type(error).__name__}: {error})"
         ) from error
-    if not torch.allclose(F.linear(hidden, *_whole(linear)), product_, rtol=1e-2, atol=1e-3):
+    with _gathered(linear.parameters()):
+        multiplied = F.linear(hidden, linear.weight, linear.bias)
+    if not torch.allclose(multiplied, product_, rtol=1e-2, atol=1e-3):
         raise NoPlainHead("its output embedding does more than multiply by its weight")
     for scale, softcap in _candidates(model):
         expected = ramp * scale
