@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow test-zero wheel-test bench evidence gpu clean
+.PHONY: help setup demo test lint test-slow test-zero test-avx512 wheel-test bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
@@ -13,6 +13,7 @@ help:
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make test-zero   models that DeepSpeed's ZeRO-3 shards, after installing DeepSpeed"
+	@echo "make test-avx512 the AVX-512 code on a machine that has no AVX-512 (10 minutes)"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
 	@echo "make evidence    students of the recipes with their controls, over seeds (60 minutes)"
 	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
@@ -49,6 +50,14 @@ test-zero: setup
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
 		--target build/deepspeed deepspeed hjson msgpack py-cpuinfo einops
 	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/test_zero.py
+
+# SIMDe (Debian: libsimde-dev) spells the AVX-512 intrinsics out in AVX2.
+test-avx512: setup
+	FUSEDKD_EMULATE_AVX512=1 $(BIN)/python setup.py -q build --build-base build/avx512 \
+		--build-lib build/avx512/lib --build-temp build/avx512/temp
+	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/avx512/lib FUSEDKD_CPU_ISA=avx512 FUSEDKD_TEST_BACKEND=cpu \
+		$(BIN)/pytest -n 2 tests/test_cpu_kernel.py tests/test_kd_loss.py tests/test_sparse.py \
+		tests/test_contract.py
 
 # The peers first; torch, triton and transformers stay as pinned.
 bench: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import sys
 from typing import Any
 
@@ -15,6 +16,10 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-f
 # The oldest torch whose stable ABI the extension keeps to; a binary built against a newer one still
 # loads there.
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")
+
+# `make test-avx512` runs the AVX-512 code on machines that have no such instructions.
+if os.environ.get("FUSEDKD_EMULATE_AVX512"):
+    FLAGS += ["-DFUSEDKD_EMULATE_AVX512", "-mavx2", "-mfma"]
 
 
 def extension() -> dict[str, Any]:

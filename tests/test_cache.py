@@ -143,10 +143,15 @@ def test_draws_are_unbiased_and_depend_on_the_sequence_alone(temperature: float)
     error = np.sqrt(truth * (1 - truth) / (400 * 200))
     assert (np.abs(mean / 400 - truth) < 5 * error + 1e-6).all()
     np.testing.assert_allclose(np.exp(first.log_probs).sum(1), 1, atol=1e-5)
-    assert not np.array_equal(first.ids, second.ids)
+    drawn = np.zeros((400, 67))
+    token, place = (first.ids >= 0).nonzero()
+    drawn[token, first.ids[token, place]] = 200 * np.exp(first.log_probs[token, place])
+    assert (np.abs(drawn - 200 * truth) < 1 + 1e-3).all()  # each token's own counts are rounded
+    assert not np.array_equal(first.log_probs, second.log_probs)
     alone = next(iter(summarize(logits[1:], layout, KEYS[1:2])))
     again = layout.decode(layout.encode(alone), 400, temperature)
     assert np.array_equal(again.ids, second.ids)
+    assert np.array_equal(again.log_probs, second.log_probs)
 
 
 def test_nothing_known_of_a_token() -> None:
@@ -273,9 +278,19 @@ def test_verify_and_info(cache: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["cache", "verify", str(cache)]) == 0
     assert "every byte as it was written" in capsys.readouterr().out
     assert main(["cache", "info", str(cache)]) == 0
-    assert "top 40" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "top 40" in said and "not kept" in said
     assert main(["cache", "verify", str(cache / "none")]) == 2
     assert "no teacher cache" in capsys.readouterr().err
+
+
+def test_what_is_not_kept_is_told(disk: Path, cache: Path, sampled: Path) -> None:
+    read, data = TeacherCache(cache), blocks(disk)["input_ids"]
+    for temperature, told in zip(read.manifest.temperatures, read.tail_masses(), strict=True):
+        # held-out sequences are in the cache too, and not here
+        heads = [np.exp(read.get(ids, temperature).log_probs).sum(1) for ids in data]
+        assert told == pytest.approx(1 - np.concatenate(heads).mean(), rel=0.2) and 0 < told < 1
+    assert TeacherCache(sampled).tail_masses() == ()
 
 
 def test_what_is_read_is_what_the_teacher_said(disk: Path, cache: Path) -> None:

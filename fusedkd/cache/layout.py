@@ -32,7 +32,8 @@ least significant. Otherwise each code is a byte.
 
 ``entropy`` is round(H / log V * 65534) with 65535 for unknown.
 
-Policy ``sample``: n = k ids drawn from the distribution at the one declared temperature.
+Policy ``sample``: n = k ids drawn from the distribution at the one declared temperature; how is not
+part of the format (summary.py).
 
 =========== ==========================================================================
 ``counts``  packed, bits_for(n): how many different ids were drawn
@@ -224,9 +225,17 @@ class Layout:
             codes = _from_stairs(raw["codes"], tokens, self.k)
         else:
             codes = _spread(raw["codes"], there, 0)
-        odds = _values(raw["odds"], ODDS_FROM, ODDS_SPAN, np.inf)
-        odds = odds.reshape(tokens, len(self.temperatures))[:, slot]
+        odds = self._odds(raw["odds"])[:, slot]
         return Target(ids, _log_probs(codes, there, raw["ranges"], odds, temperature), entropy)
+
+    def tails(self, columns: Mapping[str, Any]) -> Array:
+        """(L, number of temperatures): the mass that a sequence's tokens have outside their
+        entries. Of policy ``top``."""
+        return 1 / (1 + np.exp(self._odds(np.frombuffer(columns["odds"], np.uint8))))
+
+    def _odds(self, raw: Array) -> Array:
+        odds = _values(raw, ODDS_FROM, ODDS_SPAN, np.inf)
+        return odds.reshape(-1, len(self.temperatures))
 
 
 def _codes(log_probs: Array, there: Array) -> tuple[Array, Array]:

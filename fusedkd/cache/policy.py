@@ -19,8 +19,8 @@ class Policy:
 
     Args:
         kind: ``"top"`` keeps the most probable entries and the mass of all others; ``"sample"``
-            keeps ``k`` ids drawn from the distribution with replacement (Anshumann et al. 2025,
-            arXiv 2503.16870).
+            keeps ``k`` ids drawn from the distribution (Anshumann et al. 2025, arXiv 2503.16870),
+            systematically: an id of probability p is there k p times, rounded up or down at random.
         k: the most entries that a token keeps, or the number of draws; 1 to 4096.
         top_p: keep no more of the ``k`` than reach this probability together, in (0, 1]; None
             keeps all of them. At T = 1, whatever the temperatures.

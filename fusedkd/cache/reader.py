@@ -77,15 +77,24 @@ class TeacherCache:
                 f"a sequence of {len(ids)} tokens that begins with {list(map(int, ids[:8]))} is "
                 f"not in the cache {self.folder}. {SAME_DATA}"
             )
-        number, row = divmod(place, self.manifest.per_shard)
-        shard = self._shards.get(number) or self._open(number)
-        columns = {name: shard[name][row].as_buffer() for name in self.layout.columns}
-        return self.layout.decode(columns, len(ids), temperature)
+        return self.layout.decode(self._columns(place), len(ids), temperature)
 
-    def _open(self, number: int) -> pa.RecordBatch:
-        shard = open_checked(self.folder, self.manifest.shards[number])
-        self._shards[number] = shard
-        return shard
+    def _columns(self, place: int) -> dict[str, pa.Buffer]:
+        number, row = divmod(place, self.manifest.per_shard)
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = open_checked(self.folder, self.manifest.shards[number])
+            self._shards[number] = shard
+        return {name: shard[name][row].as_buffer() for name in self.layout.columns}
+
+    def tail_masses(self, most: int = 1000) -> tuple[float, ...]:
+        """What the teacher gives to all that is outside a token's entries: its mean at each of the
+        declared temperatures, over ``most`` sequences spread over the cache. Nothing for draws."""
+        if self.sampled:
+            return ()
+        places = range(0, len(self._keys), -(-len(self._keys) // most))
+        found = np.concatenate([self.layout.tails(self._columns(place)) for place in places])
+        return tuple(map(float, found.mean(0)))
 
     # ---- what can be known before training ----
 

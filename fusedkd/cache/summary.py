@@ -162,7 +162,7 @@ def _draw(logits: Tensor, uniform: Tensor, layout: Layout) -> tuple[Tensor, ...]
     total = exps.sum(1)
     entropy = total.log() - _dot(exps, gaps) / total
     weights = exps if layout.temperatures[0] == 1.0 else (gaps / layout.temperatures[0]).exp_()
-    ids = _inverse_cdf(weights, uniform).sort(1).values
+    ids = _inverse_cdf(weights, uniform)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
     counts = (ids[:, :, None] == ids[:, None]).sum(2)
@@ -185,11 +185,15 @@ def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _uniform(draws: int, keys: Sequence[bytes], length: int) -> Tensor:
-    """(B * L, draws) numbers in [0, 1), the same for a sequence wherever it appears."""
+    """(B * L, draws) numbers in [0, 1), ascending; the same for a sequence wherever it appears.
+
+    Systematic sampling: one number in each of ``draws`` equal parts, at the same place in all of
+    them. Each is uniform by itself, so means are as unbiased as those of independent draws, and an
+    id is drawn ``draws * p`` times, rounded up or down.
+    """
+    parts = np.arange(draws)
     rows = [
-        np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(
-            (length, draws)
-        )
+        np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((length, 1))
         for key in keys
     ]
-    return torch.from_numpy(np.concatenate(rows))
+    return torch.from_numpy((np.concatenate(rows) + parts) / draws)

@@ -32,8 +32,12 @@ const InstructionSet& pick() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(FUSEDKD_EMULATE_AVX512)
+  const bool avx512 = avx2;
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
   if (avx512 && (name.empty() || name == "avx512")) return avx512_set();
   if (avx2 && (name.empty() || name == "avx2")) return avx2_set();
 #endif

@@ -1,5 +1,5 @@
-// The avx512 build of rows.h and sparse.h. Standard headers come first, so that none of their inline functions is compiled for it: the
-// linker keeps one copy of those for the whole program, and it has to run on every machine.
+// The avx512 build of rows.h and sparse.h. Standard headers come first, so that none of their inline functions is
+// compiled for it: the linker keeps one copy of those for the whole program, and it has to run on every machine.
 #include <math.h>
 #include <string.h>
 
@@ -8,7 +8,13 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
+#if defined(FUSEDKD_EMULATE_AVX512)  // `make test-avx512`: the same code where there are no such instructions, slow
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#define _mm512_stream_si512(p, v) (*(p) = (v))
+#else
 #include <immintrin.h>
+#endif
 
 #define FUSEDKD_ISA avx512
 #define FUSEDKD_AVX512
@@ -19,7 +25,9 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
+#if !defined(FUSEDKD_EMULATE_AVX512)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#endif
 #endif
 
 #include "sparse.h"
