@@ -9,6 +9,10 @@ upstream gradient. Two cases differ:
 * fp16: the stored gradient is that of tokens that weigh 1 at most, and what a head adds up over
   tokens stays in fp32, until the backward multiplies and rounds. 1e-4 * (q - p) is below what fp16
   can hold, where loss scaling comes too late to save it; the sum over 20,000 tokens is above.
+
+There is no mode that computes everything again to save memory, for it would save none: the backward
+begins where the forward ended, with every activation alive, and would hold there what the forward
+holds here. What makes a head's call smaller is ``chunk_bytes``.
 """
 
 from __future__ import annotations

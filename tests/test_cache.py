@@ -33,7 +33,7 @@ from fusedkd import divergences
 from fusedkd.cache import CacheError, Damaged, Job, Layout, Policy, TeacherCache, build, verify
 from fusedkd.cache.keys import sequence_key, tokenizer_hash
 from fusedkd.cache.layout import Answers
-from fusedkd.cache.packing import bits_for, pack, packed_size, unpack
+from fusedkd.cache.packing import bits_for, pack, pack_runs, packed_size, unpack, unpack_runs
 from fusedkd.cache.policy import linear_in_teacher
 from fusedkd.cache.summary import summarize
 from fusedkd.cli import main
@@ -56,6 +56,14 @@ def test_packing_round_trip(bits: int, data: Any) -> None:
     # bit i of value v is bit v * bits + i of the stream
     stream = sum(value << (bits * n) for n, value in enumerate(values))
     assert packed.tobytes() == stream.to_bytes(packed.size, "little")
+
+
+def test_runs() -> None:
+    lengths = np.array([3, 1, 2, 2, 4, 6, 1, 5])  # of four rows of 6
+    packed = np.frombuffer(pack_runs(lengths, 24), np.uint8)
+    assert packed.size == 3
+    read, counts = unpack_runs(packed, 4, 6)
+    assert read.tolist() == lengths.tolist() and counts.tolist() == [3, 2, 1, 2]
 
 
 def test_packing_refuses_what_does_not_fit() -> None:

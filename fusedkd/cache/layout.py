@@ -36,9 +36,9 @@ Policy ``sample``: n = k ids drawn from the distribution at the one declared tem
 part of the format (summary.py).
 
 =========== ==========================================================================
-``counts``  packed, bits_for(n): how many different ids were drawn
-``ids``     packed, bits_for(V - 1): those ids, ascending
-``draws``   packed, bits_for(n - 1): how often each was drawn, less 1
+``ids``     packed, bits_for(V - 1): the different ids of each token, ascending
+``draws``   n bits per token, one for each draw in the order of the ids: whether its id is another
+            than that of the draw before; the first of a token's always is
 ``entropy`` as above
 =========== ==========================================================================
 """
@@ -54,7 +54,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedkd.cache.errors import CacheError
-from fusedkd.cache.packing import bits_for, pack, unpack
+from fusedkd.cache.packing import (
+    bits_for,
+    pack,
+    pack_runs,
+    pack_stairs,
+    unpack,
+    unpack_runs,
+    unpack_stairs,
+)
 from fusedkd.cache.policy import Policy
 
 __all__ = ["Answers", "Layout", "Target"]
@@ -127,7 +135,7 @@ class Layout:
     def columns(self) -> tuple[str, ...]:
         """The names of the byte strings of a sequence."""
         if self.policy.kind == "sample":
-            return ("counts", "ids", "draws", "entropy")
+            return ("ids", "draws", "entropy")
         return ("counts", "ids", "codes", "ranges", "odds", "entropy")
 
     @property
@@ -145,13 +153,14 @@ class Layout:
     @property
     def most_bytes_per_token(self) -> float:
         """Without counts where all are k; for draws, as if all were different."""
-        sampled, k = self.policy.kind == "sample", self.k
-        full = not sampled and self.policy.top_p is None
-        bits = k * self.id_bits + 16 + (0 if full else bits_for(k))
-        if sampled:
-            return (bits + k * bits_for(k - 1)) / 8
+        k = self.k
+        bits = k * self.id_bits + 16
+        if self.policy.kind == "sample":
+            return (bits + k) / 8
+        full = self.policy.top_p is None
+        counts = 0 if full else bits_for(k)
         codes = k + LEVELS if self._stairs(full) else 8 * k
-        return (bits + codes + 8 + 16 * len(self.temperatures)) / 8
+        return (bits + counts + codes + 8 + 16 * len(self.temperatures)) / 8
 
     def _stairs(self, full: bool) -> bool:
         """Whether codes are written as steps of a stair."""
@@ -175,21 +184,19 @@ class Layout:
 
     def encode(self, answers: Answers) -> Columns:
         """One sequence's columns."""
-        sampled = self.policy.kind == "sample"
         there = answers.ids >= 0
         counts = there.sum(1)
-        full = not sampled and bool((counts == self.k).all())
+        full = bool((counts == self.k).all())
         columns = {
-            "counts": b"" if full else pack(counts, bits_for(self.k)).tobytes(),
             "ids": pack(answers.ids if full else answers.ids[there], self.id_bits).tobytes(),
             "entropy": _levels(answers.entropy, 0.0, math.log(max(self.vocab_size, 2))),
         }
-        if sampled:
-            draws = answers.values[there].astype(np.int64) - 1
-            return columns | {"draws": pack(draws, bits_for(self.k - 1)).tobytes()}
+        if self.policy.kind == "sample":
+            return columns | {"draws": pack_runs(answers.values[there], there.shape[0] * self.k)}
         codes, ranges = _codes(answers.values, there)
         return columns | {
-            "codes": _stairs(codes) if self._stairs(full) else codes[there].tobytes(),
+            "counts": b"" if full else pack(counts, bits_for(self.k)).tobytes(),
+            "codes": pack_stairs(codes, LEVELS) if self._stairs(full) else codes[there].tobytes(),
             "ranges": ranges.tobytes(),
             "odds": _levels(_closed(answers.odds), ODDS_FROM, ODDS_SPAN),
         }
@@ -208,25 +215,26 @@ class Layout:
         """
         slot = self.slot(temperature)
         raw = {name: np.frombuffer(columns[name], np.uint8) for name in self.columns}
-        counts = (
-            unpack(raw["counts"], bits_for(self.k), tokens)
-            if raw["counts"].size
-            else np.full(tokens, self.k)
-        )
-        total, width = int(counts.sum()), int(counts.max(initial=0))
-        there = np.arange(width) < counts[:, None]
-        ids = _spread(unpack(raw["ids"], self.id_bits, total), there, -1)
         entropy = _values(raw["entropy"], 0.0, math.log(max(self.vocab_size, 2)), np.nan)
         if self.policy.kind == "sample":
-            draws = unpack(raw["draws"], bits_for(self.k - 1), total) + 1
+            draws, counts = unpack_runs(raw["draws"], tokens, self.k)
+            there = _filled(counts)
             share = np.log(draws.astype(np.float32) / np.float32(self.k))
-            return Target(ids, _spread(share, there, -np.inf), entropy)
-        if self._stairs(not raw["counts"].size):
-            codes = _from_stairs(raw["codes"], tokens, self.k)
+            return Target(self._ids(raw, there), _spread(share, there, -np.inf), entropy)
+        full = not raw["counts"].size
+        there = _filled(
+            np.full(tokens, self.k) if full else unpack(raw["counts"], bits_for(self.k), tokens)
+        )
+        if self._stairs(full):
+            codes = unpack_stairs(raw["codes"], tokens, self.k, LEVELS)
         else:
             codes = _spread(raw["codes"], there, 0)
         odds = self._odds(raw["odds"])[:, slot]
-        return Target(ids, _log_probs(codes, there, raw["ranges"], odds, temperature), entropy)
+        logs = _log_probs(codes, there, raw["ranges"], odds, temperature)
+        return Target(self._ids(raw, there), logs, entropy)
+
+    def _ids(self, raw: Mapping[str, Array], there: Array) -> Array:
+        return _spread(unpack(raw["ids"], self.id_bits, int(there.sum())), there, -1)
 
     def tails(self, columns: Mapping[str, Any]) -> Array:
         """(L, number of temperatures): the mass that a sequence's tokens have outside their
@@ -248,20 +256,6 @@ def _codes(log_probs: Array, there: Array) -> tuple[Array, Array]:
     ranges = np.ceil(largest * RANGE_STEPS).astype(np.uint8)
     scale = LEVELS / np.sqrt(np.maximum(ranges, 1)[:, None] / RANGE_STEPS)
     return np.rint(np.sqrt(gaps) * scale).astype(np.uint8), ranges
-
-
-def _stairs(codes: Array) -> bytes:
-    tokens, k = codes.shape
-    bits = np.zeros((tokens, k + LEVELS), np.uint8)
-    np.put_along_axis(bits, codes + np.arange(k), 1, axis=1)
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
-def _from_stairs(raw: Array, tokens: int, k: int) -> Array:
-    width = k + LEVELS
-    steps = np.flatnonzero(np.unpackbits(raw, count=tokens * width, bitorder="little"))
-    starts = np.arange(tokens)[:, None] * width + np.arange(k)
-    return (steps.reshape(tokens, k) - starts).astype(np.uint8)
 
 
 def _log_probs(codes: Array, there: Array, ranges: Array, odds: Array, t: float) -> Array:
@@ -288,6 +282,12 @@ def _values(raw: Array, start: float, span: float, special: float) -> Array:
     levels = raw.view("<u2")
     values = levels * np.float32(span / LEVELS_16) + np.float32(start)
     return np.where(levels == SPECIAL_16, np.float32(special), values)
+
+
+def _filled(counts: Array) -> Array:
+    """(L, K) true where a token has an entry."""
+    there: Array = np.arange(counts.max(initial=0)) < counts[:, None]
+    return there
 
 
 def _spread(flat: Array, there: Array, nothing: float) -> Array:

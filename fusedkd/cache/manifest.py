@@ -29,7 +29,7 @@ from fusedkd.cache.policy import Policy
 
 __all__ = ["FileSum", "Manifest", "replace_file"]
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.json"
 
 

@@ -1,9 +1,10 @@
-"""Small integers at a fixed number of bits each.
+"""Small integers as bits: at a fixed number of bits each, as steps of a stair, as lengths of runs.
 
-The layout is that of Parquet's bit-packed runs: bit ``i`` of value ``v`` is bit ``v * bits + i`` of
-the stream, and bit ``b`` of the stream is bit ``b % 8`` of byte ``b // 8``, counted from the least
-significant. The last byte is filled up with zeros. Eight values always take ``bits`` whole bytes,
-so eight columns of a matrix with ``bits`` columns of bytes are all that has to be looked at.
+The first layout is that of Parquet's bit-packed runs: bit ``i`` of value ``v`` is bit
+``v * bits + i`` of the stream, and bit ``b`` of the stream is bit ``b % 8`` of byte ``b // 8``,
+counted from the least significant. The last byte is filled up with zeros. Eight values always take
+``bits`` whole bytes, so eight columns of a matrix with ``bits`` columns of bytes are all that has
+to be looked at.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bits_for", "pack", "packed_size", "unpack"]
+__all__ = [
+    "bits_for",
+    "pack",
+    "pack_runs",
+    "pack_stairs",
+    "packed_size",
+    "unpack",
+    "unpack_runs",
+    "unpack_stairs",
+]
 
 Bytes = NDArray[np.uint8]
 _MOST = 32  # a value and its shift of up to 7 bits fit a 64-bit word
@@ -95,3 +105,37 @@ def _lanes(bits: int) -> Iterator[tuple[int, int, int, int]]:
 def _check_bits(bits: int) -> None:
     if not 0 <= bits <= _MOST:
         raise ValueError(f"bits={bits}: expected 0 to {_MOST}.")
+
+
+def pack_stairs(values: NDArray[Any], largest: int) -> bytes:
+    """(L, k) integers from 0 to ``largest`` that never decrease along a row: k + largest bits per
+    row, of which number ``value[i] + i`` are set."""
+    rows, k = values.shape
+    bits = np.zeros((rows, k + largest), np.uint8)
+    np.put_along_axis(bits, values + np.arange(k), 1, axis=1)
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def unpack_stairs(packed: Bytes, rows: int, k: int, largest: int) -> Bytes:
+    """The (rows, k) integers that :func:`pack_stairs` put into ``packed``; at most 255."""
+    width = k + largest
+    steps = np.flatnonzero(np.unpackbits(packed, count=rows * width, bitorder="little"))
+    starts = np.arange(rows)[:, None] * width + np.arange(k)
+    return (steps.reshape(rows, k) - starts).astype(np.uint8)
+
+
+def pack_runs(lengths: NDArray[Any], total: int) -> bytes:
+    """Lengths of at least 1 that sum to ``total``: a bit for each of so many, set where a run
+    begins."""
+    bits = np.zeros(total, np.uint8)
+    ends = lengths.astype(np.int64).cumsum()
+    bits[ends - lengths.astype(np.int64)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def unpack_runs(packed: Bytes, rows: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(the lengths that :func:`pack_runs` put into ``packed``, how many of them each row has) where
+    the lengths of each of ``rows`` rows sum to ``k``."""
+    bits = np.unpackbits(packed, count=rows * k, bitorder="little")
+    starts = np.flatnonzero(bits)
+    return np.diff(starts, append=bits.size), bits.reshape(rows, k).sum(1, dtype=np.int64)
