@@ -47,16 +47,17 @@ def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossS
     _check_tail(spec.divergence, spec.tail)
     shape = (row_scale.numel(), indices.shape[-1])
     raw = indices.reshape(shape)
-    present = (raw != -1) & (row_scale != 0)[:, None]
-    outside = present & (raw != raw.clamp(0, spec.vocab_size - 1))
-    ids, order = torch.where(present & ~outside, raw, PADDING).to(torch.int32).sort(-1)
+    dropped = (row_scale == 0)[:, None]
+    near = raw.clamp(-1, spec.vocab_size - 1)
+    outside = (near != raw) & ~dropped
+    ids, order = _ascending(near.masked_fill((near < 0) | dropped, PADDING))
     lp = log_probs.detach().reshape(shape).to(row_scale.dtype).gather(-1, order)
-    lp = torch.where(ids == PADDING, -INF, lp)
+    lp = lp.masked_fill_(ids == PADDING, -INF)
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != PADDING)
 
     wide = lp.double()
     p = wide.exp()
-    total, spread = p.sum(-1), torch.where(p == 0, 0.0, p * wide.abs()).sum(-1)
+    total, spread = p.sum(-1), torch.linalg.vecdot(p, wide.clamp(min=-1e3)).abs()  # 0 log 0 is 0
     excess = total > 1 + EXCESS + torch.finfo(log_probs.dtype).eps * spread
     empty = (total == 0) & (row_scale != 0) if spec.tail == "renormalize" else total < 0
     _check(outside, twice, excess, empty, raw, ids, total, spec)
@@ -70,6 +71,17 @@ def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossS
     # The sum's rounding is at most eps / 2 * spread, and spread <= log V < 16.
     rounding = 8 * torch.finfo(log_probs.dtype).eps
     return SparseRows(ids, torch.cat([lp, last[:, None].to(lp.dtype)], -1), rounding)
+
+
+def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) ids in order, as int32, and where they were."""
+    if ids.device.type != "cpu":
+        return ids.to(torch.int32).sort(-1)
+    # NumPy's sort is vectorised: 0.1 ms where torch's takes 0.8 (512 x 64, Zen 3, November 2026).
+    keys = (ids.long() << 32 | torch.arange(ids.shape[1])).numpy()
+    keys.sort(-1)
+    ordered = torch.from_numpy(keys)
+    return (ordered >> 32).to(torch.int32), ordered & 0xFFFFFFFF
 
 
 def _check(

@@ -100,7 +100,9 @@ class SparseRow : OneRow<X> {
 
  private:
   void gather() {
-    while (count_ < sparse_.entries && indices_[count_] != kPadding) ++count_;
+    // All at once, before the first is needed: each lies in another line of memory.
+    for (; count_ < sparse_.entries && indices_[count_] != kPadding; ++count_)
+      __builtin_prefetch((const char*)student_.row + indices_[count_] * size_of(call_.student.dtype));
     for (int64_t i = 0; i < padded_; ++i) z_[i] = lp_[i] = lq_[i] = -kInfinity;
     const F* log_probs = (const F*)sparse_.log_probs + n_ * (sparse_.entries + 1);
     for (int64_t i = 0; i < count_; ++i) {
