@@ -1,0 +1,134 @@
+"""What the launchers hand to Triton, through Triton's own front door: binding, cache keys, compiler
+and launcher. The driver at the end is not a GPU's and only writes down what it is asked to do, so this
+runs anywhere; what it is asked to do has to be what benchmarks/resources.py compiled and checked.
+"""
+# ruff: noqa: E402 (triton may be missing)
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is for Linux")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter's process launches nothing", allow_module_level=True)
+
+from fusedkd.benchmarks import resources
+from fusedkd.kernels.triton import config, ops, sparse_ops
+from triton.runtime import driver as active
+
+from fusedkd import SparseTeacher, divergences
+from fusedkd.sparse import canonical
+from fusedkd.spec import LossSpec
+
+TARGET = "sm_90"
+
+
+class _Launch(NamedTuple):
+    source: Any  # triton.compiler.ASTSource
+    warps: int
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+class _Driver:
+    """As much of a driver as a launch needs; it is its own ``utils``."""
+
+    def __init__(self) -> None:
+        self.launches: list[_Launch] = []
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 1 << 20  # what is compiled here must not be found by a launch on a true device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return resources.TARGETS[TARGET]
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 << 10}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        assert binary[:4] == b"\x7fELF"
+        return object(), 0, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(x: int, y: int, z: int, *rest: Any) -> None:
+            arguments = rest[-len(source.fn.params) :]
+            self.launches.append(_Launch(source, metadata.num_warps, (x, y, z), arguments))
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Launch]]:
+    fake = _Driver()
+    monkeypatch.setattr(ops, "_check_device", lambda x: None)
+    monkeypatch.setattr(ops, "_processors", lambda device: 132)
+    monkeypatch.setattr(ops, "_device", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(active, "_active", fake)
+    yield fake.launches
+
+
+def _call(n: int, v: int, name: str, tail: str, temperature: float = 1.7) -> None:
+    """A loss with a gradient, in bf16, against all logits or against three of them."""
+    spec = LossSpec(
+        divergences.make(name), v, ce_weight=0.5, temperature=temperature, tail=tail or None
+    )
+    student = torch.zeros(1, n, v, dtype=torch.bfloat16)
+    grad, weights = torch.empty_like(student), torch.ones(n)
+    labels = torch.zeros(n, dtype=torch.int64)
+    rest = (labels, weights, spec, grad, False)
+    if tail:
+        ids = torch.arange(3).expand(n, 3)
+        teacher = SparseTeacher(ids, torch.full((n, 3), -2.0))
+        entries = canonical(teacher.indices, teacher.log_probs, weights, spec)
+        sparse_ops.sparse_rows(student, entries, *rest)
+    else:
+        ops.rows(student, torch.zeros_like(student), *rest)
+
+
+def _essence(source: Any) -> tuple[Any, ...]:
+    """All that the machine code depends on, besides the options."""
+    assert not any(source.attrs.values())  # nothing that Triton found out about an argument
+    return source.fn.cache_key, source.signature, source.constants
+
+
+@pytest.mark.parametrize("tail", ["", "bucket", "drop"])
+@pytest.mark.parametrize(("n", "v"), [(200, 40_000), (3, 70_000)])
+def test_what_is_launched_is_what_was_compiled(
+    launches: list[_Launch], n: int, v: int, tail: str
+) -> None:
+    name = "jsd"
+    _call(n, v, name, tail)
+    launch = config.choose(n, v, 132)
+    stages = resources._stages("bf16", name, "plain", launch, tail)
+    assert len(launches) == len(stages)
+    for made, stage in zip(launches, stages, strict=True):
+        job = resources.Job(TARGET, "bf16", name, launch, stage, "plain", tail)
+        assert _essence(made.source) == _essence(resources.source(job))
+        assert (made.grid, made.warps) == ((n, launch.pieces, 1), launch.warps)
+        pointers = {a.data_ptr() for a in made.arguments if isinstance(a, torch.Tensor)}
+        assert len(pointers) >= 4
+
+
+def test_no_number_compiles_or_launches_anew(launches: list[_Launch]) -> None:
+    """From the outside: other rows, temperature and weights, the same kernel."""
+    for n, temperature in ((200, 1.0), (137, 2.0), (133, 1.7)):
+        _call(n, 40_000, "forward_kl", "", temperature)
+    assert len(launches) == 3 and len({id(launch.source) for launch in launches}) == 1
+
+
+def test_scaling(launches: list[_Launch]) -> None:
+    ops.scale_(torch.zeros(4, 5003, dtype=torch.bfloat16), torch.ones(()))
+    (made,) = launches
+    job = resources.Job(TARGET, "bf16", "-", config.SCALE, "scale")
+    assert _essence(made.source) == _essence(resources.source(job))
+    assert made.grid[0] == 1 and made.grid[1] > 1
