@@ -1,6 +1,7 @@
 """What the launchers hand to Triton, through Triton's own front door: binding, cache keys, compiler
-and launcher. The driver at the end is not a GPU's and only writes down what it is asked to do, so this
-runs anywhere; what it is asked to do has to be what benchmarks/resources.py compiled and checked.
+and launcher. The driver at the end is not a GPU's and only writes down what it is asked to do, so
+this runs anywhere; what it is asked to do has to be what benchmarks/resources.py compiles and
+checks.
 """
 # ruff: noqa: E402 (triton may be missing)
 
