@@ -128,6 +128,8 @@ class OnDemo:
         truth = _gradient(logits, teacher)
         scale = truth.square().mean().sqrt().item()
         full = self.cache(Policy("top", 50))
+        outside = full.tail_masses()[0]
+        self.console.print(f"the teacher's mass outside its top 50: {outside:.1%} on average")
         rows: list[tuple[Any, ...]] = [("kept", "tail", "bytes per token", "rms error", "relative")]
         size = _bytes(full) / _bytes(self.cache(Policy("sample", 50)))
         draws = round(50 * size)  # about the same bytes

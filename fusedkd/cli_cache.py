@@ -25,8 +25,9 @@ Killed? The same command goes on where it was.
 What is kept of each token, one of:
   --top-k 64      the 64 most probable entries, and the exact mass of all others (default)
   --top-p 0.98    of those, as many as reach 98 % together: fewer bytes where the teacher is sure
-  --sample 50     50 ids drawn from the teacher (arXiv 2503.16870): a fifth of the bytes; unbiased
-                  for forward KL, and refused for divergences where it is not"""
+  --sample 50     50 ids drawn from the teacher (arXiv 2503.16870): fewer bytes, and unbiased for
+                  forward KL, so better where the teacher is unsure; refused for divergences that
+                  draws would bias"""
 
 EXAMPLES = """\
 examples:
@@ -42,7 +43,7 @@ examples:
     fusedkd cache import topk.parquet --tokenizer ./teacher --output cache/ \\
       --ids-column top_ids --logprobs-column top_logprobs"""
 
-# With a quarter of the mass outside, students on the demo's data ended 2 % above those of the live
+# With 31 % of the mass outside, students on the demo's data ended 2 % above those of the live
 # teacher, see README.
 MUCH = 0.1
 
