@@ -51,12 +51,15 @@ test-zero: setup
 		--target build/deepspeed deepspeed hjson msgpack py-cpuinfo einops
 	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/test_zero.py
 
+AVX512 := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/avx512/lib FUSEDKD_CPU_ISA=avx512 \
+	FUSEDKD_TEST_BACKEND=cpu
 # SIMDe (Debian: libsimde-dev) spells the AVX-512 intrinsics out in AVX2.
 test-avx512: setup
+	rm -rf build/avx512/lib
 	FUSEDKD_EMULATE_AVX512=1 $(BIN)/python setup.py -q build --build-base build/avx512 \
 		--build-lib build/avx512/lib --build-temp build/avx512/temp
-	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/avx512/lib FUSEDKD_CPU_ISA=avx512 FUSEDKD_TEST_BACKEND=cpu \
-		$(BIN)/pytest -n 2 tests/test_cpu_kernel.py tests/test_kd_loss.py tests/test_sparse.py \
+	$(AVX512) $(BIN)/python -c 'import fusedkd.kernels.cpu as cpu; assert cpu.instruction_set() == "avx512"'
+	$(AVX512) $(BIN)/pytest -n 2 tests/test_cpu_kernel.py tests/test_kd_loss.py tests/test_sparse.py \
 		tests/test_contract.py
 
 # The peers first; torch, triton and transformers stay as pinned.

@@ -1,7 +1,7 @@
 """What the Triton kernels take on each GPU, from ahead-of-time compilation: no GPU needed.
 
     python -m benchmarks.resources           # the table for sm_90, every divergence
-    python -m benchmarks.resources --all     # every target, dtype and flag (an hour on 2 cores)
+    python -m benchmarks.resources --all     # every target, dtype and flag (two hours on 2 cores)
     python -m benchmarks.resources --all --targets gfx942 --dtypes head --workers 2
 
 It compiles what the launcher would compile (``config.plan`` and ``config.constants`` are shared)

@@ -157,10 +157,16 @@ def _info(argv: list[str]) -> int:
         from rich.console import Console
         from rich.table import Table
 
+        from fusedkd.cache.errors import Damaged
         from fusedkd.cache.manifest import Manifest
         from fusedkd.cache.reader import TeacherCache
     found = Manifest.load(args.folder)
-    tails = TeacherCache(args.folder).tail_masses() if found.complete else ()
+    tails: tuple[float, ...] = ()
+    try:
+        if found.complete:
+            tails = TeacherCache(args.folder).tail_masses()
+    except Damaged as error:
+        print(error)
     size = sum(file.bytes for file in (found.index, *found.shards))
     table = Table(show_header=False, title=str(args.folder))
     state = "" if found.complete else f" of {found.number_of_shards}: incomplete"
@@ -180,7 +186,7 @@ def _info(argv: list[str]) -> int:
     }.items():
         table.add_row(name, value)
     Console().print(table)
-    if max(tails, default=0.0) > MUCH:
+    if max(tails, default=0.0) > MUCH and found.teacher_hash:  # a teacher that could be asked again
         print(
             f"More than {MUCH:.0%} of the teacher's probability lies outside the entries that were "
             "kept, and how it is\ndistributed there is not taught. For forward KL, --sample "

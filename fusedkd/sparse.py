@@ -78,7 +78,7 @@ def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
     if ids.device.type != "cpu":
         return ids.to(torch.int32).sort(-1)
     # NumPy's sort is vectorised: 0.1 ms where torch's takes 0.8 (512 x 64, Zen 3, November 2026).
-    keys = (ids.long() << 32 | torch.arange(ids.shape[1])).numpy()
+    keys = (ids.long() << 32 | torch.arange(ids.shape[1], device=ids.device)).numpy()
     keys.sort(-1)
     ordered = torch.from_numpy(keys)
     return (ordered >> 32).to(torch.int32), ordered & 0xFFFFFFFF

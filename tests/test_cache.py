@@ -64,6 +64,9 @@ def test_runs() -> None:
     assert packed.size == 3
     read, counts = unpack_runs(packed, 4, 6)
     assert read.tolist() == lengths.tolist() and counts.tolist() == [3, 2, 1, 2]
+    for wrong in (packed[:2], np.zeros(3, np.uint8)):
+        with pytest.raises(ValueError, match=r"expected 3|first draw"):
+            unpack_runs(wrong, 4, 6)
 
 
 def test_packing_refuses_what_does_not_fit() -> None:
@@ -715,6 +718,9 @@ def test_import(disk: Path, tmp_path: Path, form: str) -> None:
         np.testing.assert_array_equal(found.ids[known], tokens[known])
         np.testing.assert_allclose(found.log_probs[known], values[known], atol=0.02)
         assert form == "parquet" or (found.ids[-1] == -1).all()
+    # tokens of which nothing is known are not counted as all tail
+    heads = np.concatenate([np.exp(values[known]).sum(1) for _, values in tops])
+    assert read.tail_masses() == (pytest.approx(1 - heads.mean(), abs=2e-3),)
 
 
 @pytest.mark.parametrize(

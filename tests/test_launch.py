@@ -8,6 +8,7 @@ checks.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -37,15 +38,20 @@ class _Launch(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+_devices = itertools.count(1 << 20)
+
+
 class _Driver:
     """As much of a driver as a launch needs; it is its own ``utils``."""
 
     def __init__(self) -> None:
         self.launches: list[_Launch] = []
         self.utils = self
+        # what is compiled here must not be found by a launch on a true device, or by the next test
+        self.device = next(_devices)
 
     def get_current_device(self) -> int:
-        return 1 << 20  # what is compiled here must not be found by a launch on a true device
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -1,7 +1,7 @@
 """What the Triton kernels compile to for each GPU, without one: registers, spills, access widths.
 
-``python -m benchmarks.resources --all`` is the full product (an hour); this is a sample of it that
-covers every divergence in every stage and every target with every dtype.
+``python -m benchmarks.resources --all`` is the full product (two hours); this is a sample of it
+that covers every divergence in every stage and every target with every dtype.
 """
 # ruff: noqa: E402 (triton may be missing)
 

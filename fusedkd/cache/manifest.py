@@ -106,7 +106,8 @@ class Manifest:
             )
         if schema != SCHEMA:
             raise CacheError(
-                f"{path}: schema {schema}, but this version of fusedkd reads {SCHEMA}."
+                f"{path}: schema {schema}, but this version of fusedkd reads {SCHEMA}. Make the "
+                "cache anew, in another folder, or read it with the version that made it."
             )
         return _parsed(content)
 

@@ -135,7 +135,15 @@ def pack_runs(lengths: NDArray[Any], total: int) -> bytes:
 
 def unpack_runs(packed: Bytes, rows: int, k: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(the lengths that :func:`pack_runs` put into ``packed``, how many of them each row has) where
-    the lengths of each of ``rows`` rows sum to ``k``."""
+    the lengths of each of ``rows`` rows sum to ``k``.
+
+    Raises:
+        ValueError: ``packed`` is nothing that :func:`pack_runs` makes.
+    """
+    if packed.size != packed_size(rows * k, 1):
+        raise ValueError(f"{packed.size} bytes: expected {packed_size(rows * k, 1)}.")
     bits = np.unpackbits(packed, count=rows * k, bitorder="little")
+    if not bits[::k].all():
+        raise ValueError("a row does not begin with the first draw of an id.")
     starts = np.flatnonzero(bits)
     return np.diff(starts, append=bits.size), bits.reshape(rows, k).sum(1, dtype=np.int64)

@@ -81,20 +81,32 @@ class TeacherCache:
 
     def _columns(self, place: int) -> dict[str, pa.Buffer]:
         number, row = divmod(place, self.manifest.per_shard)
-        shard = self._shards.get(number)
-        if shard is None:
-            shard = open_checked(self.folder, self.manifest.shards[number])
-            self._shards[number] = shard
+        shard = self._shards.get(number) or self._open(number)
         return {name: shard[name][row].as_buffer() for name in self.layout.columns}
 
-    def tail_masses(self, most: int = 1000) -> tuple[float, ...]:
+    def _open(self, number: int) -> pa.RecordBatch:
+        shard = open_checked(self.folder, self.manifest.shards[number])
+        self._shards[number] = shard
+        return shard
+
+    def tail_masses(self, most_shards: int = 3) -> tuple[float, ...]:
         """What the teacher gives to all that is outside a token's entries: its mean at each of the
-        declared temperatures, over ``most`` sequences spread over the cache. Nothing for draws."""
+        declared temperatures, over the tokens of so many shards. Nothing for draws, or where no
+        token has an entry.
+
+        Raises:
+            Damaged: one of these shards is not what was written.
+        """
         if self.sampled:
             return ()
-        places = range(0, len(self._keys), -(-len(self._keys) // most))
-        found = np.concatenate([self.layout.tails(self._columns(place)) for place in places])
-        return tuple(map(float, found.mean(0)))
+        shards, found = len(self.manifest.shards), []
+        for number in range(0, shards, -(-shards // most_shards)):
+            shard = self._open(number)
+            for row, tokens in enumerate(shard["tokens"].to_pylist()):
+                columns = {name: shard[name][row].as_buffer() for name in ("counts", "odds")}
+                found.append(self.layout.tails(columns, tokens))
+        every = np.concatenate(found)
+        return tuple(map(float, every.mean(0))) if len(every) else ()
 
     # ---- what can be known before training ----
 

@@ -165,7 +165,7 @@ def _draw(logits: Tensor, uniform: Tensor, layout: Layout) -> tuple[Tensor, ...]
     ids = _inverse_cdf(weights, uniform)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    counts = (ids[:, :, None] == ids[:, None]).sum(2)
+    counts = torch.searchsorted(ids, ids, right=True) - torch.searchsorted(ids, ids)
     return torch.where(new, ids, -1), counts, ids[:, :0], entropy
 
 
@@ -196,4 +196,5 @@ def _uniform(draws: int, keys: Sequence[bytes], length: int) -> Tensor:
         np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random((length, 1))
         for key in keys
     ]
-    return torch.from_numpy((np.concatenate(rows) + parts) / draws)
+    spread = (np.concatenate(rows) + parts) / draws
+    return torch.from_numpy(np.minimum(spread, np.nextafter(1.0, 0.0)))  # a sum may round to 1

@@ -21,18 +21,18 @@
 #define FUSEDKD_STRING_(x) #x
 #define FUSEDKD_STRING(x) FUSEDKD_STRING_(x)
 #define FUSEDKD_VECTOR_BYTES 64
-#if defined(__clang__)
+#if defined(FUSEDKD_EMULATE_AVX512)
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#if !defined(FUSEDKD_EMULATE_AVX512)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#endif
 #endif
 
 #include "sparse.h"
 
-#if defined(__clang__)
+#if defined(FUSEDKD_EMULATE_AVX512)
+#elif defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
