@@ -133,6 +133,18 @@ def test_no_number_compiles_or_launches_anew(launches: list[_Launch]) -> None:
     assert len(launches) == 3 and len({id(launch.source) for launch in launches}) == 1
 
 
+def test_an_interpreter_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "INTERPRETED", True)
+    for version, numbers, told in (
+        ("3.6.0", "2.4.6", True),
+        ("3.6.0", "2.3.1", False),
+        ("3.10.1", "2.4.6", False),
+    ):
+        monkeypatch.setattr(triton, "__version__", version)
+        monkeypatch.setattr(ops.numpy, "__version__", numbers)
+        assert ("numpy<2.4" in (ops.unavailable() or "")) == told
+
+
 def test_scaling(launches: list[_Launch]) -> None:
     ops.scale_(torch.zeros(4, 5003, dtype=torch.bfloat16), torch.ones(()))
     (made,) = launches

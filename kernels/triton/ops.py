@@ -188,12 +188,27 @@ def _mm_widened(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None."""
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED:
+        return _interpreter_unavailable()
+    if torch.cuda.is_available():
         return None
     return (
         "there is no GPU that this torch can use. To run the kernels slowly on a CPU, in Triton's "
         "interpreter, set TRITON_INTERPRET=1 in the environment before triton is first imported"
     )
+
+
+def _interpreter_unavailable() -> str | None:
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):  # int() of an array of one
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: "
+            "install numpy<2.4, or Triton 3.7"
+        )
+    return None
+
+
+def _release(package: Any) -> tuple[int, ...]:
+    return tuple(map(int, package.__version__.split(".")[:2]))
 
 
 def _check_device(x: Tensor) -> None:
