@@ -38,7 +38,10 @@ L2, but a pair moves 11 us worth of bytes and costs two launches: about 65 %, an
 without talking to each other, for 25 more instructions where instructions are the limit.
 Programs that share a row and wait for each other's statistics need co-residency that neither
 Triton nor its interpreter grants; a cluster (quack's answer) is NVIDIA's alone, and was not built
-unseen.
+unseen. Of Hopper's own means, a tensor descriptor needs rows that are a multiple of 16 bytes apart,
+which 50,257 columns of bf16 are not, and warp specialisation hides loads behind arithmetic, which
+16 warps do already where arithmetic is the limit. Both save loads and their addresses: two loads for
+8 entries, each of which takes 25 to 84 other instructions.
 """
 
 from __future__ import annotations
