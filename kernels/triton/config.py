@@ -40,8 +40,8 @@ Programs that share a row and wait for each other's statistics need co-residency
 Triton nor its interpreter grants; a cluster (quack's answer) is NVIDIA's alone, and was not built
 unseen. Of Hopper's own means, a tensor descriptor needs rows that are a multiple of 16 bytes apart,
 which 50,257 columns of bf16 are not, and warp specialisation hides loads behind arithmetic, which
-16 warps do already where arithmetic is the limit. Both save loads and their addresses: two loads for
-8 entries, each of which takes 25 to 84 other instructions.
+16 warps do already where arithmetic is the limit. Both save loads and their addresses: two loads
+for 8 entries, each of which takes 25 to 84 other instructions.
 """
 
 from __future__ import annotations
