@@ -174,7 +174,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     )
 
 
-def options(launch: Launch, target: str) -> dict[str, int]:
+def options(launch: Launch, target: str, plan: Plan | None = None) -> dict[str, int]:
     """What Triton's compiler is told besides.
 
     128 registers leave 16 warps per SM, which the table counts on. Without a bound ptxas aims
@@ -182,7 +182,17 @@ def options(launch: Launch, target: str) -> dict[str, int]:
     registers and 8 bytes of stack, and with the bound 125 and none (Triton 3.7.1).
     """
     warps = _threads(launch, target) // WARP[target]
-    return {"num_warps": warps} | ({"maxnreg": MOST_REGISTERS} if target == "cuda" else {})
+    return {"num_warps": warps} | ({"maxnreg": most_registers(plan)} if target == "cuda" else {})
+
+
+def most_registers(plan: Plan | None) -> int:
+    """Per thread, on NVIDIA. The statistics of a head's row in pieces, with metrics and both sides
+    bent, take more: with 128 they spill 24 to 48 bytes on sm_100 (Triton 3.7.1, 2026-11-25). That
+    costs the second program of an SM, in calls of fewer rows than there are SMs.
+    """
+    if plan and plan.stage == "statistics" and plan.lead == "grad":  # wider logits than gradients
+        return 160 if plan.metrics and plan.bent_s and plan.bent_t else MOST_REGISTERS
+    return MOST_REGISTERS
 
 
 # A copy with one factor: wide enough to saturate memory, nothing else to weigh.

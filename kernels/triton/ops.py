@@ -60,7 +60,7 @@ def rows(
             programs_per_row = 1 if stage == "gradient" and grad is None else launch.pieces
             constants = _constants(variant, launch, stage)
             programs.row_kernel[n, programs_per_row](
-                **arguments, **constants, **config.options(launch, TARGET)
+                **arguments, **constants, **config.options(launch, TARGET, constants["plan"])
             )
     return loss, metric_rows
 
