@@ -20,7 +20,6 @@ from fusedkd import SparseTeacher, kd_loss
 from fusedkd.cache import Job, Layout, Policy, TeacherCache, build, verify
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.train.demo import LOSSES, Setting, _Demo
-from fusedkd.train.demo_text import corpus
 from fusedkd.train.teachers import LiveTeacher
 from fusedkd.train.watch import Watch
 
@@ -34,13 +33,7 @@ class OnDemo:
         disable_progress_bars()
         self.console, self.work, self.setting = console, work, Setting()
         size = self.setting
-        text = corpus(
-            teacher_bytes=size.teacher_bytes,
-            transfer_tokens=size.transfer_tokens,
-            held_out_blocks=size.held_out_blocks,
-            vocabulary=size.vocabulary,
-            block=size.block,
-        )
+        text = size.corpus()
         self.demo = _Demo(size, text, 0, time.monotonic() + 3600, work, console)
         self.teacher = self.demo.model(*size.teacher)
         run = self.demo.train("teacher", self.teacher, steps)

@@ -236,13 +236,13 @@ class Layout:
     def _ids(self, raw: Mapping[str, Array], there: Array) -> Array:
         return _spread(unpack(raw["ids"], self.id_bits, int(there.sum())), there, -1)
 
-    def tails(self, columns: Mapping[str, Any], tokens: int) -> Array:
+    def tails(self, columns: Mapping[str, Any]) -> Array:
         """(L, number of temperatures): the mass outside their entries of those of a sequence's
         tokens that have entries. Of policy ``top``."""
         odds = self._odds(np.frombuffer(columns["odds"], np.uint8))
         counts = np.frombuffer(columns["counts"], np.uint8)
         if counts.size:
-            odds = odds[unpack(counts, bits_for(self.k), tokens) > 0]
+            odds = odds[unpack(counts, bits_for(self.k), len(odds)) > 0]
         return 1 / (1 + np.exp(odds))
 
     def _odds(self, raw: Array) -> Array:

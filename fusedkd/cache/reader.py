@@ -81,13 +81,11 @@ class TeacherCache:
 
     def _columns(self, place: int) -> dict[str, pa.Buffer]:
         number, row = divmod(place, self.manifest.per_shard)
-        shard = self._shards.get(number) or self._open(number)
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = open_checked(self.folder, self.manifest.shards[number])
+            self._shards[number] = shard
         return {name: shard[name][row].as_buffer() for name in self.layout.columns}
-
-    def _open(self, number: int) -> pa.RecordBatch:
-        shard = open_checked(self.folder, self.manifest.shards[number])
-        self._shards[number] = shard
-        return shard
 
     def tail_masses(self, most_shards: int = 3) -> tuple[float, ...]:
         """What the teacher gives to all that is outside a token's entries: its mean at each of the
@@ -99,13 +97,10 @@ class TeacherCache:
         """
         if self.sampled or not self.manifest.shards:
             return ()
-        shards, found = len(self.manifest.shards), []
-        for number in range(0, shards, -(-shards // most_shards)):
-            shard = self._open(number)
-            for row, tokens in enumerate(shard["tokens"].to_pylist()):
-                columns = {name: shard[name][row].as_buffer() for name in ("counts", "odds")}
-                found.append(self.layout.tails(columns, tokens))
-        every = np.concatenate(found)
+        shards, size = len(self.manifest.shards), self.manifest.per_shard
+        chosen = range(0, shards, -(-shards // most_shards))
+        places = [p for p in range(len(self._keys)) if p // size in chosen]
+        every = np.concatenate([self.layout.tails(self._columns(place)) for place in places])
         return tuple(map(float, every.mean(0))) if len(every) else ()
 
     # ---- what can be known before training ----

@@ -55,6 +55,16 @@ class Setting:
     evaluations: int = 5  # per run
     learning_rate: float = 3e-3
 
+    def corpus(self) -> Corpus:
+        """The text to learn from and to be judged on."""
+        return corpus(
+            teacher_bytes=self.teacher_bytes,
+            transfer_tokens=self.transfer_tokens,
+            held_out_blocks=self.held_out_blocks,
+            vocabulary=self.vocabulary,
+            block=self.block,
+        )
+
 
 SMOKE = Setting(
     teacher_bytes=100_000,
@@ -95,13 +105,7 @@ def run_demo(output: Path, *, seed: int = 0, minutes: float = 5.0, smoke: bool =
     console.print("[bold]Text[/]: the Python standard library's sources, split by file")
     disable_progress_bars()
     try:
-        text = corpus(
-            teacher_bytes=setting.teacher_bytes,
-            transfer_tokens=setting.transfer_tokens,
-            held_out_blocks=setting.held_out_blocks,
-            vocabulary=setting.vocabulary,
-            block=setting.block,
-        )
+        text = setting.corpus()
     finally:
         enable_progress_bars()
     with tempfile.TemporaryDirectory() as work:

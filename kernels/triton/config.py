@@ -190,9 +190,10 @@ def most_registers(plan: Plan | None) -> int:
     bent, take more: with 128 they spill 24 to 48 bytes on sm_100 (Triton 3.7.1, 2026-11-25). That
     costs the second program of an SM, in calls of fewer rows than there are SMs.
     """
-    if plan and plan.stage == "statistics" and plan.lead == "grad":  # wider logits than gradients
-        return 160 if plan.metrics and plan.bent_s and plan.bent_t else MOST_REGISTERS
-    return MOST_REGISTERS
+    if plan is None or plan.stage != "statistics":
+        return MOST_REGISTERS
+    head = plan.lead == "grad"  # its logits are wider than their gradient
+    return 160 if head and plan.metrics and plan.bent_s and plan.bent_t else MOST_REGISTERS
 
 
 # A copy with one factor: wide enough to saturate memory, nothing else to weigh.
