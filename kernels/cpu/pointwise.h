@@ -18,7 +18,7 @@ struct Entry {
   V lp, lq;  // log-probabilities of teacher and student
   V gap;     // lp - lq, free of the cancellation that subtracting them would bring
   V p, q;
-  V ratio;   // the smaller of p and q over the larger, e^-|gap|
+  V ratio;   // the smaller of p and q over the larger, e^-|gap|; NaN unless the divergence says that it `needs_ratio`
 };
 template <class V>
 struct Point {
@@ -66,7 +66,7 @@ struct Mixture {
   FUSEDKD_INLINE Mixture(const Entry<V>& e, double weight) {
     const V w = splat<V>(weight), rest = splat<V>(1 - weight), zero = {};
     auto more = e.gap > zero;
-    V less = -abs(e.gap), u = e.ratio;
+    V less = minus_abs(e.gap), u = e.ratio;
     V share = more ? fma(rest, u, w) : fma(w, u, rest);
     // u - u: a NaN on either side, which log_normal would swallow
     V log_share = log_normal(share) + (u - u), over = splat<V>(1) / share;
@@ -77,7 +77,11 @@ struct Mixture {
   }
 };
 
-FUSEDKD_DIVERGENCE(jsd) {
+struct OfMixture {
+  static constexpr bool needs_ratio = true;
+};
+
+FUSEDKD_DIVERGENCE(jsd) : OfMixture {
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, w[0]);
@@ -86,7 +90,7 @@ FUSEDKD_DIVERGENCE(jsd) {
   }
 };
 
-FUSEDKD_DIVERGENCE(skew_forward_kl) {
+FUSEDKD_DIVERGENCE(skew_forward_kl) : OfMixture {
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, w[0]);
@@ -94,7 +98,7 @@ FUSEDKD_DIVERGENCE(skew_forward_kl) {
   }
 };
 
-FUSEDKD_DIVERGENCE(skew_reverse_kl) {
+FUSEDKD_DIVERGENCE(skew_reverse_kl) : OfMixture {
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, 1 - w[0]);
@@ -116,26 +120,26 @@ FUSEDKD_DIVERGENCE(total_variation) {
 // are known to all digits, for P / C = e^(b gap) and Q / C = e^(-a gap); subtracted, the terms would lose most of theirs.
 template <class V>
 FUSEDKD_INLINE Point<V> cross_powers(const Entry<V>& e, double a, double b, V power_p, V power_q) {
-  const V zero = {}, infinity = splat<V>(kInfinity), log2e = splat<V>(kLog2E);
+  const V zero = {}, infinity = splat<V>(kInfinity), log2e = splat<V>(kLog2E), va = splat<V>(a), vb = splat<V>(b);
+  const V of_p = splat<V>(1 / (b * (a + b))), of_q = splat<V>(1 / (a * (a + b))), of_grad = splat<V>(1 / a);
   auto more = e.gap > zero;
-  V from_p = exp2m1(-abs(splat<V>(b) * e.gap), log2e), from_q = exp2m1(-abs(splat<V>(a) * e.gap), log2e);
-  V cross;
-  if (a > 0 && b > 0) {  // C lies between P and Q
-    V larger = more ? power_p : power_q;
-    cross = fma(larger, more ? from_p : from_q, larger);
-  } else {
-    auto neither = (e.lp == -infinity) & (e.lq == -infinity);
-    cross = exp(fma(splat<V>(a), e.lp, splat<V>(b) * e.lq));
-    cross = neither ? zero : cross;
+  if (a > 0 && b > 0) {  // C lies between P and Q: from the larger one down to C, then on to the smaller
+    V less = minus_abs(e.gap), larger = more ? power_p : power_q;
+    V down = larger * exp2m1(less * (more ? vb : va), log2e), on = exp2m1(less * (more ? va : vb), log2e);
+    V smaller = fma(down, on, larger * on);
+    V p_over = more ? -down : smaller, q_over = more ? smaller : -down;
+    return {fma(of_p, p_over, of_q * q_over), of_grad * q_over};
   }
-  V p_over = (splat<V>(b) * e.gap > zero ? -power_p : cross) * from_p;
-  V q_over = (splat<V>(a) * e.gap < zero ? -power_q : cross) * from_q;
-  Point<V> at = {fma(splat<V>(1 / (b * (a + b))), p_over, splat<V>(1 / (a * (a + b))) * q_over), splat<V>(1 / a) * q_over};
-  if (a > 0 && b > 0) return at;
+  V from_p = exp2m1(minus_abs(vb * e.gap), log2e), from_q = exp2m1(minus_abs(va * e.gap), log2e);
+  auto neither = (e.lp == -infinity) & (e.lq == -infinity);
+  V cross = exp(fma(va, e.lp, vb * e.lq));
+  cross = neither ? zero : cross;
+  V p_over = (vb * e.gap > zero ? -power_p : cross) * from_p, q_over = (va * e.gap < zero ? -power_q : cross) * from_q;
   // of the powers in the gradient, one that is infinite counts as 0
   auto over_c = cross == infinity, over_q = power_q == infinity, infinite = over_c | over_q | (power_p == infinity);
-  V rest = splat<V>(1 / a) * ((over_q ? zero : power_q) - (over_c ? zero : cross));
-  return {infinite ? infinity : at.value, over_c | over_q ? rest : at.grad};
+  V rest = of_grad * ((over_q ? zero : power_q) - (over_c ? zero : cross));
+  V value = fma(of_p, p_over, of_q * q_over), grad = of_grad * q_over;
+  return {infinite ? infinity : value, over_c | over_q ? rest : grad};
 }
 
 FUSEDKD_DIVERGENCE(alpha) {

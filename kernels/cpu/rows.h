@@ -14,8 +14,7 @@ using StatisticsRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&
 template <class X>
 using MiddleRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, Middle<typename Format<X>::F>&);
 template <class X>
-using GradientRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&,
-                             const Coefficients<typename Format<X>::F>&);
+using GradientRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, const Coefficients&);
 
 #define FUSEDKD_FLAVOURS(run_of, X, kind)                                  \
   {                                                                        \
@@ -185,10 +184,11 @@ class OneRow {
   }
   double common_gap() const { return (double)row_.teacher.max * row_.ratio - row_.student.max; }
   // Whether a tile needs the sweeps that cut their arguments and look for infinities.
-  bool far(int64_t k, bool teacher) const {
+  bool far(int64_t k, bool teacher, double reach = kReach) const {
     const F* lo = minima(k);
     if (teacher && !(::fabs(common_gap()) < kCommon)) return true;
-    return !(row_.student.near(lo[0]) && (!unit_ || row_.unit.near(lo[0])) && (!teacher || row_.teacher.near(lo[1])));
+    return !(row_.student.near(lo[0], reach) && (!unit_ || row_.unit.near(lo[0], reach)) &&
+             (!teacher || row_.teacher.near(lo[1], reach)));
   }
 
   // First sweep: each tile's extremes, then its exponentials relative to the largest logit so far, while it is in L1.
@@ -250,16 +250,17 @@ class OneRow {
     Middle<F> m;
     const double rate_s = row_.student.inverse_temperature(), rate_t = row_.teacher.inverse_temperature();
     const double far_s = row_.student.max * rate_s - log_student_, far_t = row_.teacher.max * rate_t - log_teacher_;
-    m.over_student = Exact<F>(1 / sums_.student), m.over_teacher = Exact<F>(1 / sums_.teacher);
+    m.over_student = 1 / sums_.student, m.over_teacher = 1 / sums_.teacher;
     m.log_student = Exact<F>(-::log(sums_.student)), m.log_teacher = Exact<F>(-::log(sums_.teacher));
     m.far_student = Exact<F>(far_s), m.far_teacher = Exact<F>(far_t);
     m.student_rate = (F)rate_s, m.teacher_rate = (F)rate_t;
     m.gap = Exact<F>(gap_), m.far_gap = Exact<F>(far_t - far_s);
     m.parameters = call_.parameters;
+    const double reach = kReach + ::log2(::fmax(sums_.student, sums_.teacher));
     for (int64_t k = 0; k < tiles_; ++k) {
       Tile<X> t = tile(k, true);
       if (!call_.grad.data || call_.kd_scale == 0) t.kept = nullptr;
-      listed_.middle(X())[far(k, true)](t, row_, m);
+      listed_.middle(X())[far(k, true, reach)](t, row_, m);
     }
     grad_sum_ = m.grad;
     return m.value;
@@ -322,13 +323,14 @@ class OneRow {
     }
     const bool separate = unit_ && hard != 0 && kind != kNone;
     if (!separate) student += unit;
-    Coefficients<F> c{(F)(-hard * call_.label_smoothing / call_.vocabulary), (F)(student + at_gap), (F)teacher,
-                      (F)(student + at_gap + gap * common_gap()), (F)student, (F)gap, (F)unit};
+    const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary, student + at_gap, teacher,
+                         student + at_gap + gap * common_gap(), student, gap, unit};
     if (const double all = student + at_gap + teacher + gap + unit; all - all != 0) {  // the row holds a NaN
       fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.vocabulary);
     } else {
       double slope = 0, label = hard != 0 ? label_gradient(kind, soft, hard, &slope) : 0;
-      for (int64_t k = 0; k < tiles_; ++k) gradient_tile(k, kind, separate, c);
+      const double reach = c.reach(kind, separate);
+      for (int64_t k = 0; k < tiles_; ++k) gradient_tile(k, kind, separate, c, reach);
       if (hard != 0) {
         label *= student_label_ == -kInfinity ? 0 : slope;
         write(call_.grad.dtype, &label, grad_ + label_ * size_of(call_.grad.dtype), 1);
@@ -337,7 +339,7 @@ class OneRow {
     zero(call_.vocabulary, call_.grad_columns);
   }
 
-  void gradient_tile(int64_t k, Kind kind, bool separate, const Coefficients<F>& c) {
+  void gradient_tile(int64_t k, Kind kind, bool separate, const Coefficients& c, double reach) {
     const bool teacher = kind != kNone && kind != kEntrywise, sloped = transforms(call_.student);
     const int64_t from = begin(k), n = end(k) - from;
     char* to = grad_ + from * size_of(call_.grad.dtype);
@@ -345,7 +347,7 @@ class OneRow {
     const bool direct = writes_directly() && n % Fmt::step == 0;
     t.grad = direct ? (X*)to : out_;
     t.stream = direct && stream_;
-    Runs<X>::gradient[kind][separate][far(k, teacher)](t, row_, c);
+    Runs<X>::gradient[kind][separate][far(k, teacher, reach)](t, row_, c);
     if (!direct) finish(out_, to, n);
   }
   void finish(uint16_t* from, char* to, int64_t n) { memcpy(to, from, n * sizeof *from); }
@@ -379,6 +381,7 @@ class OneRow {
     memset(grad_ + from * size_of(call_.grad.dtype), 0, (to - from) * size_of(call_.grad.dtype));
   }
 
+  static constexpr double kReach = 20;   // powers of two, see Reference::near
   static constexpr double kCommon = 64;     // gap between the largest logits that costs fp32 too many digits
   static constexpr int64_t kStreamed = 8192;  // shorter rows would feel the extra tile
   static constexpr double kLogSmallest = -745.1332191019412;  // of fp64: below it exp is 0

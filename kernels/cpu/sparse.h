@@ -15,7 +15,7 @@ using EntriesRun = double (*)(const double*, KlWeights, const double*, const dou
 FUSEDKD_INLINE Entry<VD> entry(VD lp, VD lq) {
   const VD nothing = splat<VD>(-kInfinity);
   const VD gap = ((lp == nothing) & (lq == nothing)) ? VD{} : lp - lq;
-  return {lp, lq, gap, exp(lp), exp(lq), exp(-abs(gap))};
+  return {lp, lq, gap, exp(lp), exp(lq), exp(minus_abs(gap))};
 }
 struct MixOfKls {
   FUSEDKD_INLINE static Point<VD> at(const Entry<VD>& e, const double*, KlWeights w) {
@@ -187,7 +187,7 @@ class SparseRow : OneRow<X> {
   // The middle sweep of dense rows over the entries that are no ids, where p = 0.
   double outside() {
     Middle<F> m;
-    m.over_student = Exact<F>(::exp(log_one(row_.student, log_student_))), m.over_teacher = Exact<F>(1);
+    m.over_student = ::exp(log_one(row_.student, log_student_)), m.over_teacher = 1;
     m.log_student = Exact<F>(log_one(row_.student, log_student_));
     m.student_rate = (F)row_.student.inverse_temperature(), m.teacher_rate = 1;
     m.far_student = Exact<F>(row_.student.max * row_.student.inverse_temperature() - log_student_);
@@ -237,14 +237,16 @@ class SparseRow : OneRow<X> {
     if (tail() && row_.student.seen) student += soft * entry_grad_[count_] / sums_.student;
     double unit = hard == 0 ? 0 : hard * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
     if (!separate) student += unit;
-    const Coefficients<F> c{(F)(-hard * call_.label_smoothing / call_.vocabulary), (F)student, (F)soft, 0, 0, 0, (F)unit};
+    const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary, student, soft, 0, 0, 0, unit};
     if (const double every = student + unit + log_student_; every - every != 0) {  // the row holds a NaN
       fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.vocabulary);
     } else {
       double slope = 0;
       const bool label_outside = hard != 0 && !is_id(label_);
       const double label = label_outside ? label_outside_gradient(soft, hard, &slope) : 0;
-      for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, outside_ && soft != 0 ? kEntrywise : kNone, separate, c);
+      const Kind kind = outside_ && soft != 0 ? kEntrywise : kNone;
+      const double reach = c.reach(kind, separate);
+      for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, kind, separate, c, reach);
       if (label_outside) put(label_, student_label_, label * slope);
       for (int64_t i = 0; i < count_; ++i)
         put(indices_[i], z_[i], slopes_[i] * at(indices_[i], z_[i], soft == 0 ? 0 : entry_grad_[i], soft, hard));

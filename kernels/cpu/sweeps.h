@@ -34,31 +34,35 @@ struct Reference {
     seen = true;
     return first || old == whole ? 1 : ::exp2(old - whole);
   }
-  // Whether a tile whose smallest entry is `lo` can do without cuts, see NearPower. Without fused multiply-add only
-  // differences to the maximum are precise enough.
-  bool near([[maybe_unused]] F lo) const {
+  // Whether a tile whose smallest entry is `lo` can do without cuts, see NearPower; `reach` is minus the exponent of the
+  // smallest coefficient. Without fused multiply-add only differences to the maximum are precise enough.
+  bool near([[maybe_unused]] F lo, [[maybe_unused]] double reach) const {
 #ifdef FUSEDKD_NO_FMA
     return false;
 #else
     double bottom = (double)lo * scale, top = (double)max * scale;
-    return bottom - whole > -100 && bottom > -100000 && bottom < 100000 && top > -100000 && top < 100000;
+    return bottom - whole > reach - 120 && bottom > -1000 && bottom < 1000 && top > -1000 && top < 1000;
 #endif
   }
   double log_sum(double sum) const { return seen ? whole * kLn2 + ::log(sum) : __builtin_nan(""); }
 };
 
-template <class V, bool kFar>
-struct Power : NearPower<V> {
+// A side's exponentials, times a coefficient.
+template <class V, bool kFar, bool fine = false>
+struct Power : NearPower<V, fine> {
   template <class F>
-  FUSEDKD_INLINE explicit Power(const Reference<F>& r) : NearPower<V>(r.scale, r.whole) {}
+  FUSEDKD_INLINE explicit Power(const Reference<F>& r, double coefficient = 1)
+      : NearPower<V, fine>(r.scale, r.whole, coefficient) {}
 };
-template <class V>
-struct Power<V, true> {
+template <class V, bool fine>
+struct Power<V, true, fine> {
   V scale, max, shift;
+  Exact<typename Of<V>::F> coefficient;
   template <class F>
-  FUSEDKD_INLINE explicit Power(const Reference<F>& r)
-      : scale(splat<V>(r.scale)), max(splat<V>(r.max)), shift(splat<V>(r.shift)) {}
-  FUSEDKD_INLINE V operator()(V x) const { return exp2(x - max, scale) * shift; }
+  FUSEDKD_INLINE explicit Power(const Reference<F>& r, double coefficient = 1)
+      : scale(splat<V>(r.scale)), max(splat<V>(r.max)), shift(splat<V>(r.shift)), coefficient(coefficient) {}
+  FUSEDKD_INLINE V operator()(V x) const { return times(exp2(x - max, scale) * shift, coefficient); }
+  FUSEDKD_INLINE V plus(V x, V sum) const { return sum + (*this)(x); }
 };
 
 // Logits as the sweeps read them: bf16 as it lies in memory, or fp32 or fp64. Entries of bf16 come out evens first, two
@@ -89,9 +93,9 @@ struct Format<uint16_t> {
     VI both = load<VI>(p);
     return {(VF)(both << 16), (VF)(both & (int32_t)0xffff0000)};
   }
-  FUSEDKD_INLINE static VI round(VF x) { return bits(x) + 0x7fff + ((bits(x) >> 16) & 1); }  // no NaN comes here
+  FUSEDKD_INLINE static VI round(VF x) { return bits(x) + 0x8000; }  // to nearest, ties away from 0; no NaN comes here
   FUSEDKD_INLINE static void put(uint16_t* p, Pair<V> g, bool stream) {
-    VI both = ((round(g.a) >> 16) & 0xffff) | (round(g.b) & (int32_t)0xffff0000);
+    VI both = odd_halves(shift_right(round(g.a), 16), round(g.b));
     if (stream) return stream_store(p, both);
     store(p, both);
   }
@@ -132,6 +136,10 @@ struct Sum {
   V recent = {}, folded = {};
   FUSEDKD_INLINE void operator+=(V x) { recent += x; }
   FUSEDKD_INLINE void add_product(V x, V y) { recent = fma(x, y, recent); }
+  template <class P>
+  FUSEDKD_INLINE void add_power(const P& power, V x) {
+    recent = power.plus(x, recent);
+  }
   FUSEDKD_INLINE void fold() { folded += recent, recent = V{}; }
   FUSEDKD_INLINE double value() const { return total(folded); }
 };
@@ -152,13 +160,16 @@ struct Statistics {
         ratio(splat<V>(kFar ? row.ratio / (F)kGapUnit : row.ratio)) {}
 
   FUSEDKD_INLINE void add(V s, V t) {
-    V es = power_s(s);
-    zs += es;
-    if (kUnit) zu += power_u(s);
+    if (kUnit) zu.add_power(power_u, s);
+    V es{};
+    if (kFar || kKind & kReverse)
+      zs += es = power_s(s);
+    else
+      zs.add_power(power_s, s);
     if (kKind == kNone) return;
+    if (kKind == kEntrywise) return zt.add_power(power_t, t);
     V et = power_t(t);
     zt += et;
-    if (kKind == kEntrywise) return;
     V gap;
     if constexpr (kFar) {
       // from the largest entries, so that what all logits have in common costs no digits
@@ -215,26 +226,9 @@ struct Statistics {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A constant in two parts. What would be one rounding at random in a single entry is the same error in every entry of the
-// row, and does not average out.
-template <class F>
-struct Exact {
-  F high = 0, low = 0;
-  Exact() {}
-  explicit Exact(double x) : high((F)x), low((F)(x - (double)high)) {}
-};
-template <class V, class F>
-FUSEDKD_INLINE V times(V x, Exact<F> c) {
-  return fma(x, splat<V>(c.high), x * splat<V>(c.low));
-}
-template <class V, class F>
-FUSEDKD_INLINE V fma(V x, V y, Exact<F> c) {
-  return fma(x, y, splat<V>(c.high)) + splat<V>(c.low);
-}
-
 template <class F>
 struct Middle {
-  Exact<F> over_student, over_teacher;  // 1 / sums of exponentials
+  double over_student, over_teacher;    // 1 / sums of exponentials
   Exact<F> log_student, log_teacher;    // minus their logarithms
   Exact<F> far_student, far_teacher;    // log-probability of the largest entry
   F student_rate, teacher_rate;  // inverse temperatures
@@ -243,56 +237,102 @@ struct Middle {
   double value = 0, grad = 0;    // the sums that come out
 };
 
+template <class D>
+constexpr auto needs_ratio(int) -> decltype(D::needs_ratio) {
+  return D::needs_ratio;
+}
+template <class D>
+constexpr bool needs_ratio(long) {
+  return false;
+}
+
 template <class D, class X, bool kFar>
 struct Entrywise {
+  static constexpr bool kRatio = needs_ratio<D>(0);
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
   typedef typename Fmt::V V;
+  Power<V, kFar, true> power_p, power_q;
+  NearPower<V, true> power_ratio;
+  V ratio, rate_t, rate_s, scale_t, scale_s, whole_t, whole_s, max_t, max_s;
+  Exact<F> log_t, log_s, gap;
+  double parameters[kParameters];  // a copy that nothing in the loop can be suspected of changing
 
-  FUSEDKD_INLINE static Point<V> at(V s, V t, const Row<F>& row, const Middle<F>& m) {
-    const V ln2 = splat<V>(kLn2), ratio = splat<V>(row.ratio), rate = splat<V>(m.student_rate);
-    Entry<V> e;
-    e.p = times(Power<V, kFar>(row.teacher)(t), m.over_teacher);
-    e.q = times(Power<V, kFar>(row.student)(s), m.over_student);
-    if (kFar) {
-      V dt = t - splat<V>(row.teacher.max), ds = s - splat<V>(row.student.max);
-      e.lp = fma(dt, splat<V>(m.teacher_rate), m.far_teacher);
-      e.lq = fma(ds, rate, m.far_student);
-      auto neither = (e.lp == splat<V>(-kInfinity)) & (e.lq == splat<V>(-kInfinity));
-      V gap = fma(fma(dt, ratio, -ds), rate, m.far_gap);
-      e.gap = neither ? V{} : gap;
-      e.ratio = exp(-abs(e.gap));
+  FUSEDKD_INLINE Entrywise(const Row<F>& row, const Middle<F>& m)
+      : power_p(row.teacher, m.over_teacher), power_q(row.student, m.over_student), power_ratio(kLog2E, 0, 1),
+        ratio(splat<V>(row.ratio)), rate_t(splat<V>(m.teacher_rate)), rate_s(splat<V>(m.student_rate)),
+        scale_t(splat<V>(row.teacher.scale)), scale_s(splat<V>(row.student.scale)),
+        whole_t(splat<V>(-row.teacher.whole)), whole_s(splat<V>(-row.student.whole)),
+        max_t(splat<V>(row.teacher.max)), max_s(splat<V>(row.student.max)),
+        log_t(kFar ? m.far_teacher : m.log_teacher), log_s(kFar ? m.far_student : m.log_student),
+        gap(kFar ? m.far_gap : m.gap) {
+    memcpy(parameters, m.parameters, sizeof parameters);
+  }
+
+  // The exponentials of one entry. They come first for a whole block: one after the other, exponentials and what is made
+  // of them are too long a chain for the processor to find the next one's instructions to fill the gaps with.
+  FUSEDKD_INLINE void begin(V s, V t, F* p, F* q, F* smaller_over_larger) const {
+    store(p, power_p(t));
+    store(q, power_q(s));
+    if (!kRatio) return;
+    const V gap = minus_abs(gap_of(s, t));
+    if constexpr (kFar) {
+      store(smaller_over_larger, exp(gap));
     } else {
-      V pt = fma(t, splat<V>(row.teacher.scale), splat<V>(-row.teacher.whole));
-      V ps = fma(s, splat<V>(row.student.scale), splat<V>(-row.student.whole));
-      e.lp = fma(pt, ln2, m.log_teacher);
-      e.lq = fma(ps, ln2, m.log_student);
-      e.gap = fma(fma(t, ratio, -s), rate, m.gap);
-      e.ratio = NearPower<V>(kLog2E, 0)(-abs(e.gap));  // near tiles: 2^-100 / V at least
+      store(smaller_over_larger, power_ratio(gap));  // near tiles: 2^-100 / V at least
     }
-    return D::at(e, m.parameters);
+  }
+  FUSEDKD_INLINE V gap_of(V s, V t) const {
+    if constexpr (kFar) {
+      V dt = t - max_t, ds = s - max_s, gaps = fma(fma(dt, ratio, -ds), rate_s, gap);
+      auto neither = (dt == splat<V>(-kInfinity)) & (ds == splat<V>(-kInfinity));
+      return neither ? V{} : gaps;
+    } else {
+      return fma(fma(t, ratio, -s), rate_s, gap);
+    }
+  }
+  FUSEDKD_INLINE Point<V> end(V s, V t, const F* p, const F* q, const F* smaller_over_larger) const {
+    Entry<V> e;
+    e.p = load<V>(p), e.q = load<V>(q), e.gap = gap_of(s, t);
+    e.ratio = kRatio ? load<V>(smaller_over_larger) : splat<V>(__builtin_nan(""));
+    if constexpr (kFar) {
+      e.lp = fma(t - max_t, rate_t, log_t);
+      e.lq = fma(s - max_s, rate_s, log_s);
+    } else {
+      const V ln2 = splat<V>(kLn2);
+      e.lp = fma(fma(t, scale_t, whole_t), ln2, log_t);
+      e.lq = fma(fma(s, scale_s, whole_s), ln2, log_s);
+    }
+    return D::at(e, parameters);
   }
 
   static void run(const Tile<X>& tile, const Row<F>& row, Middle<F>& m) {
+    constexpr int64_t kBlock = kFold * Fmt::step;
+    const Entrywise self(row, m);
     Sum<V> value, grad;
-    double parameters[kParameters];  // a copy that nothing in the loop can be suspected of changing
-    memcpy(parameters, m.parameters, sizeof parameters);
-    Middle<F> local = m;
-    local.parameters = parameters;
-    const Row<F> fixed = row;
-    for (int64_t i = 0; i < tile.n; i += Fmt::step) {
-      Pair<V> s = Fmt::get(tile.student + i), t = Fmt::get(tile.teacher + i);
-      Point<V> a = at(s.a, t.a, fixed, local), b = at(s.b, t.b, fixed, local);
-      value += a.value;
-      value += b.value;
-      if (i % (kFold * Fmt::step) == 0) value.fold(), grad.fold();
-      if (tile.kept == nullptr) continue;
-      grad += a.grad;
-      grad += b.grad;
-      store(tile.kept + i, a.grad);
-      store(tile.kept + i + Fmt::lanes, b.grad);
+    alignas(64) F p[kBlock], q[kBlock], ratio[kBlock];
+    for (int64_t from = 0; from < tile.n; from += kBlock) {
+      const int64_t n = tile.n - from < kBlock ? tile.n - from : kBlock;
+      const X *student = tile.student + from, *teacher = tile.teacher + from;
+      F* kept = tile.kept ? tile.kept + from : nullptr;
+      for (int64_t i = 0, j = Fmt::lanes; i < n; i += Fmt::step, j += Fmt::step) {
+        Pair<V> s = Fmt::get(student + i), t = Fmt::get(teacher + i);
+        self.begin(s.a, t.a, p + i, q + i, ratio + i);
+        self.begin(s.b, t.b, p + j, q + j, ratio + j);
+      }
+      for (int64_t i = 0, j = Fmt::lanes; i < n; i += Fmt::step, j += Fmt::step) {
+        Pair<V> s = Fmt::get(student + i), t = Fmt::get(teacher + i);
+        Point<V> a = self.end(s.a, t.a, p + i, q + i, ratio + i), b = self.end(s.b, t.b, p + j, q + j, ratio + j);
+        value += a.value;
+        value += b.value;
+        if (kept == nullptr) continue;
+        grad += a.grad;
+        grad += b.grad;
+        store(kept + i, a.grad);
+        store(kept + j, b.grad);
+      }
+      value.fold(), grad.fold();
     }
-    value.fold(), grad.fold();
     m.value += value.value();
     m.grad += grad.value();
   }
@@ -300,14 +340,24 @@ struct Entrywise {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <class F>
 struct Coefficients {
-  F constant;            // label smoothing
-  F student, teacher;    // of the exponentials; teacher also of the kept gradients
-  F student_far;         // in place of `student` where gaps start from the largest entries
-  F student_absent;      // in place of `student` where the teacher is -inf
-  F gap;                 // of exponential times gap
-  F unit;                // of the exponential at T = 1
+  double constant;          // label smoothing
+  double student, teacher;  // of the exponentials; teacher also of the kept gradients
+  double student_far;       // in place of `student` where gaps start from the largest entries
+  double student_absent;    // in place of `student` where the teacher is -inf
+  double gap;               // of exponential times gap
+  double unit;              // of the exponential at T = 1
+
+  // How far from 1 those of exponentials are, in powers of two: what Reference::near must keep clear of.
+  double reach(Kind kind, bool separate) const {
+    double most = 0;
+    if (kind == kNone || kind == kForward || kind == kEntrywise) most = from_one(student);
+    if (kind == kForward || kind == kBoth) most = ::fmax(most, from_one(teacher));
+    return separate ? ::fmax(most, from_one(unit)) : most;
+  }
+
+ private:
+  static double from_one(double c) { return ::fabs(::log2(::fabs(c))); }  // of 0: infinite
 };
 
 template <class X, Kind kKind, bool kUnit, bool kFar>
@@ -315,34 +365,35 @@ struct Gradient {
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
   typedef typename Fmt::V V;
+  static constexpr bool reverse = kKind == kReverse || kKind == kBoth, forward = kKind == kForward || kKind == kBoth;
   Power<V, kFar> power_s, power_t, power_u;
-  V ratio, constant, student, teacher, student_far, student_absent, gap_factor, unit;
+  V ratio, constant, kept_factor, student, student_far, student_absent, gap_factor;
 
-  FUSEDKD_INLINE Gradient(const Row<F>& row, const Coefficients<F>& c)
-      : power_s(row.student), power_t(row.teacher), power_u(row.unit),
+  FUSEDKD_INLINE Gradient(const Row<F>& row, const Coefficients& c)
+      : power_s(row.student, reverse ? 1 : c.student), power_t(row.teacher, c.teacher), power_u(row.unit, c.unit),
         ratio(splat<V>(kFar ? row.ratio / (F)kGapUnit : row.ratio)), constant(splat<V>(c.constant)),
-        student(splat<V>(c.student)), teacher(splat<V>(c.teacher)), student_far(splat<V>(c.student_far)),
-        student_absent(splat<V>(c.student_absent)), gap_factor(splat<V>(kFar ? c.gap * (F)kGapUnit : c.gap)), unit(splat<V>(c.unit)) {}
+        kept_factor(splat<V>(c.teacher)), student(splat<V>(c.student)), student_far(splat<V>(c.student_far)),
+        student_absent(splat<V>(c.student_absent)), gap_factor(splat<V>(kFar ? c.gap * kGapUnit : c.gap)) {}
 
   FUSEDKD_INLINE V at(V s, V t, V kept) const {
-    V g = constant, factor = student;
-    if (kUnit) g = fma(power_u(s), unit, g);
-    if (kKind == kEntrywise) g = fma(kept, teacher, g);
-    if (kKind == kForward || kKind == kBoth) g = fma(power_t(t), teacher, g);
-    if (kKind == kReverse || kKind == kBoth) {
-      if constexpr (kFar) {  // finite, for its exponential may be 0
-        const V most = splat<V>(Of<V>::largest);
-        V gap = fma(t - power_t.max, ratio, (power_s.max - s) * splat<V>(1 / kGapUnit));
-        factor = finite(gap) ? max(-most, min(most, fma(gap, gap_factor, student_far))) : student_absent;
-      } else {
-        factor = fma(fma(t, ratio, -s), gap_factor, student);
-      }
+    V g = constant;
+    if (kUnit) g = power_u.plus(s, g);
+    if (kKind == kEntrywise) g = fma(kept, kept_factor, g);
+    if (forward) g = power_t.plus(t, g);
+    if constexpr (!reverse) {
+      g = power_s.plus(s, g);
+    } else if constexpr (kFar) {  // finite, for its exponential may be 0
+      const V most = splat<V>(Of<V>::largest);
+      V gap = fma(t - power_t.max, ratio, (power_s.max - s) * splat<V>(1 / kGapUnit));
+      V factor = finite(gap) ? max(-most, min(most, fma(gap, gap_factor, student_far))) : student_absent;
+      g = fma(power_s(s), factor, g);
+    } else {
+      g = fma(power_s(s), fma(fma(t, ratio, -s), gap_factor, student), g);
     }
-    g = fma(power_s(s), factor, g);
     return kFar ? (s == splat<V>(-kInfinity) ? V{} : g) : g;
   }
 
-  static void run(const Tile<X>& tile, const Row<F>& row, const Coefficients<F>& c) {
+  static void run(const Tile<X>& tile, const Row<F>& row, const Coefficients& c) {
     const Gradient self(row, c);
     const bool stream = tile.stream;
     for (int64_t i = 0; i < tile.n; i += Fmt::step) {
@@ -373,19 +424,28 @@ FUSEDKD_INLINE void extremes(const X* x, int64_t n, X* lo, X* hi) {
 FUSEDKD_INLINE void extremes(const uint16_t* x, int64_t n, float* lo, float* hi) {
   typedef int16_t VS __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   const int16_t lowest = INT16_MIN;
-  VS top = VS{} + lowest;
-  VH bottom = {};
-  for (int64_t i = 0; i < n; i += sizeof(VS) / 2) {
-    VS v = load<VS>(x + i);
-    top = v > top ? v : top;
-    bottom = (VH)v > bottom ? (VH)v : bottom;
-  }
+  constexpr int64_t lanes = sizeof(VS) / 2, step = 4 * lanes;
+  VS top[4], bottom[4];  // the latter of unsigned numbers
+  for (int j = 0; j < 4; ++j) top[j] = VS{} + lowest, bottom[j] = VS{};
+  auto see = [&](int j, VS v) __attribute__((always_inline)) {
+    top[j] = v > top[j] ? v : top[j];
+    bottom[j] = (VS)((VH)v > (VH)bottom[j] ? (VH)v : (VH)bottom[j]);
+  };
+  int64_t i = 0;
+  for (; i + step <= n; i += step)
+    for (int j = 0; j < 4; ++j) see(j, load<VS>(x + i + j * lanes));
+  for (; i < n; i += lanes) see(0, load<VS>(x + i));
   int16_t signed_top = lowest;
   uint16_t unsigned_top = 0;
-  for (int64_t i = 0; i < (int64_t)sizeof(VS) / 2; ++i) {
-    signed_top = top[i] > signed_top ? top[i] : signed_top;
-    unsigned_top = bottom[i] > unsigned_top ? bottom[i] : unsigned_top;
+  for (int j = 1; j < 4; ++j) {
+    top[0] = top[j] > top[0] ? top[j] : top[0];
+    bottom[0] = (VS)((VH)bottom[j] > (VH)bottom[0] ? (VH)bottom[j] : (VH)bottom[0]);
   }
+  int16_t tops[lanes];
+  uint16_t bottoms[lanes];
+  store(tops, top[0]), store(bottoms, bottom[0]);
+  for (int j = 0; j < lanes; ++j) signed_top = tops[j] > signed_top ? tops[j] : signed_top;
+  for (int j = 0; j < lanes; ++j) unsigned_top = bottoms[j] > unsigned_top ? bottoms[j] : unsigned_top;
   *lo = unsigned_top & 0x8000 ? from_bf16(unsigned_top) : 0;
   *hi = from_bf16((uint16_t)signed_top);
   if (signed_top >= 0) return;

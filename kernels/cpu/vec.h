@@ -78,6 +78,21 @@ FUSEDKD_INLINE typename Of<V>::I bits(V v) {
   return (typename Of<V>::I)v;
 }
 
+FUSEDKD_INLINE VI shift_right(VI x, int by) {  // zeros come in from the left
+  typedef uint32_t VU __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+  return (VI)((VU)x >> by);
+}
+// Of each pair of 16-bit numbers the first of `even` and the second of `odd`.
+FUSEDKD_INLINE VI odd_halves(VI even, VI odd) {
+#if defined(FUSEDKD_AVX512)
+  return (VI)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, (__m512i)odd);
+#elif defined(FUSEDKD_AVX2)
+  return (VI)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+#else
+  return (even & 0xffff) | (odd & (int32_t)0xffff0000);
+#endif
+}
+
 // a b + c with one rounding, except on the base set of x86, which has no such instruction (contraction is off).
 #if defined(FUSEDKD_AVX512)
 FUSEDKD_INLINE VF fma(VF a, VF b, VF c) { return (VF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -97,6 +112,13 @@ FUSEDKD_INLINE V fma(V a, V b, V c) {
 #endif
 
 // Of two operands one of which is NaN, the second: so max(bound, x) keeps a NaN x.
+#if defined(FUSEDKD_AVX512)
+FUSEDKD_INLINE VF max(VF a, VF b) { return (VF)_mm512_max_ps((__m512)a, (__m512)b); }
+FUSEDKD_INLINE VF min(VF a, VF b) { return (VF)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(FUSEDKD_AVX2)
+FUSEDKD_INLINE VF max(VF a, VF b) { return (VF)_mm256_max_ps((__m256)a, (__m256)b); }
+FUSEDKD_INLINE VF min(VF a, VF b) { return (VF)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
 template <class V>
 FUSEDKD_INLINE V max(V a, V b) {
   return a > b ? a : b;
@@ -106,8 +128,16 @@ FUSEDKD_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 template <class V>
+FUSEDKD_INLINE typename Of<V>::I sign_bit() {
+  return (typename Of<V>::I{} + 1) << (8 * (int)sizeof(typename Of<V>::F) - 1);
+}
+template <class V>
+FUSEDKD_INLINE V minus_abs(V a) {
+  return (V)(bits(a) | sign_bit<V>());
+}
+template <class V>
 FUSEDKD_INLINE V abs(V a) {
-  return max(-a, a);
+  return (V)(bits(a) & ~sign_bit<V>());
 }
 template <class V>  // w x, and 0 where w is 0 whatever x (a NaN w stays NaN)
 FUSEDKD_INLINE V mul0(V w, V x) {
@@ -144,9 +174,9 @@ FUSEDKD_INLINE typename Of<V>::F largest(V v) {
 // 2^f for |f| <= 1/2 as 1 + f P(f), minimax: relative error 3e-9 (fp32), Taylor below 2^-53 (fp64).
 FUSEDKD_INLINE VF exp2_fraction(VF f) {  // P(f)
   constexpr float c[6] = {0.693147182f, 0.240226477f, 0.0555035993f, 0.00961850584f, 0.00133908063f, 0.000153264613f};
-  VF p = splat<VF>(c[5]);
-  for (int k = 4; k >= 0; --k) p = fma(p, f, splat<VF>(c[k]));
-  return p;
+  VF f2 = f * f, p = fma(f, splat<VF>(c[5]), splat<VF>(c[4]));  // in pairs: fewer steps one after the other
+  p = fma(f2, p, fma(f, splat<VF>(c[3]), splat<VF>(c[2])));
+  return fma(f2, p, fma(f, splat<VF>(c[1]), splat<VF>(c[0])));
 }
 FUSEDKD_INLINE VD exp2_fraction(VD f) {
   VD p = {};
@@ -181,30 +211,51 @@ FUSEDKD_INLINE V exp2(V x, V c) {
   return fma(s.fraction, exp2_fraction(s.fraction), splat<V>(1)) * s.power;
 }
 
-#if defined(FUSEDKD_AVX512)
-// In fp32: 2^(j/16) from a register and a cubic, 10 to 12 instructions of which 6 multiply, against 12 and 9 for a
-// polynomial alone; the multipliers are what the KL rows saturate. At most 1 ulp; the cubic's share is 1.6e-9. (32 roots
-// and a quadratic save a multiplication, and are off by 1.5e-5 in slope: at T = 1000 that is what total variation sees.)
-alignas(64) constexpr float kRoot[16] = {
-    1.000000000f, 1.044273782f, 1.090507733f, 1.138788635f, 1.189207115f, 1.241857812f, 1.296839555f, 1.354255547f,
-    1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f, 1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
+#if defined(FUSEDKD_AVX2) || defined(FUSEDKD_AVX512)
+// 2^(j/32). In fp32 a root from registers and a short polynomial take fewer multiplications than a long one alone, and
+// the multipliers are what the KL rows saturate.
+alignas(64) constexpr double kRoot[32] = {
+    1.0,                1.0218971486541166, 1.0442737824274138, 1.0671404006768237, 1.0905077326652577,
+    1.1143867425958924, 1.1387886347566916, 1.1637248587775775, 1.189207115002721,  1.215247359980469,
+    1.241857812073484,  1.2690509571917332, 1.2968395546510096, 1.3252366431597413, 1.3542555469368927,
+    1.383909881963832,  1.4142135623730951, 1.4451808069770467, 1.4768261459394993, 1.5091644275934228,
+    1.5422108254079407, 1.5759808451078865, 1.6104903319492543, 1.645755478153965,  1.681792830507429,
+    1.718619298122478,  1.7562521603732995, 1.7947090750031072, 1.8340080864093424, 1.8741676341103,
+    1.9152065613971474, 1.9571441241754002};
+#endif
 
-struct RootSplit {
-  VF index, whole, growth;  // x c = whole + f, whole in 16ths; growth = 2^f - 1
+#if defined(FUSEDKD_AVX512)
+struct Roots {  // kRoot, in two registers
+  VI low, high;
+  FUSEDKD_INLINE explicit Roots(double coefficient) {
+    float root[32];
+    for (int j = 0; j < 32; ++j) root[j] = (float)(kRoot[j] * coefficient);
+    low = load<VI>(root), high = load<VI>(root + 16);
+  }
+  FUSEDKD_INLINE VI at(VF index) const {
+    return (VI)_mm512_permutex2var_epi32((__m512i)low, (__m512i)bits(index), (__m512i)high);
+  }
+};
+
+struct RootSplit {  // x c = whole + f, whole in 32nds
+  VF index, whole, f;
   FUSEDKD_INLINE RootSplit(VF x, VF c) {
-    const VF magic = splat<VF>(1.5f * (1 << 19));
+    const VF magic = splat<VF>(1.5f * (1 << 18));
     index = fma(x, c, magic);
     whole = index - magic;
-    VF f = fma(x, c, -whole);
-    growth = f * fma(f, fma(f, splat<VF>(0.0555023588f), splat<VF>(0.240234286f)), splat<VF>(0.693147182f));
+    f = fma(x, c, -whole);
+  }
+  FUSEDKD_INLINE VF growth() const {  // 2^f - 1, off by 1e-10
+    return f * fma(f, fma(f, splat<VF>(0.0555036156f), splat<VF>(0.240228452f)), splat<VF>(0.693147181f));
   }
 };
 
 FUSEDKD_INLINE VF exp2(VF x, VF c) {
   const VF bound = splat<VF>(200) / c;
+  const Roots roots(1);
   RootSplit s(max(-bound, min(bound, x)), c);
-  VF root = (VF)_mm512_permutexvar_ps((__m512i)bits(s.index), _mm512_load_ps(kRoot));
-  return (VF)_mm512_scalef_ps((__m512)fma(root, s.growth, root), (__m512)s.whole);
+  VF root = (VF)roots.at(s.index);
+  return (VF)_mm512_scalef_ps((__m512)fma(root, s.growth(), root), (__m512)s.whole);
 }
 #endif
 
@@ -227,6 +278,34 @@ FUSEDKD_INLINE V log_normal(V x) {
   return fma(exponent, splat<V>(kLn2), fma(p * s2, s, s + s));
 }
 
+#if defined(FUSEDKD_AVX512)
+// In fp32: m r = 1 + z with r near 1 / m from registers, and a quartic in z, off by 8e-9 and half as many steps one after
+// the other as the quotient; both r next to m = 1 are 1, so that it is exact there too.
+alignas(64) constexpr float kInverse[32] = {  // [1, 1.5) in 32nds, then [0.75, 1) in 64ths
+    1.f,         0.955223858f, 0.927536249f, 0.901408434f, 0.876712322f, 0.853333354f, 0.83116883f,  0.810126603f,
+    0.790123463f, 0.771084309f, 0.752941191f, 0.735632181f, 0.719101131f, 0.703296721f, 0.688172042f, 0.673684239f,
+    1.31958759f, 1.29292929f,  1.26732671f,  1.24271846f,  1.21904767f,  1.19626164f,  1.17431188f,  1.15315318f,
+    1.13274336f, 1.11304343f,  1.09401715f,  1.07563031f,  1.0578512f,   1.04065037f,  1.02400005f,  1.f};
+alignas(64) constexpr float kLogInverse[32] = {  // -log of them
+    0.f,           0.0458095595f,  0.0752234012f,  0.10379681f,    0.131576359f,   0.158605009f,   0.184922338f,
+    0.210564747f,  0.235566065f,   0.259957552f,   0.283768147f,   0.307025045f,   0.32975328f,    0.351976395f,
+    0.373716414f,  0.394993752f,   -0.277319252f,  -0.256910414f,  -0.236909732f,  -0.217301279f,  -0.198069945f,
+    -0.179201394f, -0.160682335f,  -0.142500088f,  -0.124642439f,  -0.107098088f,  -0.0898563787f, -0.072906822f,
+    -0.0562396757f, -0.0398458727f, -0.0237165745f, 0.f};
+
+FUSEDKD_INLINE VF log_normal(VF x) {
+  const auto look_up = [](const float* table, __m512i index) __attribute__((always_inline)) {
+    return (VF)_mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+  };
+  const VF exponent = __builtin_convertvector((bits(x) - bits(splat<VF>(0.75f))) >> 23, VF);
+  const VF m = (VF)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const __m512i index = (__m512i)(bits(m) >> 18);
+  const VF z = fma(m, look_up(kInverse, index), splat<VF>(-1)), z2 = z * z;
+  const VF p = fma(z, fma(z, splat<VF>(-0.243952941f), splat<VF>(0.333365914f)), splat<VF>(-0.500001226f));
+  return fma(exponent, splat<VF>(kLn2), look_up(kLogInverse, index)) + fma(z2, p, z);
+}
+#endif
+
 template <class V>
 FUSEDKD_INLINE V log(V x) {
   typedef Of<V> O;
@@ -240,63 +319,110 @@ FUSEDKD_INLINE V exp2m1(V x, V c) {
   Split<V> s(x, c);
   return fma(s.power * s.fraction, exp2_fraction(s.fraction), s.power - splat<V>(1));
 }
+#if defined(FUSEDKD_AVX512)
+FUSEDKD_INLINE VF exp2m1(VF x, VF c) {  // its instructions need no cuts but that of infinities
+  const VF magic = splat<VF>(1.5f * (1 << 23)), most = splat<VF>(1e6f);
+  const VF y = max(-most, min(most, x)), whole = fma(y, c, magic) - magic, f = fma(y, c, -whole);
+  const VF power = (VF)_mm512_scalef_ps(_mm512_set1_ps(1), (__m512)whole);
+  return fma(power * f, exp2_fraction(f), power - splat<VF>(1));
+}
+#endif
 
-// 2^(x c - r) for the hot loops, where x c lies within reach of the whole number r (see Reference::near): nothing is
-// cut, and subtracting r is part of putting the exponent on.
-template <class V>
+// A constant in two parts. What would be one rounding at random in a single entry is the same error in every entry of the
+// row, and does not average out.
+template <class F>
+struct Exact {
+  F high = 0, low = 0;
+  Exact() {}
+  explicit Exact(double x) : high((F)x), low((F)(x - (double)high)) {}
+};
+template <class V, class F>
+FUSEDKD_INLINE V times(V x, Exact<F> c) {
+  return fma(x, splat<V>(c.high), x * splat<V>(c.low));
+}
+template <class V, class F>
+FUSEDKD_INLINE V fma(V x, V y, Exact<F> c) {
+  return fma(x, y, splat<V>(c.high)) + splat<V>(c.low);
+}
+
+// coefficient 2^(x c - r) for the hot loops, where x c lies within reach of the whole number r (see Reference::near):
+// nothing is cut, and multiplying with the coefficient and with 2^-r is part of putting the exponent on. `fine` is right
+// to the last digit also as a slope, for what subtracts neighbouring powers; else an error of 5e-8 may bend it.
+template <class V, bool fine>
 struct NearPower {
+  typedef typename Of<V>::F F;
   V c;
   typename Of<V>::I offset;
-  FUSEDKD_INLINE NearPower(typename Of<V>::F scale, double r)
-      : c(splat<V>(scale)), offset((typename Of<V>::I{}) + (Of<V>::bias - (int)r)) {}
+  Exact<F> coefficient;
+  FUSEDKD_INLINE NearPower(F scale, double r, double coefficient)
+      : c(splat<V>(scale)), offset((typename Of<V>::I{}) + (Of<V>::bias - (int)r)), coefficient(coefficient) {}
   FUSEDKD_INLINE V operator()(V x) const {
     const V magic = splat<V>(1.5 * ((int64_t)1 << Of<V>::mantissa));
     V t = fma(x, c, magic), f = fma(x, c, -(t - magic));
-    V power = (V)((bits(t) + offset) << Of<V>::mantissa);
+    V power = times((V)((bits(t) + offset) << Of<V>::mantissa), coefficient);
     return fma(power * f, exp2_fraction(f), power);
   }
+  FUSEDKD_INLINE V plus(V x, V sum) const { return sum + (*this)(x); }
 };
-
-#if defined(FUSEDKD_AVX2)
-// In fp32: 2^(j/8) from a register and a cubic, 10 instructions of which 6 multiply, against 12 and 9 for a polynomial
-// alone: 1.15x the speed of the KL sweeps (Zen 3, 2026-11-24). The cubic's share of the error is 2.6e-8, under half an ulp.
-alignas(32) constexpr float kRoot[8] = {1.000000000f, 1.090507733f, 1.189207115f, 1.296839555f,
-                                        1.414213562f, 1.542210825f, 1.681792831f, 1.834008086f};
-
-template <>
-struct NearPower<VF> {
-  VF c, roots;
-  FUSEDKD_INLINE NearPower(float scale, double r) : c(splat<VF>(scale)) {
-    int32_t less[8];  // the root's index is added again with the exponent
-    for (int j = 0; j < 8; ++j) less[j] = (j << 20) + (int)r * (1 << 23);
-    roots = (VF)(load<VI>(kRoot) - load<VI>(less));
-  }
-  FUSEDKD_INLINE VF operator()(VF x) const {
-    const VF magic = splat<VF>(1.5f * (1 << 20));  // rounds to eighths
-    VF index = fma(x, c, magic), f = fma(x, c, -(index - magic));
-    VF growth = f * fma(f, fma(f, splat<VF>(0.0555047467f), splat<VF>(0.240257487f)), splat<VF>(0.693147182f));
-    VF root = (VF)_mm256_permutevar8x32_ps((__m256)roots, (__m256i)bits(index));
-    VF power = (VF)(bits(root) + (bits(index) << 20));
-    return fma(power, growth, power);
-  }
-};
-#endif
 
 #if defined(FUSEDKD_AVX512)
-template <>
-struct NearPower<VF> {
+template <bool fine>
+struct NearPower<VF, fine> {
   VF c;
-  __m512i roots;
-  FUSEDKD_INLINE NearPower(float scale, double r) : c(splat<VF>(scale)) {
-    int32_t less[16];  // the root's index is added again with the exponent
-    for (int j = 0; j < 16; ++j) less[j] = (j << 19) + (int)r * (1 << 23);
-    roots = (__m512i)(load<VI>(kRoot) - load<VI>(less));
+  Roots roots;
+  FUSEDKD_INLINE NearPower(float scale, double r, double coefficient)
+      : c(splat<VF>(scale)), roots(fine ? coefficient : coefficient / (kVertex * (double)kVertex + kHeight)) {
+    VI step;  // the root's index is added again with the exponent
+    for (int j = 0; j < 16; ++j) step[j] = j << 18;
+    const VI whole = VI{} + (int32_t)r * (1 << 23);
+    roots.low -= step + whole, roots.high -= step + whole + (16 << 18);
   }
   FUSEDKD_INLINE VF operator()(VF x) const {
-    RootSplit s(x, c);
-    VI root = (VI)_mm512_permutexvar_epi32((__m512i)bits(s.index), roots);
-    VF power = (VF)(root + (bits(s.index) << 19));
-    return fma(power, s.growth, power);
+    const RootSplit s(x, c);
+    const VF power = this->power(s);
+    return fine ? fma(power, s.growth(), power) : power * parabola(s, x);
+  }
+  FUSEDKD_INLINE VF plus(VF x, VF sum) const {
+    const RootSplit s(x, c);
+    return fine ? sum + (*this)(x) : fma(power(s), parabola(s, x), sum);
+  }
+
+ private:
+  // 2^f = ((f + vertex)^2 + height) / (vertex^2 + height), off by 5.3e-8: a multiplication less than as a polynomial in f.
+  // The vertex has few digits, so that taking whole numbers off it rounds nothing.
+  static constexpr float kVertex = 11819.f / 8192, kHeight = 2.0813076f;
+  FUSEDKD_INLINE VF parabola(const RootSplit& s, VF x) const {
+    const VF from_vertex = fma(x, c, splat<VF>(kVertex) - s.whole);
+    return fma(from_vertex, from_vertex, splat<VF>(kHeight));
+  }
+  FUSEDKD_INLINE VF power(const RootSplit& s) const { return (VF)(roots.at(s.index) + (bits(s.index) << 18)); }
+};
+#elif defined(FUSEDKD_AVX2)
+// 8 roots fill a register here, and a cubic is off by 2.5e-8, also as a slope.
+template <bool fine>
+struct NearPower<VF, fine> {
+  VF c;
+  VI roots;
+  FUSEDKD_INLINE NearPower(float scale, double r, double coefficient) : c(splat<VF>(scale)) {
+    float root[8];
+    for (int j = 0; j < 8; ++j) root[j] = (float)(kRoot[4 * j] * coefficient);
+    VI step;  // the root's index is added again with the exponent
+    for (int j = 0; j < 8; ++j) step[j] = j << 20;
+    roots = load<VI>(root) - step - (int32_t)r * (1 << 23);
+  }
+  FUSEDKD_INLINE VF operator()(VF x) const { return at<false>(x, x); }
+  FUSEDKD_INLINE VF plus(VF x, VF sum) const { return at<true>(x, sum); }
+
+ private:
+  template <bool kSum>
+  FUSEDKD_INLINE VF at(VF x, VF sum) const {
+    const VF magic = splat<VF>(1.5f * (1 << 20));  // rounds to eighths
+    VF index = fma(x, c, magic), f = fma(x, c, -(index - magic));
+    VF growth = fma(f, fma(f, splat<VF>(0.0554962218f), splat<VF>(0.24025763f)), splat<VF>(0.693147214f));
+    VF root = (VF)_mm256_permutevar8x32_ps((__m256)roots, (__m256i)bits(index));
+    VF power = (VF)(bits(root) + (bits(index) << 20));
+    if (kSum) return fma(power, fma(f, growth, splat<VF>(1)), sum);
+    return fma(power, f * growth, power);
   }
 };
 #endif
