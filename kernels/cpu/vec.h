@@ -174,9 +174,9 @@ FUSEDKD_INLINE typename Of<V>::F largest(V v) {
 // 2^f for |f| <= 1/2 as 1 + f P(f), minimax: relative error 3e-9 (fp32), Taylor below 2^-53 (fp64).
 FUSEDKD_INLINE VF exp2_fraction(VF f) {  // P(f)
   constexpr float c[6] = {0.693147182f, 0.240226477f, 0.0555035993f, 0.00961850584f, 0.00133908063f, 0.000153264613f};
-  VF f2 = f * f, p = fma(f, splat<VF>(c[5]), splat<VF>(c[4]));  // in pairs: fewer steps one after the other
-  p = fma(f2, p, fma(f, splat<VF>(c[3]), splat<VF>(c[2])));
-  return fma(f2, p, fma(f, splat<VF>(c[1]), splat<VF>(c[0])));
+  VF p = splat<VF>(c[5]);
+  for (int k = 4; k >= 0; --k) p = fma(p, f, splat<VF>(c[k]));
+  return p;
 }
 FUSEDKD_INLINE VD exp2_fraction(VD f) {
   VD p = {};
