@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 import trl
 from datasets import Dataset
+from fusedkd.kernels import cpu
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from trl.experimental import gkd, gold
@@ -170,7 +171,12 @@ def test_chunked_divergence_keeps_a_bias_in_fp32(autocast: bool) -> None:
                 *(*hidden, mask, 0.5), student_lm_head_bias=bias, teacher_lm_head_bias=c
             )
         found.append((loss, entropy, torch.autograd.grad(loss, bias)[0]))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    (*values, got), (*expected, right) = found
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+    # the gradient of the logits is rounded to bf16 where the processor multiplies bf16
+    rounded = cpu.head_dtypes(torch.bfloat16)[1] == torch.bfloat16
+    error = 2**-9 * right.abs().max().item() if rounded else 1e-6
+    torch.testing.assert_close(got, right, rtol=1e-5, atol=error)
 
 
 @pytest.mark.parametrize(

@@ -149,10 +149,10 @@ void begin(RowsCall& call, const InstructionSet& set, const Tensor& student, con
 template <class One>
 void with_workspace(const RowsCall& call, bool keeps, size_t entries, const One& one) {
   const size_t lane = call.wide ? 8 : 4;
-  const size_t minima = (call.vocabulary / kTile + 4) * 2 * lane;
+  const size_t minima = (call.vocabulary / kShortestTile + 4) * 2 * lane;
   for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row) {
     thread_local Scratch kept, extremes, sparse;
-    Workspace work{keeps ? kept.at_least((call.vocabulary + kTile) * lane) : nullptr, extremes.at_least(minima),
+    Workspace work{keeps ? kept.at_least((call.vocabulary + kLongestTile) * lane) : nullptr, extremes.at_least(minima),
                    static_cast<double*>(sparse.at_least(entries * sizeof(double)))};
     one(work, row);
   });

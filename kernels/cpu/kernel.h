@@ -9,7 +9,8 @@ namespace fusedkd {
 
 enum class DType : int { f64, f32, bf16, f16 };
 
-constexpr int64_t kTile = 2048;  // columns at a time: two fp32 tiles and their gradient stay in a 32 KB L1
+// Of one side at a time: two such tiles and their gradient stay in a 32 KB L1.
+constexpr int64_t kTileBytes = 8192, kLongestTile = kTileBytes / 2, kShortestTile = kTileBytes / 8;
 constexpr int kParameters = 8;   // of a divergence, at most
 constexpr int kMetrics = 7;      // columns of fusedkd.spec.METRIC_COLUMNS
 constexpr int64_t kEntryFields = 5, kEntryStep = 8;

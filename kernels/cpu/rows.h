@@ -79,7 +79,7 @@ struct Side {
   const Logits& logits;
   const char* row;
   bool as_is;
-  alignas(64) X buffer[kTile + Fmt::step];
+  alignas(64) X buffer[kTile<X> + Fmt::step];
 
   Side(const Logits& side, int64_t tokens, int64_t n)
       : logits(side), row(row_start(side, tokens, n)), as_is(!transforms(side) && size_of(side.dtype) == sizeof(X)) {}
@@ -155,14 +155,14 @@ class OneRow {
     stream_ = call_.grad.data && call_.stream && writes_directly() && ((intptr_t)grad_ + head_ * size) % 64 == 0;
     // What is left after whole vectors is a tile of its own: it takes the slow sweeps because of its padding.
     body_ = (call_.vocabulary - head_) / Fmt::step * Fmt::step;
-    whole_ = (head_ > 0) + (body_ + kTile - 1) / kTile;
+    whole_ = (head_ > 0) + (body_ + kTile<X> - 1) / kTile<X>;
     tiles_ = whole_ + (head_ + body_ < call_.vocabulary);
   }
   bool writes_directly() const { return !transforms(call_.student) && size_of(call_.grad.dtype) == sizeof(X); }
 
   int64_t begin(int64_t k) const {
     if (k >= whole_) return head_ + body_;
-    return head_ == 0 ? k * kTile : k == 0 ? 0 : head_ + (k - 1) * kTile;
+    return head_ == 0 ? k * kTile<X> : k == 0 ? 0 : head_ + (k - 1) * kTile<X>;
   }
   int64_t end(int64_t k) const { return k + 1 == tiles_ ? call_.vocabulary : begin(k + 1); }
   static int64_t padded(int64_t n) { return (n + Fmt::step - 1) / Fmt::step * Fmt::step; }
@@ -399,8 +399,8 @@ class OneRow {
   Sums<F> sums_;
   double log_student_, log_teacher_, log_unit_, gap_, finite_reverse_ = 0, grad_sum_ = 0, student_label_ = 0;
   int64_t label_ = -1, top_student_ = 0, top_teacher_ = 0;
-  alignas(64) F slope_[kTile + Fmt::step];
-  alignas(64) X out_[kTile + Fmt::step];
+  alignas(64) F slope_[kTile<X> + Fmt::step];
+  alignas(64) X out_[kTile<X> + Fmt::step];
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -420,10 +420,10 @@ inline void scale(const ScaleCall& call, int64_t row) {
   if (factor == 1) return;
   char* data = (char*)call.data + (row / call.inner_rows * call.stride_outer + row % call.inner_rows * call.stride_inner) *
                                       size_of(call.dtype);
-  for (int64_t i = 0; i < call.columns; i += kTile) {
-    const int64_t n = call.columns - i < kTile ? call.columns - i : kTile;
+  for (int64_t i = 0; i < call.columns; i += kShortestTile) {
+    const int64_t n = call.columns - i < kShortestTile ? call.columns - i : kShortestTile;
     char* at = data + i * size_of(call.dtype);
-    alignas(64) double wide[kTile];
+    alignas(64) double wide[kShortestTile];
     float* narrow = (float*)wide;
     if (call.dtype == DType::f64) {
       read(call.dtype, at, wide, n);

@@ -103,6 +103,9 @@ struct Format<uint16_t> {
 };
 
 template <class X>
+constexpr int64_t kTile = kTileBytes / (int64_t)sizeof(X);
+
+template <class X>
 struct Tile {
   typedef typename Format<X>::F F;
   const X *student, *teacher;
