@@ -216,12 +216,21 @@ def _chunks(
     batch, length = student.rows.shape[:2]
     step = max(length, 1)
     if bytes_per_row:
-        step = max(1, chunk_budget(spec.chunk_bytes, student.rows.device.type) // bytes_per_row)
-        step -= step % 64 if step > 64 else 0  # whole tiles for the matrix products
+        most = max(1, chunk_budget(spec.chunk_bytes, student.rows.device.type) // bytes_per_row)
+        step = _even(step, most)
     for b in range(batch):
         for start in range(0, max(length, 1), step):  # no tokens: one empty chunk
             stop = min(start + step, length)
             yield b, slice(start, stop), slice(b * length + start, b * length + stop)
+
+
+def _even(length: int, most: int) -> int:
+    """Rows of each chunk: as few chunks as ``most`` allows, for each one passes over the weights
+    and their gradient, and of one size; in whole tiles of the matrix products where that fits.
+    """
+    step = -(-length // -(-length // most))
+    tiled = (-(-step // tile) * tile for tile in (64, 16))
+    return next((rows for rows in tiled if rows <= most), step)
 
 
 class _Gradients:

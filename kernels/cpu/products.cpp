@@ -19,6 +19,10 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__x86_64__) && defined(__linux__)
 #define BOUND_AS(symbol) __asm__(symbol) __attribute__((weak))
 extern "C" {
@@ -52,20 +56,83 @@ struct Matrix {
   const uint16_t* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
 };
 
+// Packing moves pairs of bf16 as 32-bit numbers, 16 x 16 of them at a time: one by one it takes as long as the product of
+// 64 rows. Only where supported() said yes.
+constexpr int64_t kBlock = 16;
+#if defined(__x86_64__)
+#define PACKING __attribute__((target("avx512f,avx512bw,avx512vl")))
+
+PACKING void transpose(__m512i* x) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {  // now quarters of registers
+    const __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd), d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    y[i] = _mm512_shuffle_i32x4(a, b, 0x88);
+    y[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    y[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+
+// to[c][r] = from[r][c] for 16 x 16 pairs; strides in bf16.
+PACKING void transpose_pairs(const uint16_t* from, int64_t stride, uint16_t* to, int64_t to_stride) {
+  __m512i x[16];
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * stride);
+  transpose(x);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, x[i]);
+}
+
+PACKING __m512i interleave(const uint16_t* first, const uint16_t* second) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+// to[j] = the pair (first[j], second[j]), 16 of them
+PACKING void pair_rows(const uint16_t* first, const uint16_t* second, uint16_t* to) {
+  _mm512_storeu_si512(to, interleave(first, second));
+}
+// to[i][k] = from[k][i] for 32 k and 16 i
+PACKING void transpose_rows(const uint16_t* from, int64_t stride, uint16_t* to, int64_t to_stride) {
+  __m512i x[16];
+  for (int i = 0; i < 16; ++i) x[i] = interleave(from + 2 * i * stride, from + (2 * i + 1) * stride);
+  transpose(x);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, x[i]);
+}
+#else
+void transpose_pairs(const uint16_t*, int64_t, uint16_t*, int64_t) {}
+void pair_rows(const uint16_t*, const uint16_t*, uint16_t*) {}
+void transpose_rows(const uint16_t*, int64_t, uint16_t*, int64_t) {}
+#endif
+
 // b[k0:k0+depth, n0:n0+columns] as [depth / 2][columns][2], zero beyond an odd depth.
 void pack_pairs(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
                 uint16_t* out) {
-  for (int64_t k = 0; k < depth; k += 2, out += 2 * columns) {
-    const uint16_t* first = b.at(k0 + k, n0);
-    if (k + 1 == depth) {
-      for (int64_t j = 0; j < columns; ++j) out[2 * j] = first[j * b.column], out[2 * j + 1] = 0;
-    } else if (b.row == 1) {  // the pair lies together: a transposed weight
-      for (int64_t j = 0; j < columns; ++j) std::memcpy(out + 2 * j, first + j * b.column, 4);
-    } else {
-      const uint16_t* second = first + b.row;
-      for (int64_t j = 0; j < columns; ++j)
-        out[2 * j] = first[j * b.column], out[2 * j + 1] = second[j * b.column];
-    }
+  const int64_t blocked = columns / kBlock * kBlock;  // columns that go by blocks
+  int64_t k = 0;
+  if (b.row == 1)  // the pair lies together: a transposed weight
+    for (; k + 2 * kBlock <= depth; k += 2 * kBlock)
+      for (int64_t j = 0; j < blocked; j += kBlock)
+        transpose_pairs(b.at(k0 + k, n0 + j), b.column, out + k * columns + 2 * j, 2 * columns);
+  const int64_t done = k;
+  for (k = 0; k < depth; k += 2) {
+    uint16_t* to = out + k * columns;
+    const uint16_t *first = b.at(k0 + k, n0), *second = first + b.row;
+    const bool pair = k + 1 < depth;
+    int64_t j = k < done ? blocked : 0;
+    if (b.column == 1 && pair)
+      for (; j + kBlock <= columns; j += kBlock) pair_rows(first + j, second + j, to + 2 * j);
+    for (; j < columns; ++j) to[2 * j] = first[j * b.column], to[2 * j + 1] = pair ? second[j * b.column] : 0;
   }
 }
 
@@ -78,10 +145,16 @@ const uint16_t* row_major(const Matrix& a, int64_t m0, int64_t rows, int64_t k0,
   }
   leading = depth + depth % 2;
   buffer.resize(rows * leading);
-  for (int64_t i = 0; i < rows; ++i) buffer[i * leading + leading - 1] = 0;
-  for (int64_t k = 0; k < depth; ++k) {
-    const uint16_t* from = a.at(m0, k0 + k);
-    for (int64_t i = 0; i < rows; ++i) buffer[i * leading + k] = from[i * a.row];
+  const int64_t blocked = rows / kBlock * kBlock;
+  int64_t k = 0;
+  if (a.row == 1)  // the transposed gradient of logits
+    for (; k + 2 * kBlock <= depth; k += 2 * kBlock)
+      for (int64_t i = 0; i < blocked; i += kBlock)
+        transpose_rows(a.at(m0 + i, k0 + k), a.column, buffer.data() + i * leading + k, leading);
+  for (int64_t i = 0; i < rows; ++i) {
+    uint16_t* to = buffer.data() + i * leading;
+    for (int64_t rest = i < blocked ? k : 0; rest < depth; ++rest) to[rest] = *a.at(m0 + i, k0 + rest);
+    if (depth % 2) to[depth] = 0;
   }
   return buffer.data();
 }
@@ -103,17 +176,23 @@ struct Product {
     }
   }
 
-  // Wide results (logits): each thread packs its own columns of b and passes all rows of a.
+  // Wide results: each thread packs its own columns of b and passes all rows of a. Logits are finished a tile at a time;
+  // where more is summed over than comes out (the gradient of hidden states), a stretch of a stays in cache instead.
   void by_columns() const {
     torch::stable::parallel_for(0, (n + kColumns - 1) / kColumns, 1, [&](int64_t from, int64_t to) {
       std::vector<uint16_t> packed(kDepth * kColumns), scratch;
-      for (int64_t n0 = from * kColumns; n0 < std::min(n, to * kColumns); n0 += kColumns) {
-        int64_t columns = std::min(kColumns, n - n0);
-        for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-          int64_t depth = std::min(kDepth, k - k0);
-          pack_pairs(b, k0, depth, n0, columns, packed.data());
-          tiles(0, m, n0, columns, k0, depth, packed.data(), scratch);
-        }
+      const int64_t end = std::min(n, to * kColumns);
+      auto part = [&](int64_t n0, int64_t k0) {
+        const int64_t columns = std::min(kColumns, n - n0), depth = std::min(kDepth, k - k0);
+        pack_pairs(b, k0, depth, n0, columns, packed.data());
+        tiles(0, m, n0, columns, k0, depth, packed.data(), scratch);
+      };
+      if (k > n) {
+        for (int64_t k0 = 0; k0 < k; k0 += kDepth)
+          for (int64_t n0 = from * kColumns; n0 < end; n0 += kColumns) part(n0, k0);
+      } else {
+        for (int64_t n0 = from * kColumns; n0 < end; n0 += kColumns)
+          for (int64_t k0 = 0; k0 < k; k0 += kDepth) part(n0, k0);
       }
       brgemm_release(true);
     });
@@ -126,6 +205,7 @@ struct Product {
     std::vector<uint16_t> packed(blocks * kDepth * kColumns);
     for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
       int64_t depth = std::min(kDepth, k - k0);
+      const bool adds = accumulate || k0 > 0;
       auto columns = [&](int64_t block) { return std::min(kColumns, n - block * kColumns); };
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
         for (int64_t block = from; block < to; ++block)
@@ -137,10 +217,15 @@ struct Product {
         for (int64_t i = from * kRows; i < std::min(m, to * kRows); i += kRows) {
           int64_t rows = std::min(kRows, m - i), lda;
           const uint16_t* block_a = row_major(a, i, rows, k0, depth, scratch, lda);
-          for (int64_t block = 0; block < blocks; ++block)
+          for (int64_t block = 0; block < blocks; ++block) {
+            // the next tile of what is added up, which hardware does not see coming
+            const int64_t next = std::min(kRows, m - i - rows), first = block * kColumns;
+            for (int64_t r = 0; adds && r < next; ++r)
+              for (int64_t line = 0; line < columns(block); line += 16)
+                __builtin_prefetch(out + (i + rows + r) * leading + first + line, 1, 2);
             brgemm_bf16(rows, columns(block), depth + depth % 2, lda, columns(block), leading,
-                   accumulate || k0 > 0, block_a, packed.data() + block * kDepth * kColumns,
-                   out + i * leading + block * kColumns, true);
+                        adds, block_a, packed.data() + block * kDepth * kColumns, out + i * leading + first, true);
+          }
         }
         brgemm_release(true);
       });
