@@ -614,3 +614,27 @@ def mapping_at(address: int) -> dict[str, str]:
             name, _, value = line.partition(":")
             fields[name] = value.strip()
     return fields
+
+
+@pytest.mark.parametrize(
+    "m, k, n", [(1, 1, 1), (37, 33, 70), (70, 171, 37), (65, 2085, 48), (150, 7, 16)]
+)
+@pytest.mark.parametrize("a_columns, b_columns", itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_products_of_bf16(
+    m: int, k: int, n: int, a_columns: bool, b_columns: bool, accumulate: bool
+) -> None:
+    """Any strides and remainders, with fp32 results: products.cpp where the processor has its
+    instructions, widened blocks elsewhere."""
+    make = torch.Generator().manual_seed(m)
+
+    def operand(rows: int, columns: int, by_columns: bool) -> Tensor:
+        x = torch.randn(rows, columns, generator=make).bfloat16()
+        return x.T.contiguous().T if by_columns else x
+
+    a, b = operand(m, k, a_columns), operand(k, n, b_columns)
+    out = torch.randn(m, n, generator=make)
+    expected = a.double() @ b.double() + (out.double() if accumulate else 0)
+    cpu.mm_(out, a, b, accumulate=accumulate)
+    bound = 1e-6 * (a.double().abs() @ b.double().abs() + out.abs())
+    assert ((out - expected).abs() <= bound).all()
