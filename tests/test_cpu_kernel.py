@@ -619,7 +619,8 @@ def mapping_at(address: int) -> dict[str, str]:
 @pytest.mark.parametrize(
     "m, k, n", [(1, 1, 1), (37, 33, 70), (70, 171, 37), (65, 2085, 48), (150, 7, 16)]
 )
-@pytest.mark.parametrize("a_columns, b_columns", itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize("a_columns", [False, True])
+@pytest.mark.parametrize("b_columns", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_products_of_bf16(
     m: int, k: int, n: int, a_columns: bool, b_columns: bool, accumulate: bool
