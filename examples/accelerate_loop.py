@@ -51,6 +51,7 @@ def main(steps: int = 6, micro_batches: int = 2, cpu: bool = False) -> list[floa
         optimizer.zero_grad()
         losses.append(accelerator.reduce(total, reduction="mean").item())
     accelerator.print(f"JSD: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+    accelerator.wait_for_everyone()
     accelerator.end_training()  # else processes may abort at their exit
     return losses
 

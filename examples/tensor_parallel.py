@@ -54,4 +54,5 @@ def main(steps: int = 8, device: str = "cpu") -> list[float]:
 
 if __name__ == "__main__":
     main(device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.barrier()
     dist.destroy_process_group()

@@ -48,13 +48,17 @@ def test_example(name: str, options: dict[str, Any], example: Any) -> None:
 def test_example_with_two_processes(name: str, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run(
-        [*launch, str(EXAMPLES / f"{name}.py")],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    # gloo now and then aborts while the process exits, its work long done: pytorch issue 190489
+    for _ in range(3):
+        run = subprocess.run(
+            [*launch, str(EXAMPLES / f"{name}.py")],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        if "terminate called without an active exception" not in run.stderr:
+            break
     assert run.returncode == 0, run.stderr[-3000:]
     first, last = (float(part.split()[-1]) for part in run.stdout.split(" at ")[:2])
     assert last < first
