@@ -149,7 +149,8 @@ def _save(console: Console, options: Namespace, report: Report) -> None:
     report.save_csv(folder / "results.csv")
     written = [folder / "results.json", folder / "results.csv", *plot_all(report, folder)]
     if options.save:
-        written.append(Path(__file__).parent / "results" / file_name(report.machine))
+        name = file_name(report.machine, end_to_end=not report.groups)
+        written.append(Path(__file__).parent / "results" / name)
         report.save_json(written[-1])
     console.print("\nWritten: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
 

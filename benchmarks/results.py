@@ -214,7 +214,10 @@ def _commit() -> str | None:
         return None
 
 
-def file_name(info: dict[str, Any]) -> str:
-    """e.g. amd-epyc-2-cores.json: one file per machine, overwritten by the next run there."""
-    name = info.get("gpu") or f"{info['cpu']} {info['threads']} threads"
+def file_name(info: dict[str, Any], end_to_end: bool = False) -> str:
+    """e.g. amd-epyc-avx512-2-threads.json: one file per machine, overwritten by the next run there.
+    The other suite has its own.
+    """
+    name = info.get("gpu") or f"{info['cpu']} {info['instruction_set']} {info['threads']} threads"
+    name += " end to end" * end_to_end
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
