@@ -297,8 +297,8 @@ FUSEDKD_INLINE VF log_normal(VF x) {
   const auto look_up = [](const float* table, __m512i index) __attribute__((always_inline)) {
     return (VF)_mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
   };
-  const VF exponent = __builtin_convertvector((bits(x) - bits(splat<VF>(0.75f))) >> 23, VF);
-  const VF m = (VF)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const VI n = (bits(x) - bits(splat<VF>(0.75f))) >> 23;
+  const VF exponent = __builtin_convertvector(n, VF), m = (VF)(bits(x) - (n << 23));
   const __m512i index = (__m512i)(bits(m) >> 18);
   const VF z = fma(m, look_up(kInverse, index), splat<VF>(-1)), z2 = z * z;
   const VF p = fma(z, fma(z, splat<VF>(-0.243952941f), splat<VF>(0.333365914f)), splat<VF>(-0.500001226f));
