@@ -281,6 +281,24 @@ def test_no_worse_than_eager_fp32(divergence: divergences.Divergence) -> None:
         assert error <= slack * budget, f"{error:.3g} against eager's {budget:.3g}"
 
 
+@pytest.mark.parametrize("weight", [1e-34, 1e-28, 1e-12, 1e12])
+@pytest.mark.parametrize("spread", [3.0, 8.0])
+@every_divergence
+def test_weights_of_any_size(
+    divergence: divergences.Divergence, spread: float, weight: float
+) -> None:
+    """They are folded into the exponentials, whose exponents must not overflow: the gradient is
+    that of weight 1, times the weight."""
+    student, teacher = logits(1, 4, 3001, spread=spread), logits(1, 4, 3001, spread=spread)
+    teacher[0, 0] = student[0, 0]  # the sum of the gradients is 0, and so is a coefficient
+    labels = torch.randint(0, 3001, (4,))
+    spec = make_spec(3001, divergence, temperature=2.0, ce_weight=0.5)
+    got = run(cpu, student, teacher, labels, spec, torch.full((4,), weight))
+    expected = truth(student, teacher, labels, spec)
+    assert got.grad is not None and expected.grad is not None
+    assert_near(got.grad.double() / weight, expected.grad, torch.float32)
+
+
 @pytest.mark.parametrize("name", divergences.names())
 def test_never_negative(name: str) -> None:
     divergence = divergences.make(name)

@@ -18,7 +18,7 @@ struct Entry {
   V lp, lq;  // log-probabilities of teacher and student
   V gap;     // lp - lq, free of the cancellation that subtracting them would bring
   V p, q;
-  V ratio;   // the smaller of p and q over the larger, e^-|gap|; NaN unless the divergence says that it `needs_ratio`
+  V ratio;   // the smaller of p and q over the larger, e^-|gap|
 };
 template <class V>
 struct Point {
@@ -77,11 +77,7 @@ struct Mixture {
   }
 };
 
-struct OfMixture {
-  static constexpr bool needs_ratio = true;
-};
-
-FUSEDKD_DIVERGENCE(jsd) : OfMixture {
+FUSEDKD_DIVERGENCE(jsd) {
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, w[0]);
@@ -90,7 +86,7 @@ FUSEDKD_DIVERGENCE(jsd) : OfMixture {
   }
 };
 
-FUSEDKD_DIVERGENCE(skew_forward_kl) : OfMixture {
+FUSEDKD_DIVERGENCE(skew_forward_kl) {
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, w[0]);
@@ -98,7 +94,7 @@ FUSEDKD_DIVERGENCE(skew_forward_kl) : OfMixture {
   }
 };
 
-FUSEDKD_DIVERGENCE(skew_reverse_kl) : OfMixture {
+FUSEDKD_DIVERGENCE(skew_reverse_kl) {
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, 1 - w[0]);

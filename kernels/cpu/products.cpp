@@ -176,6 +176,12 @@ struct Product {
     }
   }
 
+  // Ahead of its turn, a tile of what is added up: hardware does not see it coming.
+  void fetch(int64_t m0, int64_t n0, int64_t columns) const {
+    for (int64_t i = m0; i < std::min(m, m0 + kRows); ++i)
+      for (int64_t line = 0; line < columns; line += 16) __builtin_prefetch(out + i * leading + n0 + line, 1, 2);
+  }
+
   // Wide results: each thread packs its own columns of b and passes all rows of a. Logits are finished a tile at a time;
   // where more is summed over than comes out (the gradient of hidden states), a stretch of a stays in cache instead.
   void by_columns() const {
@@ -218,11 +224,8 @@ struct Product {
           int64_t rows = std::min(kRows, m - i), lda;
           const uint16_t* block_a = row_major(a, i, rows, k0, depth, scratch, lda);
           for (int64_t block = 0; block < blocks; ++block) {
-            // the next tile of what is added up, which hardware does not see coming
-            const int64_t next = std::min(kRows, m - i - rows), first = block * kColumns;
-            for (int64_t r = 0; adds && r < next; ++r)
-              for (int64_t line = 0; line < columns(block); line += 16)
-                __builtin_prefetch(out + (i + rows + r) * leading + first + line, 1, 2);
+            const int64_t first = block * kColumns;
+            if (adds) fetch(i + rows, first, columns(block));
             brgemm_bf16(rows, columns(block), depth + depth % 2, lda, columns(block), leading,
                         adds, block_a, packed.data() + block * kDepth * kColumns, out + i * leading + first, true);
           }

@@ -240,18 +240,8 @@ struct Middle {
   double value = 0, grad = 0;    // the sums that come out
 };
 
-template <class D>
-constexpr auto needs_ratio(int) -> decltype(D::needs_ratio) {
-  return D::needs_ratio;
-}
-template <class D>
-constexpr bool needs_ratio(long) {
-  return false;
-}
-
 template <class D, class X, bool kFar>
 struct Entrywise {
-  static constexpr bool kRatio = needs_ratio<D>(0);
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
   typedef typename Fmt::V V;
@@ -277,7 +267,6 @@ struct Entrywise {
   FUSEDKD_INLINE void begin(V s, V t, F* p, F* q, F* smaller_over_larger) const {
     store(p, power_p(t));
     store(q, power_q(s));
-    if (!kRatio) return;
     const V gap = minus_abs(gap_of(s, t));
     if constexpr (kFar) {
       store(smaller_over_larger, exp(gap));
@@ -296,8 +285,7 @@ struct Entrywise {
   }
   FUSEDKD_INLINE Point<V> end(V s, V t, const F* p, const F* q, const F* smaller_over_larger) const {
     Entry<V> e;
-    e.p = load<V>(p), e.q = load<V>(q), e.gap = gap_of(s, t);
-    e.ratio = kRatio ? load<V>(smaller_over_larger) : splat<V>(__builtin_nan(""));
+    e.p = load<V>(p), e.q = load<V>(q), e.ratio = load<V>(smaller_over_larger), e.gap = gap_of(s, t);
     if constexpr (kFar) {
       e.lp = fma(t - max_t, rate_t, log_t);
       e.lq = fma(s - max_s, rate_s, log_s);

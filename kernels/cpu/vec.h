@@ -379,12 +379,12 @@ struct NearPower<VF, fine> {
   }
   FUSEDKD_INLINE VF operator()(VF x) const {
     const RootSplit s(x, c);
-    const VF power = this->power(s);
-    return fine ? fma(power, s.growth(), power) : power * parabola(s, x);
+    return fine ? fma(power(s), s.growth(), power(s)) : power(s) * parabola(s, x);
   }
   FUSEDKD_INLINE VF plus(VF x, VF sum) const {
+    if (fine) return sum + (*this)(x);
     const RootSplit s(x, c);
-    return fine ? sum + (*this)(x) : fma(power(s), parabola(s, x), sum);
+    return fma(power(s), parabola(s, x), sum);
   }
 
  private:
@@ -418,11 +418,11 @@ struct NearPower<VF, fine> {
   FUSEDKD_INLINE VF at(VF x, VF sum) const {
     const VF magic = splat<VF>(1.5f * (1 << 20));  // rounds to eighths
     VF index = fma(x, c, magic), f = fma(x, c, -(index - magic));
-    VF growth = fma(f, fma(f, splat<VF>(0.0554962218f), splat<VF>(0.24025763f)), splat<VF>(0.693147214f));
+    VF slope = fma(f, fma(f, splat<VF>(0.0554962218f), splat<VF>(0.24025763f)), splat<VF>(0.693147214f));
     VF root = (VF)_mm256_permutevar8x32_ps((__m256)roots, (__m256i)bits(index));
     VF power = (VF)(bits(root) + (bits(index) << 20));
-    if (kSum) return fma(power, fma(f, growth, splat<VF>(1)), sum);
-    return fma(power, f * growth, power);
+    if (kSum) return fma(power, fma(f, slope, splat<VF>(1)), sum);
+    return fma(power, f * slope, power);
   }
 };
 #endif
