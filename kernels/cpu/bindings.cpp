@@ -68,26 +68,6 @@ Logits logits_of(const Tensor& t, double scale, double softcap) {
   return {t.data_ptr(), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
 }
 
-class Scratch {  // grows, never shrinks: page faults on every call cost more than the memory
- public:
-  void* at_least(size_t bytes) {
-    if (bytes > bytes_) {
-      memory_.reset();
-      bytes_ = (bytes + 4095) / 4096 * 4096;
-      memory_.reset(std::aligned_alloc(64, bytes_));
-      STD_TORCH_CHECK(memory_ != nullptr, "fusedkd_cpu: out of memory");
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  size_t bytes_ = 0;
-};
-
 // Calls `one(row)` for each row. Which thread does a row does not matter to its result, so threads take the next one
 // when they are free: rows that do not count cost nothing, and neighbours on the machine disturb less.
 template <class One>
@@ -152,8 +132,8 @@ void with_workspace(const RowsCall& call, bool keeps, size_t entries, const One&
   const size_t minima = (call.vocabulary / kShortestTile + 4) * 2 * lane;
   for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row) {
     thread_local Scratch kept, extremes, sparse;
-    Workspace work{keeps ? kept.at_least((call.vocabulary + kLongestTile) * lane) : nullptr, extremes.at_least(minima),
-                   static_cast<double*>(sparse.at_least(entries * sizeof(double)))};
+    Workspace work{keeps ? kept.at_least<char>((call.vocabulary + kLongestTile) * lane) : nullptr,
+                   extremes.at_least<char>(minima), sparse.at_least<double>(entries)};
     one(work, row);
   });
 }

@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <vector>
 
 #if defined(__linux__)
@@ -11,6 +13,29 @@
 #endif
 
 namespace fusedkd {
+
+// Grows, never shrinks: page faults on every call cost more than the memory. Begins at a cache line.
+class Scratch {
+ public:
+  template <class T>
+  T* at_least(size_t count) {
+    const size_t bytes = count * sizeof(T);
+    if (bytes > bytes_) {
+      memory_.reset();
+      bytes_ = (bytes + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(64, bytes_));
+      if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t bytes_ = 0;
+};
 
 // Fresh memory costs more than the loss: the kernel clears each page when it is first written. So a few blocks that are
 // given back are kept for the next call, marked as free: the system may take their pages whenever it runs short, and then

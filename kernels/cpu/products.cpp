@@ -13,13 +13,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <vector>
+
+#include "memory.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using fusedkd::Scratch;
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -34,16 +36,22 @@ void brgemm_release(bool vnni) BOUND_AS("_ZN2at6native7cpublas14brgemm_releaseEb
 static bool supported() {
   return brgemm_bf16 != nullptr && brgemm_release != nullptr && __builtin_cpu_supports("avx512bf16");
 }
+static bool has_amx() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
 #else
 static void brgemm_bf16(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const uint16_t*,
                         const uint16_t*, float*, bool) {}
 static void brgemm_release(bool) {}
 static bool supported() { return false; }
+static bool has_amx() { return false; }
 #endif
 
 namespace {
 
-// Tile of the result, and the stretch of K packed at a time: b's share is 128 KiB, in L2.
+// Tile of the result, and the stretch of K packed at a time: b's share is 128 KiB, in L2. What is packed begins at a cache
+// line: loads that cross two take twice as long (AMX: whole products 1.5 to 1.8x, Granite Rapids, 2026-11-26).
 constexpr int64_t kRows = 64, kColumns = 64, kDepth = 1024;
 
 struct Matrix {
@@ -53,6 +61,9 @@ struct Matrix {
   explicit Matrix(const Tensor& t)
       : data(static_cast<const uint16_t*>(t.data_ptr())), row(t.stride(0)), column(t.stride(1)) {}
 
+  Matrix(const uint16_t* data, int64_t row, int64_t column) : data(data), row(row), column(column) {}
+
+  Matrix transposed() const { return {data, column, row}; }
   const uint16_t* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
 };
 
@@ -93,8 +104,17 @@ PACKING void transpose_pairs(const uint16_t* from, int64_t stride, uint16_t* to,
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, x[i]);
 }
 
+// to[c][r] = from[r][c] for 16 x 16 numbers, past the caches: what is written is not read before all of it has been.
+PACKING void transpose_out(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  __m512i x[16];
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_load_si512(from + i * stride);
+  transpose(x);
+  for (int i = 0; i < 16; ++i) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * to_stride), x[i]);
+}
+
 PACKING __m512i interleave(const uint16_t* first, const uint16_t* second) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
+  if (second == nullptr) return low;
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)second));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
@@ -102,22 +122,24 @@ PACKING __m512i interleave(const uint16_t* first, const uint16_t* second) {
 PACKING void pair_rows(const uint16_t* first, const uint16_t* second, uint16_t* to) {
   _mm512_storeu_si512(to, interleave(first, second));
 }
-// to[i][k] = from[k][i] for 32 k and 16 i
-PACKING void transpose_rows(const uint16_t* from, int64_t stride, uint16_t* to, int64_t to_stride) {
+// to[i][k] = from[k][i] for 16 i and 32 k, of which those from `depth` on are 0.
+PACKING void transpose_rows(const uint16_t* from, int64_t stride, int64_t depth, uint16_t* to, int64_t to_stride) {
   __m512i x[16];
-  for (int i = 0; i < 16; ++i) x[i] = interleave(from + 2 * i * stride, from + (2 * i + 1) * stride);
+  for (int64_t k = 0; k < 2 * kBlock; k += 2)
+    x[k / 2] = k < depth ? interleave(from + k * stride, k + 1 < depth ? from + (k + 1) * stride : nullptr)
+                         : _mm512_setzero_si512();
   transpose(x);
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, x[i]);
 }
 #else
 void transpose_pairs(const uint16_t*, int64_t, uint16_t*, int64_t) {}
 void pair_rows(const uint16_t*, const uint16_t*, uint16_t*) {}
-void transpose_rows(const uint16_t*, int64_t, uint16_t*, int64_t) {}
+void transpose_rows(const uint16_t*, int64_t, int64_t, uint16_t*, int64_t) {}
+void transpose_out(const float*, int64_t, float*, int64_t) {}
 #endif
 
-// b[k0:k0+depth, n0:n0+columns] as [depth / 2][columns][2], zero beyond an odd depth.
-void pack_pairs(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
-                uint16_t* out) {
+// b[k0:k0+depth, n0:n0+columns] as [padded / 2][columns][2], zero from `depth` on.
+void pack_pairs(const Matrix& b, int64_t k0, int64_t depth, int64_t padded, int64_t n0, int64_t columns, uint16_t* out) {
   const int64_t blocked = columns / kBlock * kBlock;  // columns that go by blocks
   int64_t k = 0;
   if (b.row == 1)  // the pair lies together: a transposed weight
@@ -134,29 +156,41 @@ void pack_pairs(const Matrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t 
       for (; j + kBlock <= columns; j += kBlock) pair_rows(first + j, second + j, to + 2 * j);
     for (; j < columns; ++j) to[2 * j] = first[j * b.column], to[2 * j + 1] = pair ? second[j * b.column] : 0;
   }
+  std::fill(out + k * columns, out + padded * columns, uint16_t{0});
 }
 
-// a[m0:m0+rows, k0:k0+depth] row-major with an even leading dimension: in place where it is one.
-const uint16_t* row_major(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth,
-                          std::vector<uint16_t>& buffer, int64_t& leading) {
-  if (a.column == 1 && depth % 2 == 0) {
+// a[m0:m0+rows, k0:k0+depth] row-major, zero from `depth` to `padded`: in place where it is so.
+const uint16_t* row_major(const Matrix& a, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t padded,
+                          Scratch& scratch, int64_t& leading) {
+  if (a.column == 1 && depth == padded) {
     leading = a.row;
     return a.at(m0, k0);
   }
-  leading = depth + depth % 2;
-  buffer.resize(rows * leading);
-  const int64_t blocked = rows / kBlock * kBlock;
-  int64_t k = 0;
-  if (a.row == 1)  // the transposed gradient of logits
-    for (; k + 2 * kBlock <= depth; k += 2 * kBlock)
+  leading = padded;
+  uint16_t* buffer = scratch.at_least<uint16_t>(rows * padded);
+  int64_t blocked = 0;
+  if (a.row == 1) {  // the transposed gradient of logits
+    blocked = rows / kBlock * kBlock;
+    for (int64_t k = 0; k < depth; k += 2 * kBlock)
       for (int64_t i = 0; i < blocked; i += kBlock)
-        transpose_rows(a.at(m0 + i, k0 + k), a.column, buffer.data() + i * leading + k, leading);
-  for (int64_t i = 0; i < rows; ++i) {
-    uint16_t* to = buffer.data() + i * leading;
-    for (int64_t rest = i < blocked ? k : 0; rest < depth; ++rest) to[rest] = *a.at(m0 + i, k0 + rest);
-    if (depth % 2) to[depth] = 0;
+        transpose_rows(a.at(m0 + i, k0 + k), a.column, depth - k, buffer + i * padded + k, padded);
   }
-  return buffer.data();
+  for (int64_t i = blocked; i < rows; ++i) {
+    uint16_t* to = buffer + i * padded;
+    for (int64_t k = 0; k < depth; ++k) to[k] = *a.at(m0 + i, k0 + k);
+    std::fill(to + depth, to + padded, uint16_t{0});
+  }
+  return buffer;
+}
+
+// out[j][i] = tile[i][j], both by whole cache lines in i.
+void store_transposed(const float* tile, int64_t stride, int64_t rows, int64_t columns, float* out, int64_t leading) {
+  const int64_t blocked = columns / kBlock * kBlock;
+  for (int64_t j = 0; j < blocked; j += kBlock)
+    for (int64_t i = 0; i < rows; i += kBlock)
+      transpose_out(tile + i * stride + j, stride, out + j * leading + i, leading);
+  for (int64_t j = blocked; j < columns; ++j)
+    for (int64_t i = 0; i < rows; ++i) out[j * leading + i] = tile[i * stride + j];
 }
 
 struct Product {
@@ -165,74 +199,79 @@ struct Product {
   int64_t leading, m, n, k;
   bool accumulate;
 
-  // out[m0:m1, n0:n0+columns] (+)= a[m0:m1, k0:k0+depth] @ packed.
-  void tiles(int64_t m0, int64_t m1, int64_t n0, int64_t columns, int64_t k0, int64_t depth,
-             const uint16_t* packed, std::vector<uint16_t>& scratch) const {
-    for (int64_t i = m0; i < m1; i += kRows) {
-      int64_t rows = std::min(kRows, m1 - i), lda;
-      const uint16_t* block = row_major(a, i, rows, k0, depth, scratch, lda);
-      brgemm_bf16(rows, columns, depth + depth % 2, lda, columns, leading, accumulate || k0 > 0, block,
-             packed, out + i * leading + n0, true);
-    }
+  // Of what is summed over: whole pairs, and where a is copied anyhow whole cache lines.
+  int64_t padded(int64_t depth) const {
+    const int64_t whole = a.column == 1 && depth % 2 == 0 ? 2 : 2 * kBlock;
+    return (depth + whole - 1) / whole * whole;
   }
+  int64_t blocks() const { return (n + kColumns - 1) / kColumns; }
+  int64_t columns(int64_t block) const { return std::min(kColumns, n - block * kColumns); }
 
-  // Ahead of its turn, a tile of what is added up: hardware does not see it coming.
-  void fetch(int64_t m0, int64_t n0, int64_t columns) const {
-    for (int64_t i = m0; i < std::min(m, m0 + kRows); ++i)
-      for (int64_t line = 0; line < columns; line += 16) __builtin_prefetch(out + i * leading + n0 + line, 1, 2);
-  }
-
-  // Wide results: each thread packs its own columns of b and passes all rows of a. Logits are finished a tile at a time;
-  // where more is summed over than comes out (the gradient of hidden states), a stretch of a stays in cache instead.
+  // Wide results: each thread packs its own columns of b and passes all rows of a, of which a stretch of k stays in cache.
   void by_columns() const {
-    torch::stable::parallel_for(0, (n + kColumns - 1) / kColumns, 1, [&](int64_t from, int64_t to) {
-      std::vector<uint16_t> packed(kDepth * kColumns), scratch;
-      const int64_t end = std::min(n, to * kColumns);
-      auto part = [&](int64_t n0, int64_t k0) {
-        const int64_t columns = std::min(kColumns, n - n0), depth = std::min(kDepth, k - k0);
-        pack_pairs(b, k0, depth, n0, columns, packed.data());
-        tiles(0, m, n0, columns, k0, depth, packed.data(), scratch);
-      };
-      if (k > n) {
-        for (int64_t k0 = 0; k0 < k; k0 += kDepth)
-          for (int64_t n0 = from * kColumns; n0 < end; n0 += kColumns) part(n0, k0);
-      } else {
-        for (int64_t n0 = from * kColumns; n0 < end; n0 += kColumns)
-          for (int64_t k0 = 0; k0 < k; k0 += kDepth) part(n0, k0);
+    torch::stable::parallel_for(0, blocks(), 1, [&](int64_t from, int64_t to) {
+      Scratch packed, scratch;
+      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+        const int64_t depth = std::min(kDepth, k - k0), whole = padded(depth);
+        for (int64_t block = from; block < to; ++block) {
+          const int64_t n0 = block * kColumns;
+          uint16_t* share = packed.at_least<uint16_t>(whole * kColumns);
+          pack_pairs(b, k0, depth, whole, n0, columns(block), share);
+          for (int64_t i = 0; i < m; i += kRows) {
+            int64_t rows = std::min(kRows, m - i), lda;
+            const uint16_t* part = row_major(a, i, rows, k0, depth, whole, scratch, lda);
+            brgemm_bf16(rows, columns(block), whole, lda, columns(block), leading, accumulate || k0 > 0, part, share,
+                        out + i * leading + n0, true);
+          }
+        }
       }
       brgemm_release(true);
     });
   }
 
-  // Tall results (weight gradients): b is packed once for all, each thread takes rows of a. The
-  // result is passed over once per kDepth tokens, while its tile is in cache.
-  void by_rows() const {
-    int64_t blocks = (n + kColumns - 1) / kColumns;
-    std::vector<uint16_t> packed(blocks * kDepth * kColumns);
-    for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-      int64_t depth = std::min(kDepth, k - k0);
-      const bool adds = accumulate || k0 > 0;
-      auto columns = [&](int64_t block) { return std::min(kColumns, n - block * kColumns); };
-      torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
-        for (int64_t block = from; block < to; ++block)
-          pack_pairs(b, k0, depth, block * kColumns, columns(block),
-                     packed.data() + block * kDepth * kColumns);
-      });
-      torch::stable::parallel_for(0, (m + kRows - 1) / kRows, 1, [&](int64_t from, int64_t to) {
-        std::vector<uint16_t> scratch;
-        for (int64_t i = from * kRows; i < std::min(m, to * kRows); i += kRows) {
-          int64_t rows = std::min(kRows, m - i), lda;
-          const uint16_t* block_a = row_major(a, i, rows, k0, depth, scratch, lda);
-          for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t first = block * kColumns;
-            if (adds) fetch(i + rows, first, columns(block));
-            brgemm_bf16(rows, columns(block), depth + depth % 2, lda, columns(block), leading,
-                        adds, block_a, packed.data() + block * kDepth * kColumns, out + i * leading + first, true);
+  // Tall results: b is packed once for all, each thread takes rows of a, and finishes them. `transposed`: out is (n, m),
+  // and nothing is added to what it holds.
+  void by_rows(bool transposed) const {
+    const int64_t wide = blocks() * kColumns, stretches = (k + kDepth - 1) / kDepth;
+    Scratch memory;
+    uint16_t* packed = memory.at_least<uint16_t>(wide * (k + 2 * kBlock));
+    auto share = [&](int64_t k0, int64_t block) {  // of b: `wide` columns of each stretch, by blocks
+      return packed + k0 * wide + block * kColumns * padded(std::min(kDepth, k - k0));
+    };
+    torch::stable::parallel_for(0, stretches * blocks(), 1, [&](int64_t from, int64_t to) {
+      for (int64_t part = from; part < to; ++part) {
+        const int64_t k0 = part / blocks() * kDepth, block = part % blocks();
+        const int64_t depth = std::min(kDepth, k - k0);
+        pack_pairs(b, k0, depth, padded(depth), block * kColumns, columns(block), share(k0, block));
+      }
+    });
+    torch::stable::parallel_for(0, (m + kRows - 1) / kRows, 1, [&](int64_t from, int64_t to) {
+      Scratch scratch, finished;
+      for (int64_t i = from * kRows; i < std::min(m, to * kRows); i += kRows) {
+        const int64_t rows = std::min(kRows, m - i), stride = transposed ? wide : leading;
+        float* tile = transposed ? finished.at_least<float>(kRows * wide) : out + i * leading;
+        for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+          int64_t depth = std::min(kDepth, k - k0), whole = padded(depth), lda;
+          const uint16_t* part = row_major(a, i, rows, k0, depth, whole, scratch, lda);
+          for (int64_t block = 0; block < blocks(); ++block) {
+            if (accumulate && k0 == 0) fetch(i + rows, block);
+            brgemm_bf16(rows, columns(block), whole, lda, columns(block), stride, accumulate || k0 > 0, part,
+                        share(k0, block), tile + block * kColumns, true);
           }
         }
-        brgemm_release(true);
-      });
-    }
+        if (transposed) store_transposed(tile, stride, rows, n, out + i, leading);
+      }
+      brgemm_release(true);
+    });
+  }
+
+  // Ahead of its turn, a tile of what is added up: hardware does not see it coming. With AMX, whose tiles are done before
+  // the memory is there, the sum took 1.28x as long for it (176 tokens x 896 x 151,936, Granite Rapids, 2026-11-26).
+  void fetch(int64_t m0, int64_t block) const {
+    static const bool waits = has_amx();
+    for (int64_t i = m0; !waits && i < std::min(m, m0 + kRows); ++i)
+      for (int64_t j = 0; j < columns(block); j += 16)
+        __builtin_prefetch(out + i * leading + block * kColumns + j, 1, 2);
   }
 };
 
@@ -248,7 +287,17 @@ void matmul(Tensor out, Tensor a, Tensor b, bool accumulate) {
   Product product{Matrix(a),     Matrix(b), static_cast<float*>(out.data_ptr()),
                   out.stride(0), a.size(0), b.size(1),
                   a.size(1),     accumulate};
-  product.n >= product.m ? product.by_columns() : product.by_rows();
+  const int64_t line = 16;  // numbers in a cache line
+  if (product.n < product.m) return product.by_rows(false);
+  // Logits: the weight's rows are taken as they lie and the few tokens are packed. For V = 151,936 that takes 0.6 to 0.9
+  // of the time of packing the weight (64 to 512 tokens, H = 896 and 1,536, Granite Rapids, 2026-11-26).
+  const bool lines = product.n % line == 0 && product.leading % line == 0 && reinterpret_cast<uintptr_t>(product.out) % 64 == 0;
+  if (!accumulate && lines && product.k <= product.n) {
+    Product other{product.b.transposed(), product.a.transposed(), product.out, product.leading, product.n, product.m,
+                  product.k, false};
+    return other.by_rows(true);
+  }
+  product.by_columns();
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
