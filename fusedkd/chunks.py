@@ -30,7 +30,7 @@ __all__ = [
 # rows at V = 151,936 (10 bytes an entry: two fp32 logits, a bf16 gradient); a floor of 1,024 would
 # hold 1.45 GiB, and no GPU was at hand to say whether that is faster. On a CPU the chunk leaves the
 # caches either way, and every chunk costs one more pass over dW.
-CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 512 << 20}
 
 
 def chunk_budget(chunk_bytes: int | None, device_type: str) -> int:

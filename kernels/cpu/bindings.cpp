@@ -12,6 +12,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
 #include "kernel.h"
 #include "memory.h"
 
@@ -62,14 +66,27 @@ DType dtype_of(const Tensor& t) {
   return DType::f32;
 }
 
+int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
+
+// Rows that fit in there find themselves again in later sweeps, also while the next row is fetched.
+int64_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return bytes;
+#else
+  return 0;  // unknown
+#endif
+}
+
 Logits logits_of(const Tensor& t, double scale, double softcap) {
   STD_TORCH_CHECK(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
                   "fusedkd_cpu: expected (batch, tokens, columns) with unit stride in the last dimension");
   return {t.data_ptr(), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
 }
 
-// Calls `one(row)` for each row. Which thread does a row does not matter to its result, so threads take the next one
-// when they are free: rows that do not count cost nothing, and neighbours on the machine disturb less.
+// Calls `one(row, next)` for each row; `next` is what the same thread does then, or -1. Which thread does a row does not
+// matter to its result, so threads take the next one when they are free: rows that do not count cost nothing, and
+// neighbours on the machine disturb less.
 template <class One>
 void for_rows(int64_t rows, int64_t columns, const One& one) {
   if (rows == 0) return;
@@ -78,10 +95,12 @@ void for_rows(int64_t rows, int64_t columns, const One& one) {
   const int64_t batch = std::max<int64_t>(1, std::min(kGrain / 2 / std::max<int64_t>(columns, 1), rows / workers / 4));
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (;;) {
-      const int64_t from = next.fetch_add(batch, std::memory_order_relaxed);
-      if (from >= rows) return;
-      for (int64_t row = from; row < std::min(rows, from + batch); ++row) one(row);
+    auto claim = [&] { return next.fetch_add(batch, std::memory_order_relaxed); };
+    for (int64_t from = claim(), then; from < rows; from = then) {
+      then = claim();
+      const int64_t last = std::min(rows, from + batch) - 1;
+      for (int64_t row = from; row < last; ++row) one(row, row + 1);
+      one(last, then < rows ? then : -1);
     }
   });
 }
@@ -129,11 +148,12 @@ void begin(RowsCall& call, const InstructionSet& set, const Tensor& student, con
 template <class One>
 void with_workspace(const RowsCall& call, bool keeps, size_t entries, const One& one) {
   const size_t lane = call.wide ? 8 : 4;
+  const bool fits = 2 * call.vocabulary * (size_of(call.student.dtype) + size_of(call.teacher.dtype)) <= l2_bytes();
   const size_t minima = (call.vocabulary / kShortestTile + 4) * 2 * lane;
-  for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row) {
+  for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row, int64_t next) {
     thread_local Scratch kept, extremes, sparse;
     Workspace work{keeps ? kept.at_least<char>((call.vocabulary + kLongestTile) * lane) : nullptr,
-                   extremes.at_least<char>(minima), sparse.at_least<double>(entries)};
+                   extremes.at_least<char>(minima), sparse.at_least<double>(entries), fits ? next : -1};
     one(work, row);
   });
 }
@@ -198,7 +218,7 @@ void scale_(Tensor data, Tensor factor) {
   if (!per_row && factors[0] == 1) return;
   call.factors = factors.data();
   const bool flat = !per_row && data.is_contiguous();
-  for_rows(call.rows, call.columns, [&](int64_t row) {
+  for_rows(call.rows, call.columns, [&](int64_t row, int64_t) {
     ScaleCall part = call;
     if (flat) part.columns = std::min(kGrain, all - row * kGrain);
     instructions().scale(part, row);

@@ -77,12 +77,13 @@ struct Side {
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
   const Logits& logits;
-  const char* row;
+  const char *row, *next;
   bool as_is;
   alignas(64) X buffer[kTile<X> + Fmt::step];
 
-  Side(const Logits& side, int64_t tokens, int64_t n)
-      : logits(side), row(row_start(side, tokens, n)), as_is(!transforms(side) && size_of(side.dtype) == sizeof(X)) {}
+  Side(const Logits& side, int64_t tokens, int64_t n, int64_t following)
+      : logits(side), row(row_start(side, tokens, n)), next(row_start(side, tokens, following < 0 ? n : following)),
+        as_is(!transforms(side) && size_of(side.dtype) == sizeof(X)) {}
 
   const X* get(int64_t begin, int64_t n, F padding, F* slope) {
     const char* from = row + begin * size_of(logits.dtype);
@@ -108,8 +109,8 @@ class OneRow {
 
  public:
   OneRow(const RowsCall& call, const Workspace& work, int64_t n)
-      : call_(call), work_(work), n_(n), listed_(kListed[call.divergence]), student_(call.student, call.tokens, n),
-        teacher_(call.teacher, call.tokens, n), grad_((char*)row_start(call.grad, call.tokens, n)) {}
+      : call_(call), work_(work), n_(n), listed_(kListed[call.divergence]), student_(call.student, call.tokens, n, work.next),
+        teacher_(call.teacher, call.tokens, n, work.next), grad_((char*)row_start(call.grad, call.tokens, n)) {}
 
   void run() {
     const double weight = ((const F*)call_.row_scale)[n_];
@@ -180,6 +181,8 @@ class OneRow {
     t.kept = kept(k);
     t.n = padded(n);
     t.ahead = k + 1 < tiles_ ? n : 0;
+    t.next_student = student_.as_is ? (const X*)student_.next + from : t.student;
+    t.next_teacher = teacher_.as_is ? (const X*)teacher_.next + from : t.teacher;
     return t;
   }
   double common_gap() const { return (double)row_.teacher.max * row_.ratio - row_.student.max; }

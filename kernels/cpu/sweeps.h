@@ -113,6 +113,7 @@ struct Tile {
   F* kept;    // gradients of an entrywise divergence, between the middle sweep and the last
   int64_t n;  // a multiple of Format<X>::step
   int64_t ahead;  // the next tile is this many entries on: fetched from memory while this one computes
+  const X *next_student, *next_teacher;  // the same tile of the next row, fetched by the last sweep; or else of this row
   bool stream;
 };
 
@@ -203,6 +204,7 @@ struct Statistics {
         for (int64_t line = 0; line < Fmt::step; line += 64 / (int64_t)sizeof(X)) {
           __builtin_prefetch(tile.student + tile.ahead + i + line);
           if (teacher) __builtin_prefetch(tile.teacher + tile.ahead + i + line);
+          __builtin_prefetch(tile.next_student + i + line, 0, 2);
         }
         Pair<V> s = Fmt::get(tile.student + i), t = teacher ? Fmt::get(tile.teacher + i) : s;
         self.add(s.a, t.a);
@@ -389,6 +391,9 @@ struct Gradient {
     const bool stream = tile.stream;
     for (int64_t i = 0; i < tile.n; i += Fmt::step) {
       constexpr bool kept = kKind == kEntrywise, teacher = kKind != kNone && !kept;
+      for (int64_t line = 0; line < Fmt::step; line += 64 / (int64_t)sizeof(X)) {
+        __builtin_prefetch(tile.next_teacher + i + line, 0, 2);
+      }
       Pair<V> s = Fmt::get(tile.student + i), t = teacher ? Fmt::get(tile.teacher + i) : s;
       Pair<V> k = kept ? Pair<V>{load<V>(tile.kept + i), load<V>(tile.kept + i + Fmt::lanes)} : s;
       Fmt::put(tile.grad + i, {self.at(s.a, t.a, k.a), self.at(s.b, t.b, k.b)}, stream);
