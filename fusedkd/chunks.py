@@ -28,8 +28,9 @@ __all__ = [
 # Bytes of logits (and their gradient) that a head may hold at a time. On a GPU large chunks keep
 # the products efficient; 1 GiB is small beside any model whose vocabulary needs chunks. It is 704
 # rows at V = 151,936 (10 bytes an entry: two fp32 logits, a bf16 gradient); a floor of 1,024 would
-# hold 1.45 GiB, and no GPU was at hand to say whether that is faster. On a CPU the chunk leaves the
-# caches either way, and every chunk costs one more pass over dW.
+# hold 1.45 GiB, and no GPU was at hand to say whether that is faster. On a CPU every chunk costs a
+# pass over the weights and dW: 512 tokens x 151,936 in bf16 took 569 ms with 256 MiB, 497 with 512,
+# 444 with 1 GiB (2 cores with AMX, Granite Rapids, 2026-11-26).
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 512 << 20}
 
 
@@ -65,6 +66,24 @@ class Inputs(NamedTuple):
     labels: Tensor | None
 
 
+class _Chunk(NamedTuple):
+    """Some of the tokens: what one round of the loop computes."""
+
+    b: int
+    rows: slice  # within b
+    flat: slice  # the same rows of N
+    whole: bool  # all there are: what slicing would cost, a small call feels
+    last: bool
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its rows of (B, T, ...), as (1, T', ...)."""
+        return x if self.whole else x[self.b : self.b + 1, self.rows]
+
+    def of_flat(self, x: Tensor) -> Tensor:
+        """Its rows of (N, ...)."""
+        return x if self.whole else x[self.flat]
+
+
 class _Side(NamedTuple):
     """One side as the chunk loop reads it."""
 
@@ -72,8 +91,8 @@ class _Side(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
-    def logits(self, backend: ModuleType, b: int, rows: slice) -> Tensor:
-        chunk = self.rows[b : b + 1, rows]
+    def logits(self, backend: ModuleType, part: _Chunk) -> Tensor:
+        chunk = part.of(self.rows)
         if self.weight is None:
             return chunk
         dtype = backend.head_dtypes(chunk.dtype)[0]
@@ -105,18 +124,18 @@ def run(inputs: Inputs, row_scale: Tensor, spec: LossSpec, wanted: Wanted) -> li
     grads = _Gradients(inputs, student, backend, spec, wanted)
     losses, metric_rows = [], []
     held = grads.bytes_per_row + teacher.bytes_per_row(backend)
-    for b, rows, flat in _chunks(student, held, spec):
-        s = student.logits(backend, b, rows)
-        grad = grads.buffer(s, b, rows)
-        part = labels[flat] if labels is not None else None
-        rest = (part, row_scale[flat], spec, grad, wanted.metrics)
+    for part in _chunks(student, held, spec):
+        s = student.logits(backend, part)
+        grad = grads.buffer(s, part)
+        label_rows = None if labels is None else part.of_flat(labels)
+        rest = (label_rows, part.of_flat(row_scale), spec, grad, wanted.metrics)
         if entries is None:
-            loss, found = backend.rows(s, teacher.logits(backend, b, rows), *rest)
+            loss, found = backend.rows(s, teacher.logits(backend, part), *rest)
         else:
-            loss, found = backend.sparse_rows(s, entries.part(flat), *rest)
+            loss, found = backend.sparse_rows(s, entries.part(part.flat), *rest)
         losses.append(loss)
         metric_rows.append(found)
-        grads.add(grad, b, rows)
+        grads.add(grad, part)
         del s, grad, rest  # before the next chunk is made: else two are held at a time
     result = [losses[0] if len(losses) == 1 else torch.cat(losses)]
     if wanted.metrics:
@@ -209,10 +228,8 @@ def _side(
     return _Side(rows.to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach())
 
 
-def _chunks(
-    student: _Side, bytes_per_row: int, spec: LossSpec
-) -> Iterator[tuple[int, slice, slice]]:
-    """(b, rows within b, the same rows of N) such that no chunk holds more than its budget."""
+def _chunks(student: _Side, bytes_per_row: int, spec: LossSpec) -> Iterator[_Chunk]:
+    """Such that none holds more than its budget."""
     batch, length = student.rows.shape[:2]
     step = max(length, 1)
     if bytes_per_row:
@@ -221,7 +238,9 @@ def _chunks(
     for b in range(batch):
         for start in range(0, max(length, 1), step):  # no tokens: one empty chunk
             stop = min(start + step, length)
-            yield b, slice(start, stop), slice(b * length + start, b * length + stop)
+            flat = slice(b * length + start, b * length + stop)
+            whole, last = stop - start == batch * length, flat.stop == batch * length
+            yield _Chunk(b, slice(start, stop), flat, whole, last)
 
 
 def _even(length: int, most: int) -> int:
@@ -243,8 +262,9 @@ class _Gradients:
         self.inplace = in_place(inputs, spec, wanted)
         rows, weight = side.rows, side.weight
         self.bytes_per_row = side.bytes_per_row(backend)
-        self.d_rows = self.d_weight = self.d_bias = None
-        self.started = False
+        self.d_rows: Tensor | None = None
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
         if weight is None:
             if wanted.hidden:
                 self.d_rows = rows if self.inplace else self._empty(rows.shape, rows.dtype)
@@ -252,34 +272,36 @@ class _Gradients:
         self.dtypes = backend.head_dtypes(rows.dtype)
         if wanted.any_gradient and self.dtypes[0] != self.dtypes[1]:
             self.bytes_per_row += weight.shape[0] * self.dtypes[1].itemsize
-        accumulate = torch.promote_types(self.dtypes[0], torch.float32)
+        self.accumulate = torch.promote_types(self.dtypes[0], torch.float32)
         if wanted.hidden:
             self.d_rows = self._empty(rows.shape, inputs.student.dtype)
-        if wanted.weight:  # summed over chunks at full precision; the first chunk overwrites
-            self.d_weight = self._empty(weight.shape, accumulate)
         if wanted.bias:
-            self.d_bias = weight.new_zeros(weight.shape[0], dtype=accumulate)
+            self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.accumulate)
 
-    def buffer(self, logits: Tensor, b: int, rows: slice) -> Tensor | None:
+    def buffer(self, logits: Tensor, part: _Chunk) -> Tensor | None:
         """Where the row kernel writes the gradient of these logits; None: no gradient wanted."""
         if not self.wanted.any_gradient:
             return None
         if self.side.weight is None:
-            return self.d_rows[b : b + 1, rows] if self.d_rows is not None else None
+            return part.of(self.d_rows) if self.d_rows is not None else None
         if self.dtypes[0] == self.dtypes[1]:
             return logits
         return self._empty(logits.shape, self.dtypes[1])
 
-    def add(self, grad: Tensor | None, b: int, rows: slice) -> None:
+    def add(self, grad: Tensor | None, part: _Chunk) -> None:
         """The head's share of the gradient of one chunk of its logits."""
         if grad is None or self.side.weight is None:
             return
         mm_ = self.backend.mm_
         if self.d_rows is not None:
-            mm_(self.d_rows[b, rows], grad[0], self.side.weight)
-        if self.d_weight is not None:
-            mm_(self.d_weight, grad[0].T, self.side.rows[b, rows], accumulate=self.started)
-            self.started = True
+            mm_(part.of(self.d_rows)[0], grad[0], self.side.weight)
+        if (own := self.inputs.student_weight) is not None and self.wanted.weight:
+            # added up over chunks at full precision; the last one rounds what it adds to
+            dtype = stored_dtype(own, False) if part.last else self.accumulate
+            so_far = self.d_weight
+            if so_far is None or so_far.dtype != dtype:
+                self.d_weight = self._empty(own.shape, dtype)
+            mm_(self.d_weight, grad[0].T, part.of(self.side.rows)[0], add=so_far)
         if self.d_bias is not None:
             self.d_bias += grad[0].sum(0, dtype=self.d_bias.dtype)
 

@@ -95,7 +95,7 @@ def kd_loss(
             are then gone. Has no effect under torch.compile and torch.func, which plan memory
             themselves.
         chunk_bytes: heads only: bytes of logits and their gradient held at any time. Default
-            1 GiB on a GPU, 256 MiB on a CPU.
+            1 GiB on a GPU, 512 MiB on a CPU.
         group: vocabulary-parallel: each of its ranks has some columns of the logits (rows of the
             heads' weights), in the order of ranks, and all have the same tokens and labels. Loss,
             metrics and gradients are those of one process; the gradient of a head's hidden states

@@ -51,8 +51,9 @@ that has been checked, sorted and completed:
 ``factor`` (a 0-d tensor, or (N,) contiguous, one per row), touching no memory where the factor is
 1, without asking the host.
 
-``mm_(out, a, b, accumulate=False)``: ``out (+)= a @ b`` for 2-D tensors of any strides, summed in
-fp32 at least and rounded once to ``out``'s dtype, which may be wider than that of ``a`` and ``b``.
+``mm_(out, a, b, add=None)``: ``out = a @ b (+ add)`` for 2-D tensors of any strides, summed in fp32
+at least and rounded once to ``out``'s dtype, which may be wider than that of ``a`` and ``b``.
+``add`` is ``out``, or another tensor of its shape in fp32 at least, whose contents are lost.
 
 ``empty(shape, *, dtype, device) -> Tensor``: as ``torch.empty``; for gradients and chunks, which
 are large.

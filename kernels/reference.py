@@ -130,10 +130,10 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return torch.float64, torch.float64
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`."""
     product = a.double() @ b.double()
-    out.copy_(out + product if accumulate else product)
+    out.copy_(product if add is None else add + product)
 
 
 def _true_vocabulary(logits: Tensor, spec: LossSpec) -> Tensor:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from fusedkd.benchmarks.memory import free_to_take
 from fusedkd.kernels import cpu, reference
+from fusedkd.kernels.cpu import products
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -600,6 +601,7 @@ def test_what_is_kept_goes_before_an_error_comes() -> None:
 import resource, torch
 from fusedkd.benchmarks.memory import status_bytes
 from fusedkd.kernels import cpu
+from fusedkd.kernels.cpu import products
 
 def large(n):
     return cpu.empty((n,), dtype=torch.float32, device=torch.device("cpu"))
@@ -635,16 +637,35 @@ def mapping_at(address: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "m, k, n", [(1, 1, 1), (37, 33, 70), (70, 171, 37), (65, 2085, 48), (150, 7, 16)]
+    "m, k, n",
+    [(1, 1, 1), (37, 33, 70), (70, 171, 37), (65, 2085, 48), (150, 7, 16), (35, 70, 144)],
 )
 @pytest.mark.parametrize("a_columns", [False, True])
 @pytest.mark.parametrize("b_columns", [False, True])
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize(
+    "add, dtype",
+    [
+        (None, torch.float32),
+        ("out", torch.float32),
+        (None, torch.bfloat16),
+        ("another", torch.bfloat16),
+        ("another", torch.float32),
+    ],
+)
 def test_products_of_bf16(
-    m: int, k: int, n: int, a_columns: bool, b_columns: bool, accumulate: bool
+    m: int,
+    k: int,
+    n: int,
+    a_columns: bool,
+    b_columns: bool,
+    widened: bool,
+    add: str | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Any strides and remainders, with fp32 results: products.cpp where the processor has its
-    instructions, widened blocks elsewhere."""
+    """Any strides and remainders, in fp32 or rounded once: products.cpp where the processor has
+    its instructions, widened blocks elsewhere."""
     make = torch.Generator().manual_seed(m)
 
     def operand(rows: int, columns: int, by_columns: bool) -> Tensor:
@@ -652,8 +673,12 @@ def test_products_of_bf16(
         return x.T.contiguous().T if by_columns else x
 
     a, b = operand(m, k, a_columns), operand(k, n, b_columns)
-    out = torch.randn(m, n, generator=make)
-    expected = a.double() @ b.double() + (out.double() if accumulate else 0)
-    cpu.mm_(out, a, b, accumulate=accumulate)
-    bound = 1e-6 * (a.double().abs() @ b.double().abs() + out.abs())
-    assert ((out - expected).abs() <= bound).all()
+    so_far = torch.randn(m, n, generator=make)
+    exact = a.double() @ b.double() + (so_far.double() if add else 0)
+    size = a.double().abs() @ b.double().abs() + so_far.abs()
+    out = so_far if add == "out" else torch.full((m, n), math.nan, dtype=dtype)
+    if widened:
+        monkeypatch.setattr(products, "_multiplies", lambda dtype: dtype not in products.HALF)
+    cpu.mm_(out, a, b, add=so_far if add else None)
+    rounding = exact.abs() * 2**-8 * (dtype == torch.bfloat16)
+    assert ((out - exact).abs() <= 1e-6 * size + rounding).all()

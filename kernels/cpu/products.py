@@ -26,23 +26,27 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return logits, (dtype if _multiplies(dtype) else logits)
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`.
 
-    bf16 goes through the processor's own products (products.cpp, or torch where ``out`` is bf16
-    too). Where it has none, blocks of the operands are widened and multiplied in fp32.
+    bf16 goes through the processor's own products (products.cpp, or torch where a result that is
+    not tall is bf16 too). Where it has none, blocks of the operands are widened and multiplied in
+    fp32.
     """
     if a.dtype == b.dtype == torch.bfloat16 and _multiplies(a.dtype):
-        if out.dtype == torch.float32 and a.numel() and b.numel():
-            torch.ops.fusedkd_cpu.matmul.default(out, a, b, accumulate)
+        tall = a.shape[0] > b.shape[1]
+        fp32 = out.dtype == torch.float32 and (add is None or add is out)
+        fp32_or_rounded = fp32 or (tall and out.dtype == torch.bfloat16 and add is not out)
+        if fp32_or_rounded and a.numel() and b.numel():
+            torch.ops.fusedkd_cpu.matmul.default(out, a, b, add)
             return
-        if out.dtype == torch.bfloat16 and not accumulate:
+        if out.dtype == torch.bfloat16 and add is None:
             torch.mm(a, b, out=out)
             return
-    if a.dtype == b.dtype == out.dtype and a.dtype not in HALF:
-        out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    if a.dtype == b.dtype == out.dtype and a.dtype not in HALF and (add is None or add is out):
+        _multiply(out, a, b, add is out)
         return
-    _mm_widened(out, a, b, accumulate)
+    _mm_widened(out, a, b, add)
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -57,16 +61,20 @@ def _multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.fusedkd_cpu.matmul_supported()
 
 
-def _mm_widened(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """``out (+)= a @ b`` in the wider type, in blocks of the longest dimension: of the rows of
+def _mm_widened(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None) -> None:
+    """``out = a @ b (+ add)`` in the wider type, in blocks of the longest dimension: of the rows of
     ``a``, of the columns of ``b``, or of what is summed over.
     """
     (m, k), n = a.shape, b.shape[1]
     dtype = torch.promote_types(out.dtype, torch.float32)
     # a narrow result, or one that is added up over blocks, is rounded once, at the end
-    total = out if out.dtype == dtype else torch.empty(m, n, dtype=dtype)
-    if out.dtype != dtype and accumulate:
-        total.copy_(out)
+    accumulate = add is not None
+    if add is not None and add.dtype == dtype:
+        total = add
+    else:
+        total = out if out.dtype == dtype else torch.empty(m, n, dtype=dtype)
+        if add is not None:
+            total.copy_(add)
     if m == max(m, n, k):
         wide = b.to(dtype)
         for rows in _blocks(m, k, dtype):

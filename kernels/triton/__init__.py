@@ -64,8 +64,8 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return ops.head_dtypes(dtype)
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`."""
     from . import ops
 
-    ops.mm_(out, a, b, accumulate)
+    ops.mm_(out, a, b, add)

@@ -165,9 +165,13 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return (torch.float32 if dtype in HALF else dtype), dtype
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`. The vendor's library; its products are summed in fp32."""
-    if a.dtype == out.dtype:
+    accumulate = add is not None
+    if add is not None and add is not out:
+        mm_(add, a, b, add)
+        out.copy_(add)
+    elif a.dtype == out.dtype:
         out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     elif a.is_cuda and torch.version.hip is None:
         wide: Any = {"out_dtype": out.dtype, "out": out}
