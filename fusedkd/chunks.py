@@ -29,8 +29,9 @@ __all__ = [
 # the products efficient; 1 GiB is small beside any model whose vocabulary needs chunks. It is 704
 # rows at V = 151,936 (10 bytes an entry: two fp32 logits, a bf16 gradient); a floor of 1,024 would
 # hold 1.45 GiB, and no GPU was at hand to say whether that is faster. On a CPU every chunk costs a
-# pass over the weights and dW: 512 tokens x 151,936 in bf16 took 569 ms with 256 MiB, 497 with 512,
-# 444 with 1 GiB (2 cores with AMX, Granite Rapids, 2026-11-26).
+# pass over the weights and dW: with 256 MiB, 512 MiB and 1 GiB, 512 tokens x 151,936 in bf16 took
+# 1.39, 1.23 and 1.07 times the bare products, 4,096 took 1.23, 1.08 and 1.09 (2 cores with AMX,
+# Granite Rapids, 2026-11-26).
 CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 512 << 20}
 
 
