@@ -1,4 +1,4 @@
-// out (+)= a @ b with bf16 operands and fp32 results, which torch.mm has on GPUs only.
+// out = a @ b (+ add) with bf16 operands and sums in fp32, which torch.mm has on GPUs only.
 //
 // The arithmetic is oneDNN's, through the micro-kernel that torch itself uses in flash attention
 // (at::native::cpublas::brgemm: AVX512-BF16 or AMX, whichever the processor has). Here is only the
@@ -113,25 +113,30 @@ PACKING void transpose_out(const float* from, int64_t stride, float* to, int64_t
   for (int i = 0; i < 16; ++i) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * to_stride), x[i]);
 }
 
-// to[j] = x[j] (+ add[j]) in bf16, to nearest even, and where that is whole cache lines past the caches.
 #define ROUNDING __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+// `count` numbers, 16 at most, of x (+ add), and zeros.
+ROUNDING __m512 sum_of(const float* x, const float* add, int64_t count) {
+  const __mmask16 these = (1u << std::min(kBlock, count)) - 1;
+  const __m512 own = _mm512_maskz_loadu_ps(these, x);
+  return add ? _mm512_add_ps(own, _mm512_maskz_loadu_ps(these, add)) : own;
+}
+// to[j] = x[j] (+ add[j]) in bf16, to nearest even; whole cache lines past the caches.
 ROUNDING void round_row(const float* x, const float* add, int64_t n, uint16_t* to) {
   const bool lines = reinterpret_cast<uintptr_t>(to) % 64 == 0;
-  auto sum = [&](int64_t j, int64_t count) ROUNDING {
-    const __mmask16 these = (1u << std::min(kBlock, count)) - 1;
-    const __m512 own = _mm512_maskz_loadu_ps(these, x + j);
-    return add ? _mm512_add_ps(own, _mm512_maskz_loadu_ps(these, add + j)) : own;
-  };
+  auto at = [add](int64_t j) { return add ? add + j : nullptr; };
   int64_t j = 0;
   for (; j + 2 * kBlock <= n; j += 2 * kBlock) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(sum(j + kBlock, kBlock), sum(j, kBlock));
+    const __m512 low = sum_of(x + j, at(j), kBlock), high = sum_of(x + j + kBlock, at(j + kBlock), kBlock);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     if (lines)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), both);
     else
       _mm512_storeu_si512(to + j, both);
   }
   for (; j < n; j += kBlock)
-    _mm256_mask_storeu_epi16(to + j, (1u << std::min(kBlock, n - j)) - 1, (__m256i)_mm512_cvtneps_pbh(sum(j, n - j)));
+    _mm256_mask_storeu_epi16(to + j, (1u << std::min(kBlock, n - j)) - 1,
+                             (__m256i)_mm512_cvtneps_pbh(sum_of(x + j, at(j), n - j)));
 }
 
 PACKING __m512i interleave(const uint16_t* first, const uint16_t* second) {
