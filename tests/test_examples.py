@@ -48,8 +48,9 @@ def test_example(name: str, options: dict[str, Any], example: Any) -> None:
 def test_example_with_two_processes(name: str, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    # gloo now and then aborts (pytorch issue 190489) or hangs (75097) while its processes part,
-    # their work long done: with the answer there, that alone has them run again.
+    # With their work long done, gloo's processes now and then abort (pytorch issue 190489) or hang
+    # (75097: whoever drops the last reference to the group, the GIL held, joins gloo's thread, and
+    # that waits for the GIL to drop a tensor). With the answer there, this alone has them run again.
     for _ in range(3):
         run = subprocess.Popen(
             [*launch, str(EXAMPLES / f"{name}.py")],
