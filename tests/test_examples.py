@@ -50,7 +50,7 @@ def test_example_with_two_processes(name: str, tmp_path: Path) -> None:
     env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     # With their work long done, gloo's processes now and then abort (pytorch issue 190489) or hang
     # (75097: whoever drops the last reference to the group, the GIL held, joins gloo's thread, and
-    # that waits for the GIL to drop a tensor). With the answer there, this alone has them run again.
+    # that waits for the GIL to drop a tensor). With the answer there, they run once more for it.
     for _ in range(3):
         run = subprocess.Popen(
             [*launch, str(EXAMPLES / f"{name}.py")],
