@@ -68,7 +68,7 @@ DType dtype_of(const Tensor& t) {
 
 int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
 
-// Rows that fit in there find themselves again in later sweeps, also while the next row is fetched.
+// Two rows of both sides that fit in there do not drive each other out.
 int64_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);

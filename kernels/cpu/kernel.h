@@ -50,7 +50,7 @@ struct Workspace {
   void* kept;    // (vocabulary + one tile) of the accumulation type, or null: see `keeps`
   void* minima;  // (tiles, 2) of the accumulation type
   double* entries;  // sparse rows: (kEntryFields, entries + 1 rounded up to kEntryStep)
-  int64_t next;     // the row to fetch from memory while the last sweep of this one computes, or -1
+  int64_t next;     // the row to fetch from memory while this one computes, or -1
 };
 
 struct ScaleCall {

@@ -182,7 +182,7 @@ class OneRow {
     t.n = padded(n);
     t.ahead = k + 1 < tiles_ ? n : 0;
     t.next_student = student_.as_is ? (const X*)student_.next + from : t.student;
-    t.next_teacher = teacher_.as_is ? (const X*)teacher_.next + from : t.teacher;
+    t.next_teacher = kind_ != kNone && teacher_.as_is ? (const X*)teacher_.next + from : t.teacher;
     return t;
   }
   double common_gap() const { return (double)row_.teacher.max * row_.ratio - row_.student.max; }
