@@ -451,5 +451,8 @@ def test_terms_that_do_not_fit_are_named(
 
 
 if __name__ == "__main__":  # one of the processes of test_two_processes_are_one
+    from processes import leave
+
     torch.set_num_threads(1)
     one_step(Path(sys.argv[1]), 2)
+    leave()
