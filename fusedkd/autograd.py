@@ -173,12 +173,9 @@ def _scaled(grad: Tensor, factor: Tensor, spec: LossSpec) -> Tensor:
     if torch._C._autograd._get_current_graph_task_keep_graph():
         grad = grad.clone()
     if grad.numel():
-        rows = grad
-        if factor.dim():  # the upstream gradient of a sum is one number, expanded to every token
-            factor = factor.reshape(-1).contiguous()
-        if factor.dim() or not grad.is_contiguous():
-            rows = as_rows(grad)
-        backends.resolve(spec.backend, grad.device).scale_(rows, factor)
+        # The upstream gradient of a sum is one number, expanded to every token.
+        factor = factor.reshape(-1).contiguous() if factor.dim() else factor
+        backends.resolve(spec.backend, grad.device).scale_(as_rows(grad), factor)
     return grad
 
 

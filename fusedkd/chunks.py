@@ -182,8 +182,6 @@ def _common_rows(inputs: Inputs) -> tuple[int, int] | None:
     """(B, T) such that both sides' dense logits can be viewed as (B, T, V), or None."""
     sides = (inputs[0:2],) if inputs.teacher_indices is not None else (inputs[0:2], inputs[3:5])
     dense = [x for x, w in sides if w is None]
-    if all(x.is_contiguous() for x in dense):  # nearly always, and the checks below take a while
-        return 1, inputs.student.shape[:-1].numel()
     shapes = [_row_shapes(x) for x in dense]
     leading = inputs.student.shape[:-1]
     everything = [(1, leading.numel()), (leading[:-1].numel(), leading[-1] if leading else 1)]
@@ -195,10 +193,11 @@ def _row_shapes(x: Tensor) -> list[tuple[int, int]]:
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return []
     leading, strides = x.shape[:-1], x.stride()[:-1]
+    contiguous = x.is_contiguous()  # nearly always, and the checks take a while
     shapes = []
-    if _merge(leading, strides):
+    if contiguous or _merge(leading, strides):
         shapes.append((1, leading.numel()))
-    if _merge(leading[:-1], strides[:-1]):
+    if contiguous or _merge(leading[:-1], strides[:-1]):
         shapes.append((leading[:-1].numel(), leading[-1] if leading else 1))
     return shapes
 
@@ -230,7 +229,7 @@ def _side(
 
 
 def _chunks(student: _Side, bytes_per_row: int, spec: LossSpec) -> Iterator[_Chunk]:
-    """Such that none holds more than its budget."""
+    """All tokens, in chunks of which none holds more than its budget."""
     batch, length = student.rows.shape[:2]
     step = max(length, 1)
     if bytes_per_row:

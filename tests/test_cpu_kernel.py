@@ -601,7 +601,6 @@ def test_what_is_kept_goes_before_an_error_comes() -> None:
 import resource, torch
 from fusedkd.benchmarks.memory import status_bytes
 from fusedkd.kernels import cpu
-from fusedkd.kernels.cpu import products
 
 def large(n):
     return cpu.empty((n,), dtype=torch.float32, device=torch.device("cpu"))

@@ -66,8 +66,6 @@ DType dtype_of(const Tensor& t) {
   return DType::f32;
 }
 
-int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
-
 // Two rows of both sides that fit in there do not drive each other out.
 int64_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)

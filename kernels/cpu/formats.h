@@ -84,7 +84,6 @@ struct Stored<DType::f16> {
   FUSEDKD_INLINE static T put(F x) { return to_f16(to_odd(x)); }
 };
 
-FUSEDKD_INLINE int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
 
 template <DType d, class F>
 void read(const void* from, F* to, int64_t n) {

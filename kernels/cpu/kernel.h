@@ -1,5 +1,5 @@
-// What the instruction-set builds of rows.h and the bindings say to each other: plain data, no inline functions (one
-// compiled with AVX-512 could be the copy that the linker keeps for everybody).
+// What the instruction-set builds of rows.h and the bindings say to each other: plain data, no functions but static ones
+// (of the others, one compiled with AVX-512 could be the copy that the linker keeps for everybody).
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,7 @@
 namespace fusedkd {
 
 enum class DType : int { f64, f32, bf16, f16 };
+static constexpr int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
 
 // Of one side at a time: two such tiles and their gradient stay in a 32 KB L1.
 constexpr int64_t kTileBytes = 8192, kLongestTile = kTileBytes / 2, kShortestTile = kTileBytes / 8;
