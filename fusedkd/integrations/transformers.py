@@ -11,39 +11,37 @@ One base class turns its ``compute_loss`` into :func:`fusedkd.kd_loss` from head
 
 Everything else stays the host's: data, logging, evaluation of its own metrics, saving. The loss is
 computed within the wrapped model's forward and normalised by the tokens of the whole optimizer
-step, over micro-batches and processes. :class:`fusedkd.train.DistillationTrainer` does more
-(metrics, caches of teachers, evaluation).
+step, over micro-batches and processes. ``label_smoothing_factor`` smooths the cross-entropy,
+``shift_labels`` are the labels where a batch has them, and the routers of a mixture of experts with
+``output_router_logits`` are trained as they are without distillation.
+:class:`fusedkd.train.DistillationTrainer` does more (metrics, caches of teachers, evaluation).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fusedkd import LMHead, kd_loss
-from fusedkd.train.heads import loss_in_forward, next_labels
-from fusedkd.train.models import StudentHead, frozen, is_causal, true_vocabulary
+from fusedkd.train.base import FromHeads
+from fusedkd.train.models import HeadOf, bare, frozen, is_causal, true_vocabulary
 from fusedkd.train.teachers import LiveTeacher
 
 __all__ = ["DistillationMixin"]
 
 
-class DistillationMixin:
+class DistillationMixin(FromHeads):
     """To be named before a subclass of ``transformers.Trainer``. Without :meth:`distil_from` it
     changes nothing."""
 
     # what the host has
-    accelerator: Any
-    args: Any
-    model: Any
+    aux_loss_enabled: bool = False  # SFTTrainer's: whether it asks for the routers' loss
     processing_class: Any
-    get_tp_size: Any
 
     _teacher_side: LiveTeacher | None = None
-    _student_head: StudentHead
     _loss_keywords: dict[str, Any]
+    _logits_are_seen = True
 
     def distil_from(self, teacher: nn.Module, **keywords: Any) -> None:
         """Train towards ``teacher`` from now on.
@@ -54,18 +52,28 @@ class DistillationMixin:
             **keywords: of :func:`fusedkd.kd_loss`.
 
         Raises:
-            ValueError: teacher and student share parameters, or their vocabularies differ.
+            ValueError: teacher and student share parameters, their vocabularies differ, or the
+                Trainer has settings for a loss that is not computed now.
         """
-        student = self.accelerator.unwrap_model(self.model)
+        student = bare(self.model)
+        self._refuse_other_losses()
+        smoothing = keywords.setdefault("label_smoothing", self.args.label_smoothing_factor)
+        if smoothing and not keywords.get("ce_weight"):
+            raise ValueError(
+                f"label_smoothing_factor={smoothing} smooths the cross-entropy, but that has no "
+                "weight: expected ce_weight above 0, or label_smoothing_factor=0."
+            )
+        if (loss := getattr(self.args, "loss_type", "nll")) == "dft":
+            raise ValueError(
+                f"loss_type={loss!r}: distillation has a loss of its own: expected 'nll'."
+            )
         teacher = frozen(teacher, student, self.args.device)
-        keywords["vocab_size"] = true_vocabulary(
-            student, teacher, keywords.get("vocab_size"), self.processing_class
-        )
-        self._loss_keywords = keywords
-        self._causal = is_causal(student)
+        self._loss_keywords = {"vocab_size": None, **keywords}
+        self._vocabulary(student, teacher)
         # the Trainer is to count a step's tokens, aligned as they are here
-        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, self._causal
-        self._student_head = StudentHead(student)
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, is_causal(student)
+        self._student_head = HeadOf("student")
+        self._student_head.look(student)
         self._teacher_side = LiveTeacher(teacher, self.accelerator.autocast)
 
     def compute_loss(
@@ -80,26 +88,40 @@ class DistillationMixin:
             host: Any = super()
             return host.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        labels = next_labels(labels) if self._causal else labels
+        labels = self._aligned_labels(inputs)
         teacher = self._teacher_side(inputs)
-        divisor = self._divisor(num_items_in_batch)
+        if self.aux_loss_enabled:  # which vision-language models read nowhere else
+            inputs["output_router_logits"] = True
+        keywords = self._loss_keywords | {
+            "vocab_size": self._vocabulary(bare(model), self._teacher_side.model),
+            "normalizer": num_items_in_batch,
+        }
 
         def compute(student: Tensor | LMHead) -> tuple[Tensor, None]:
             with self.accelerator.autocast():
-                loss = kd_loss(student, teacher, labels, **self._loss_keywords, normalizer=divisor)
-            return loss, None
+                return kd_loss(student, teacher, labels, **keywords), None
 
-        inner = self.accelerator.unwrap_model(model)
-        head = None if return_outputs else self._student_head.of(inner)
-        loss, _, outputs = loss_in_forward(model, inner, head, inputs, compute)
+        dense = return_outputs and self._logits_are_seen
+        loss, _, outputs = self._in_forward(model, inputs, compute, dense)
+        loss = self._in_step(loss, num_items_in_batch, model, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _divisor(self, num_items: Tensor | int | None) -> Tensor | None:
-        """Gradients are averaged over processes, so each divides by its share of the tokens."""
-        self.loss_is_scaled_for_ga = num_items is not None
-        if num_items is None:
-            return None
-        averaged = self.args.average_tokens_across_devices
-        processes = self.accelerator.num_processes // self.get_tp_size() if averaged else 1
-        return torch.as_tensor(num_items, device=self.args.device) / processes
+    def _vocabulary(self, student: Any, teacher: Any) -> int | None:
+        """How many columns are real now: embeddings may have been resized."""
+        given = self._loss_keywords["vocab_size"]
+        return true_vocabulary(student, teacher, given, self.processing_class)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As the host's, without logits where only the loss is looked at."""
+        host: Any = super()
+        self._logits_are_seen = not prediction_loss_only
+        try:
+            return host.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._logits_are_seen = True

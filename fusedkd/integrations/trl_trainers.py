@@ -14,33 +14,30 @@ from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
 from fusedkd import LMHead, kd_loss
 from fusedkd.integrations.elementwise import generalized_jsd
 from fusedkd.integrations.trl import chunked_divergence_loss, generalized_jsd_loss
-from fusedkd.train.heads import loss_in_forward, next_labels
-from fusedkd.train.models import StudentHead
+from fusedkd.train.base import FromHeads
+from fusedkd.train.models import HeadOf
 from fusedkd.train.teachers import LiveTeacher
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer"]
 
 
-class _FromHeads:
+class _FromHeads(FromHeads):
     """The loss of GKD and GOLD: ``compute_loss`` from heads, within the wrapped forward."""
 
     # what the host trainer has
-    accelerator: Any
-    args: Any
     beta: float
     lmbda: float
     seq_kd: bool
-    model: Any
     teacher_model: Any
-    get_tp_size: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # The step's tokens are to be counted where the loss counts them.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        unwrap = self.accelerator.unwrap_model
-        self._student_head = StudentHead(unwrap(self.model))
-        self._teacher_side = LiveTeacher(unwrap(self.teacher_model), self.accelerator.autocast)
+        self._student_head = HeadOf("student")
+        self._student_head.look(self.model)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        self._teacher_side = LiveTeacher(teacher, self.accelerator.autocast)
 
     def compute_loss(
         self,
@@ -50,7 +47,7 @@ class _FromHeads:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """As TRL's; with ``return_outputs`` the outputs hold dense logits."""
-        labels = next_labels(inputs["labels"])
+        labels = self._aligned_labels(dict(inputs))
         forward = self._forward_inputs(inputs)
         self.teacher_model.eval()
         teacher = self._teacher_side(forward)
@@ -66,9 +63,7 @@ class _FromHeads:
                     normalizer=divisor,
                 ), None
 
-        inner = self.accelerator.unwrap_model(model)
-        head = None if return_outputs else self._student_head.of(inner)
-        loss, _, outputs = loss_in_forward(model, inner, head, forward, compute)
+        loss, _, outputs = self._in_forward(model, forward, compute, dense=return_outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _divisor(self, model: nn.Module, labels: Tensor, num_items: Any) -> Tensor | None:

@@ -115,9 +115,9 @@ def plain_head(model: Any) -> PlainHead:
         raise NoPlainHead(
             f"a trial forward pass failed ({type(error).__name__}: {error})"
         ) from error
-    with _gathered(linear.parameters()):
-        multiplied = F.linear(hidden, linear.weight, linear.bias)
-    if not torch.allclose(multiplied, product_, rtol=1e-2, atol=1e-3):
+    if not torch.allclose(
+        _multiplied(linear, hidden, product_.dtype), product_, rtol=1e-2, atol=1e-3
+    ):
         raise NoPlainHead("its output embedding does more than multiply by its weight")
     for scale, softcap in _candidates(model):
         expected = ramp * scale
@@ -128,6 +128,14 @@ def plain_head(model: Any) -> PlainHead:
         ):
             return PlainHead(linear, scale, softcap)
     raise NoPlainHead("it changes its logits in a way that its config does not name")
+
+
+def _multiplied(linear: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the projection alone makes of hidden states, in the dtype that it multiplied in: under
+    autocast neither its input's nor its weight's."""
+    with torch.autocast(hidden.device.type, enabled=False), _gathered(linear.parameters()):
+        weight, bias = (x if x is None else x.to(dtype) for x in (linear.weight, linear.bias))
+        return F.linear(hidden.to(dtype), weight, bias)
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -173,14 +181,15 @@ def _probe(model: Any, linear: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tenso
     if not isinstance(model, PreTrainedModel) and not hasattr(model, "dummy_inputs"):
         raise NoPlainHead("it is not a transformers model")
     inputs = {name: value.to(linear.weight.device) for name, value in model.dummy_inputs.items()}
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     handle = linear.register_forward_hook(replace)
     try:
         with torch.no_grad():
             logits = model.eval()(**inputs).logits
     finally:
         handle.remove()
-        model.train(training)
+        for module in training:
+            module.training = True
     if len(seen) != 1:
         raise NoPlainHead(f"its forward pass uses the output embedding {len(seen)} times")
     return *seen[0], logits
@@ -195,14 +204,19 @@ def tap(head: PlainHead, receive: Callable[[Tensor], None]) -> Iterator[None]:
     end on empty logits. ``receive`` is called from within the projection's own forward: whatever
     wraps the model (DDP, FSDP, ZeRO) has the weight gathered there, and ``prepend`` puts it ahead
     of a hook that would give the weight back.
+
+    Raises:
+        RuntimeError: the forward pass did not come by the projection.
     """
     waiting: list[Tensor] = []
+    came = []
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         waiting.append(args[0])
         return (args[0][:0], *args[1:])
 
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        came.append(True)
         receive(waiting.pop())
 
     handles = (
@@ -214,6 +228,12 @@ def tap(head: PlainHead, receive: Callable[[Tensor], None]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+    if not came:
+        raise RuntimeError(
+            f"a forward pass did not come by {head.linear}, the model's output embedding: expected "
+            "it to be called. Where only `model.forward` is compiled, its old hooks stay in it: "
+            "compile the model (torch.compile(model), or torch_compile=True), which is noticed."
+        )
 
 
 def next_labels(labels: Tensor) -> Tensor:
@@ -237,6 +257,9 @@ def loss_in_forward(
 
     Returns:
         The loss as ``model`` returned it, the second result of ``compute``, the outputs.
+
+    Raises:
+        RuntimeError: from :func:`tap`.
     """
     if head is None:
         outputs = model(**inputs)
@@ -248,7 +271,8 @@ def loss_in_forward(
         results.append(compute(head.of(hidden)))
 
     def deliver(module: nn.Module, args: Any, outputs: Any) -> Any:
-        outputs["loss"] = results[0][0]
+        if results:
+            outputs["loss"] = results[0][0]
         return outputs
 
     handle = inner.register_forward_hook(deliver, prepend=True)

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
@@ -16,11 +17,14 @@ from transformers.models.auto.modeling_auto import (
 from fusedkd.train.heads import NoPlainHead, PlainHead, is_partitioned, plain_head
 
 __all__ = [
-    "StudentHead",
+    "HeadOf",
+    "bare",
     "frozen",
     "is_causal",
     "is_classifier",
+    "is_compiled",
     "plain_head_or_none",
+    "router_loss",
     "true_vocabulary",
     "vocabulary_size",
 ]
@@ -70,31 +74,97 @@ def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.M
     return teacher if placed else teacher.to(device)
 
 
+def bare(model: nn.Module) -> Any:
+    """The model out of what wraps it for several processes, and of what compiled it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile has the model, what wraps it or its head. Dynamo does not guard on
+    hooks: a compiled forward keeps those of its first step."""
+    while isinstance(model, nn.Module):
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        called = [module for module in (model, head) if isinstance(module, nn.Module)]
+        if any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in called):
+            return True
+        model = getattr(model, "module", None)
+    return False
+
+
 def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
-    if is_classifier(model):  # a few classes: dense logits are nothing to warn about
+    """The model's plain head; where there is none a warning says why."""
+    inner = bare(model)
+    if is_classifier(inner):  # a few classes: dense logits are nothing to warn about
         return None
     try:
-        return plain_head(model)
+        if is_compiled(model):
+            raise NoPlainHead("torch_compile traces past hooks")
+        return plain_head(inner)
     except NoPlainHead as reason:
         logger.warning(
-            "%s %s: dense logits are used, because %s.", role, type(model).__name__, reason
+            "%s %s: dense logits are used, because %s.", role, type(inner).__name__, reason
         )
         return None
 
 
-class StudentHead:
-    """The student's plain head, if it has one: looked for at once, or in the first step where
-    ZeRO-3 has the model in parts, which cannot run before DeepSpeed has wrapped it."""
+class HeadOf:
+    """The plain head of a model, if it has one: looked for anew whenever the model is another
+    (``model_init``), its output embedding is (``resize_token_embeddings``), or it was compiled.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._waits = any(map(is_partitioned, model.parameters()))
-        self.found = None if self._waits else plain_head_or_none(model, "student")
+    Args:
+        role: "student" or "teacher", for warnings.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.found: PlainHead | None = None
+        self._seen: tuple[Any, Any, bool] = (None, None, False)
+
+    def look(self, model: nn.Module) -> None:
+        """Look at ``model`` before its first step; not where ZeRO-3 has it in parts, which cannot
+        run before DeepSpeed has wrapped it."""
+        if not any(map(is_partitioned, model.parameters())):
+            self.of(model)
 
     def of(self, model: nn.Module) -> PlainHead | None:
-        """The head of ``model``, the one that this was made for."""
-        if self._waits:
-            self.found, self._waits = plain_head_or_none(model, "student"), False
+        """The head of ``model``, which may be wrapped."""
+        inner = bare(model)
+        embedding = getattr(inner, "get_output_embeddings", lambda: None)()
+        seen = (inner, embedding, is_compiled(model))
+        if any(now is not before for now, before in zip(seen, self._seen, strict=True)):
+            self.found, self._seen = plain_head_or_none(model, self.role), seen
         return self.found
+
+
+_ROUTERS = {  # the names of a coefficient, and what it weighs
+    ("router_aux_loss_coef", "aux_loss_coef"): ("aux_loss", "encoder_aux_loss", "decoder_aux_loss"),
+    ("router_z_loss_coef",): ("encoder_z_loss", "decoder_z_loss"),
+}
+
+
+def router_loss(model: Any, outputs: Any) -> Any:
+    """What a mixture of experts with ``output_router_logits`` adds to its own loss, so that tokens
+    spread over its experts: a mean over the batch, weighted; 0.0 for every other model.
+
+    Raises:
+        ValueError: the model makes it together with its own cross-entropy only.
+    """
+    config, total = model.config.get_text_config(), 0.0
+    for names, parts in _ROUTERS.items():
+        found = [x for part in parts if (x := getattr(outputs, part, None)) is not None]
+        if (
+            not found
+            and hasattr(outputs, parts[-1])
+            and getattr(config, "output_router_logits", False)
+        ):
+            raise ValueError(
+                f"output_router_logits=True: {type(model).__name__} gives no loss of its routers "
+                "without its own cross-entropy: expected output_router_logits=False in its config."
+            )
+        # TRL sets the config's, after the model has read it
+        given = [getattr(x, name, None) for x in (config, model) for name in names]
+        total = total + next((x for x in given if x is not None), 0.0) * sum(found)
+    return total
 
 
 _PADDING = 512  # tables are padded to multiples of 64-512; more is another vocabulary

@@ -17,8 +17,8 @@ from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
-from fusedkd.train.heads import tap
-from fusedkd.train.models import plain_head_or_none, vocabulary_size
+from fusedkd.train.heads import PlainHead, tap
+from fusedkd.train.models import HeadOf, vocabulary_size
 
 __all__ = ["CachedTeacher", "LiveTeacher"]
 
@@ -38,9 +38,19 @@ class LiveTeacher:
         self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> None:
         self.model, self.context = model, context
-        self.head = plain_head_or_none(model, "teacher")
+        self._head = HeadOf("teacher")
+        self._head.of(model)
         self._parameters = inspect.signature(model.forward).parameters
         self._copies: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def head(self) -> PlainHead | None:
+        """The model's plain head; set to None, its logits are used from now on."""
+        return self._head.found
+
+    @head.setter
+    def head(self, found: PlainHead | None) -> None:
+        self._head.found = found
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs) -> Tensor | LMHead:
@@ -51,13 +61,14 @@ class LiveTeacher:
         if "use_cache" in names:  # nothing is generated: no keys and values to keep
             inputs = {**inputs, "use_cache": False}
         hidden: list[Tensor] = []
-        device = inputs["input_ids"].device
+        device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
+        head = self._head.of(self.model)
         with self.context():
-            if self.head is None:
+            if head is None:
                 return self.model(**inputs).logits.to(device)
-            with tap(self.head, hidden.append):
+            with tap(head, hidden.append):
                 self.model(**inputs)
-        return self._here(self.head.of(hidden[0]), device)
+        return self._here(head.of(hidden[0]), device)
 
     def _here(self, head: LMHead, device: torch.device) -> LMHead:
         """The head where the student's loss is computed. Its weight, which does not change, is

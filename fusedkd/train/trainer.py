@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
@@ -16,9 +17,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.heads import loss_in_forward, next_labels
+from fusedkd.train.base import FromHeads
 from fusedkd.train.meter import Measured, Meter
-from fusedkd.train.models import StudentHead, frozen, is_causal, true_vocabulary
+from fusedkd.train.models import HeadOf, bare, frozen, is_causal, is_compiled, true_vocabulary
 from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
@@ -31,7 +32,7 @@ Inputs = dict[str, Any]
 Teacher = Tensor | LMHead | SparseTeacher
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(FromHeads, Trainer):
     """Train ``model`` to match ``teacher``, with the loss of :func:`fusedkd.kd_loss`.
 
     Logits never exist: both models' output projections are entered with no rows, and the loss is
@@ -64,15 +65,14 @@ class DistillationTrainer(Trainer):
             callbacks, ...).
 
     Raises:
-        ValueError: teacher and student share parameters, their vocabularies or classes differ, or
-            a term does not fit them.
+        ValueError: teacher and student share parameters, their vocabularies or classes differ, a
+            term does not fit them, or there is a ``compute_loss_func``.
         CacheError: a cache of another tokenizer, without the temperature, not for this divergence,
             or without some sequence of a data set.
     """
 
     args: DistillationArguments
     model: Any  # a PreTrainedModel, or what wraps one
-    _student_head: StudentHead | None
 
     def __init__(
         self,
@@ -97,12 +97,14 @@ class DistillationTrainer(Trainer):
         if model is not None:
             self.terms.attach(model, teacher)
         super().__init__(model, args, **kwargs)
+        self._refuse_other_losses()
+        self._refuse_compiled_terms()
         # have the Trainer count the tokens of a step, in the alignment used here: the loss divides
         # by them
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = is_causal(self.accelerator.unwrap_model(self.model))
-        if self.model_init is None:
-            self._student_head = self._head_of_student(self.model)
+        self._loss_shifts_labels = is_causal(bare(self.model))
+        self._student_head = HeadOf("student")
+        self._student_head.look(self.model)
         self._loss_keywords = args.loss_keywords()
         if isinstance(teacher, TeacherCache):
             self._read(teacher)
@@ -117,9 +119,7 @@ class DistillationTrainer(Trainer):
     def _run(self, teacher: nn.Module) -> None:
         self.teacher = frozen(teacher, self.model, self.args.device)
         self._teacher_side: Any = LiveTeacher(self.teacher, self.accelerator.autocast)
-        self._loss_keywords["vocab_size"] = true_vocabulary(
-            self.model, teacher, self.args.vocab_size, self.processing_class
-        )
+        self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
 
     def _read(self, cache: TeacherCache) -> None:
         self.args.check_for_cache()
@@ -130,15 +130,26 @@ class DistillationTrainer(Trainer):
             self.args.teacher_tail,
         )
         self._teacher_side = side
-        self._loss_keywords["vocab_size"] = side.vocabulary(self.model, self.args.vocab_size)
+        self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
         side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
         self.data_collator = side.collator(self.data_collator)
 
+    def _vocabulary(self, student: Any) -> int | None:
+        """How many columns are real now: embeddings may have been resized."""
+        given = self.args.vocab_size
+        if isinstance(self._teacher_side, CachedTeacher):
+            return self._teacher_side.vocabulary(student, given)
+        return true_vocabulary(student, self.teacher, given, self.processing_class)
+
+    def _refuse_compiled_terms(self) -> None:
+        compiles = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        if self.terms and (compiles or is_compiled(self.model)):
+            raise ValueError(f"terms={self.args.terms}: torch_compile traces past their hooks.")
+
     def call_model_init(self, trial: Any = None) -> Any:
-        """As the Trainer's; the new model's head is looked up."""
+        """As the Trainer's; terms are bound to the new model."""
         model: Any = super().call_model_init(trial)
         self.terms.attach(model, self.teacher)
-        self._student_head = self._head_of_student(model)
         return model
 
     # ---- the loss ----
@@ -153,11 +164,7 @@ class DistillationTrainer(Trainer):
         """The distillation loss of one micro-batch; with ``return_outputs`` the outputs hold dense
         logits."""
         loss, _, outputs = self._distill(model, inputs, num_items_in_batch, dense=return_outputs)
-        self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # num_items counts every process; gradients are averaged over them (tp ranks share one
-            # batch)
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        loss = self._in_step(loss, num_items_in_batch, model, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
@@ -186,15 +193,14 @@ class DistillationTrainer(Trainer):
         targets = Targets(labels, tokens, num_items, num_tokens, model.training, done)
         with self.terms.watch(self.teacher) as theirs:
             teacher = self._teacher_side(inputs)
-        inner = self.accelerator.unwrap_model(model)
-        head = None if dense or self._student_head is None else self._student_head.of(inner)
+        inner = bare(model)
+        self._loss_keywords["vocab_size"] = self._vocabulary(inner)
         weights = self._objective.numbers(done)
         with self.terms.in_forward(inner, theirs, tokens, num_tokens, weights) as extra:
-            loss, metrics, outputs = loss_in_forward(
-                *(model, inner, head, inputs),
-                lambda student: self._loss(student, teacher, targets),
+            loss, metrics, outputs = self._in_forward(
+                *(model, inputs, lambda student: self._loss(student, teacher, targets), dense)
             )
-        if head is None:  # the terms were there before the loss
+        if dense or self._student_head.found is None:  # the terms were there before the loss
             loss = loss + extra.loss
         metrics = {**metrics, **extra.measured(tokens, num_tokens)}
         self._meters[model.training].add(metrics)
@@ -205,34 +211,6 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor, Measured]:
         with self.accelerator.autocast():  # a head's hidden states and weight may differ in dtype
             return self._objective(student, teacher, targets)
-
-    def _aligned_labels(self, inputs: Inputs) -> Tensor:
-        """Take the labels out of ``inputs`` and align them with the logits: label n is the target
-        of position n."""
-        if (shifted := inputs.pop("shift_labels", None)) is not None:
-            inputs.pop("labels", None)
-            return shifted
-        labels = inputs.pop("labels", None)
-        if labels is None:
-            raise ValueError(
-                f"the batch has no 'labels', only {', '.join(inputs)}: use a collator that makes "
-                "them, such as DataCollatorForLanguageModeling."
-            )
-        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            inputs["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(labels)
-        return next_labels(labels) if self._loss_shifts_labels else labels
-
-    def _head_of_student(self, model: nn.Module) -> StudentHead | None:
-        if self.args.torch_compile:
-            # dynamo does not guard on hooks, so a compiled forward would keep the first step's
-            if self.terms:
-                raise ValueError(f"terms={self.args.terms}: torch_compile traces past their hooks.")
-            logger.warning(
-                "student: dense logits are used, because torch_compile traces past hooks."
-            )
-            return None
-        return StudentHead(model)
 
     # ---- checkpoints ----
 
