@@ -8,7 +8,6 @@ so that beside the inputs only the gradient is as large as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fusedkd import divergences
 from fusedkd.divergences import Divergence
+from fusedkd.integrations.functions import LossFunction
 
 __all__ = [
     "LigerJSD",
@@ -231,6 +231,19 @@ def _tvd(p: Tensor, q: Tensor, labels: Any = None, how: str = "batchmean", *rest
     return liger_tvd(p, q, labels, how, *rest)
 
 
-LigerJSDFunction = SimpleNamespace(apply=liger_jsd)
-LigerKLDivLossFunction = SimpleNamespace(apply=_kl_div)
-LigerTVDLossFunction = SimpleNamespace(apply=_tvd)
+class LigerJSDFunction(LossFunction):
+    """:func:`liger_jsd`."""
+
+    loss = staticmethod(liger_jsd)
+
+
+class LigerKLDivLossFunction(LossFunction):
+    """``(input, target, reduction="batchmean", log_target=False, eps=1e-10)``."""
+
+    loss = staticmethod(_kl_div)
+
+
+class LigerTVDLossFunction(LossFunction):
+    """:func:`liger_tvd`, whose reduction is "batchmean" here."""
+
+    loss = staticmethod(_tvd)

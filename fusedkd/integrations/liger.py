@@ -26,7 +26,6 @@ takes less memory.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedkd import LMHead, kd_loss, kd_loss_and_metrics
-from fusedkd.backends import Rows
+from fusedkd.integrations.cosine import CosineRows
 from fusedkd.integrations.elementwise import (
     LigerJSD,
     LigerJSDFunction,
@@ -46,14 +45,13 @@ from fusedkd.integrations.elementwise import (
     liger_jsd,
     liger_kl_div,
     liger_tvd,
-    pieces,
 )
+from fusedkd.integrations.functions import DistillationFunction, counted
 from fusedkd.integrations.linear_kl import (
     LigerFusedLinearKLDivFunction,
     LigerFusedLinearKLDivLoss,
     liger_fused_linear_kl_div,
 )
-from fusedkd.spec import METRIC_COLUMNS, LossSpec
 
 __all__ = [
     "LigerFusedLinearCosineSimilarityFunction",
@@ -161,7 +159,7 @@ class LigerFusedLinearCosineSimilarityLoss(_ChunkedLoss):
     @torch._disable_dynamo
     def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
         weight = self.weight_soft_loss * self.beta
-        rows = _CosineRows(None, student.hidden.device)
+        rows = CosineRows(None, student.hidden.device)
         loss, soft, hard = self._run(student, teacher, labels, kd_weight=weight, backend=rows)
         return (loss, self.beta * soft, hard) if self.return_soft_hard_loss else loss
 
@@ -212,45 +210,6 @@ def _rows(student: LMHead, teacher: LMHead, labels: Tensor | None) -> tuple[Any,
     )
 
 
-class _CosineRows(Rows):
-    """1 - cosine of the two rows of logits in the divergence's place, differentiated by
-    autograd."""
-
-    def rows(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        row_scale: Tensor,
-        spec: LossSpec,
-        grad: Tensor | None,
-        metrics: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :mod:`fusedkd.kernels`; heads come with one leading dimension."""
-        loss = torch.zeros_like(row_scale)
-        found = row_scale.new_zeros(len(row_scale), len(METRIC_COLUMNS))
-        for rows in pieces(student[0]):
-            scale, counts = row_scale[rows], row_scale[rows, None] != 0
-            columns = slice(spec.vocab_size)
-            with torch.enable_grad():
-                s, t = (x[0, rows, columns].to(scale.dtype) for x in (student, teacher))
-                s, t = (torch.where(counts, x, 1.0).requires_grad_() for x in (s, t))
-                ce = torch.zeros_like(scale)
-                if labels is not None and (metrics or spec.ce_weight):
-                    y = labels[rows].where(counts[:, 0], 0)
-                    ce = F.nll_loss(F.log_softmax(s, dim=-1), y, reduction="none")
-                terms = torch.stack([1 - F.cosine_similarity(s, t, dim=-1), ce], -1)
-                total = scale * (terms @ terms.new_tensor([spec.kd_scale, spec.ce_weight]))
-                everything = total.sum()
-            if grad is not None:
-                grad[0, rows] = 0
-                made = torch.autograd.grad(everything, s)[0]
-                grad[0, rows, columns] = made.where(counts, 0.0)
-            loss[rows] = total.detach()
-            found[rows, :2] = terms.detach().where(counts, 0.0)
-        return loss, found if metrics else None
-
-
 # ----------------------------------------------------------------------------------------------
 # The function forms: tensors, then the constructors' arguments in their order
 
@@ -285,6 +244,37 @@ def liger_fused_linear_cosine(*args: Any) -> Any:
     return LigerFusedLinearCosineSimilarityLoss(*args[7:])(*args[:7])
 
 
-# For code that says ``SomeFunction.apply(...)``; the work is done elsewhere.
-LigerFusedLinearJSDFunction = SimpleNamespace(apply=liger_fused_linear_jsd)
-LigerFusedLinearCosineSimilarityFunction = SimpleNamespace(apply=liger_fused_linear_cosine)
+class LigerFusedLinearJSDFunction(DistillationFunction):
+    """:func:`liger_fused_linear_jsd`, so both of Liger's classes of this name."""
+
+    fused = staticmethod(liger_fused_linear_jsd)
+
+    @staticmethod
+    def distillation_loss_fn(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        beta: float = 0.5,
+        target: Tensor | None = None,
+        ignore_index: int = -100,
+    ) -> Tensor:
+        """The sum of JSD over rows that count."""
+        lq, lp = (x.log_softmax(-1) for x in (student_logits, teacher_logits))
+        return counted(generalized_jsd(beta).value(lp, lq).sum(-1), target, ignore_index).sum()
+
+
+class LigerFusedLinearCosineSimilarityFunction(DistillationFunction):
+    """:func:`liger_fused_linear_cosine`."""
+
+    fused = staticmethod(liger_fused_linear_cosine)
+
+    @staticmethod
+    def distillation_loss_fn(
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        ignore_index: int | None = None,
+        beta: float = 1.0,
+    ) -> Tensor:
+        """The sum of ``beta * (1 - cosine)`` over rows that count."""
+        cosine = F.cosine_similarity(student_logits, teacher_logits, dim=-1)
+        return counted(beta * (1 - cosine), target, ignore_index).sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from fusedkd import LMHead, kd_loss
 from fusedkd.divergences import forward_kl
+from fusedkd.integrations.functions import LossFunction
 
 __all__ = [
     "LigerFusedLinearKLDivFunction",
@@ -89,4 +89,7 @@ def liger_fused_linear_kl_div(
     return loss
 
 
-LigerFusedLinearKLDivFunction = SimpleNamespace(apply=liger_fused_linear_kl_div)
+class LigerFusedLinearKLDivFunction(LossFunction):
+    """:func:`liger_fused_linear_kl_div`."""
+
+    loss = staticmethod(liger_fused_linear_kl_div)

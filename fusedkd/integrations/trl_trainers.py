@@ -105,15 +105,23 @@ class GKDTrainer(_FromHeads, _GKDTrainer):  # type: ignore[misc]
 
 
 class GOLDTrainer(_FromHeads, _GOLDTrainer):  # type: ignore[misc]
-    """TRL's, with the loss of ``use_uld_loss=False`` from heads; ULD stays as it is."""
+    """TRL's, with the loss of ``use_uld_loss=False`` from heads. ULD is TRL's, a mean over rows,
+    averaged over a step's micro-batches (of as many rows each) where TRL adds them up."""
 
     generalized_jsd_loss: Any = staticmethod(generalized_jsd_loss)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As TRL's."""
-        if self.use_uld_loss:
-            return _GOLDTrainer.compute_loss(self, model, inputs, *args, **kwargs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.use_uld_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.loss_is_scaled_for_ga = False
+        parts = "_matched_sum", "_unmatched_sum"  # for the log, which divides by steps
+        before = [getattr(self, part) for part in parts]
+        loss = _GOLDTrainer.compute_loss(self, model, inputs, *args, **kwargs)
+        for part, old in zip(parts, before, strict=True):
+            added = getattr(self, part) - old
+            setattr(self, part, old + added / self.args.gradient_accumulation_steps)
+        return loss
 
     def _generated_tokens(self, labels: Tensor) -> tuple[Tensor, bool] | None:
         # A step's micro-batches are made together, and the Trainer counted each of them as often
