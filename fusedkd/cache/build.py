@@ -95,7 +95,7 @@ def plan(sequences: Iterable[Ids], tokenizer: str) -> tuple[Plan, list[int]]:
     lengths = []
     for place, ids in enumerate(sequences):
         key = sequence_key(ids, tokenizer)
-        if key not in places:
+        if key not in places and len(ids):
             places[key] = place
             lengths.append(len(ids))
     if not places:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fusedkd.errors import UserError
 
-__all__ = ["CacheError", "Damaged"]
+__all__ = ["CacheError", "Damaged", "short"]
 
 
 class CacheError(UserError, ValueError):
@@ -13,3 +15,9 @@ class CacheError(UserError, ValueError):
 
 class Damaged(CacheError):
     """Bytes on the disk are not those that were written; the message names the file."""
+
+
+def short(value: Any) -> str:
+    """For messages: what anybody may have written, as a few characters that can be printed."""
+    text = ascii(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:40] + "..."

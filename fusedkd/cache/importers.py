@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedkd.cache.build import plan
+from fusedkd.cache.codes import LARGEST_GAP
 from fusedkd.cache.errors import CacheError
-from fusedkd.cache.layout import LARGEST_GAP, Answers, Layout
+from fusedkd.cache.layout import Answers, Layout
 from fusedkd.cache.policy import Policy
 from fusedkd.cache.writer import Writer, only_writer, per_shard
 

@@ -48,17 +48,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedkd.cache.answers import Answers, Target
+from fusedkd.cache.codes import (
+    LEVELS,
+    ODDS_FROM,
+    ODDS_SPAN,
+    check_codes,
+    check_distinct,
+    closed,
+    filled,
+    gap_codes,
+    gap_log_probs,
+    levels,
+    spread,
+    values,
+)
 from fusedkd.cache.errors import CacheError
 from fusedkd.cache.packing import (
     bits_for,
     pack,
     pack_runs,
     pack_stairs,
+    packed_size,
     unpack,
     unpack_runs,
     unpack_stairs,
@@ -70,37 +86,8 @@ __all__ = ["Answers", "Layout", "Target"]
 Array = NDArray[Any]
 Columns = dict[str, bytes]
 
-LEVELS = 255  # of gaps, beside 0
-RANGE_STEPS = 4  # per nat
-LARGEST_GAP = 255 / RANGE_STEPS
-ODDS_FROM, ODDS_SPAN = -16.0, 40.0
-LEVELS_16 = 65534
-SPECIAL_16 = 65535
-_SQUARES = ((np.arange(256) / LEVELS) ** 2).astype(np.float32)
-
-
-class Answers(NamedTuple):
-    """The teacher's answers for some tokens, as :mod:`fusedkd.cache.summary` makes them.
-
-    ``ids`` (L, K) int64 with -1 for nothing; ``values`` (L, K) natural log-probabilities at T = 1
-    in descending order, or how often an id was drawn; ``odds`` (L, number of temperatures), nothing
-    for draws; ``entropy`` (L,) nats at T = 1, NaN for unknown.
-    """
-
-    ids: Array
-    values: Array
-    odds: Array
-    entropy: Array
-
-
-class Target(NamedTuple):
-    """What a cache gives back: ``ids`` (L, K) int64, -1 for nothing; ``log_probs`` (L, K) fp32 at
-    the temperature asked for, -inf for nothing; ``entropy`` (L,) fp32 nats at T = 1, NaN for
-    unknown."""
-
-    ids: Array
-    log_probs: Array
-    entropy: Array
+MOST_IDS = 2**31 - 1  # ids travel as int32
+TEMPERATURES = (1e-4, 1e4)  # beyond, fp32 takes every entry for 0 or for the same
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class Layout:
     """The numbers that the bytes depend on.
 
     Raises:
-        CacheError: temperatures that the policy cannot serve.
+        CacheError: temperatures that the policy cannot serve, or a number out of range.
     """
 
     policy: Policy
@@ -116,9 +103,16 @@ class Layout:
     temperatures: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if not self.temperatures or any(not math.isfinite(t) or t <= 0 for t in self.temperatures):
+        if not 2 <= self.vocab_size <= MOST_IDS:
             raise CacheError(
-                f"--temperatures {self._listed()}: expected numbers above 0, such as 1,2."
+                f"--vocab-size {self.vocab_size}: expected 2 to {MOST_IDS} entries, the "
+                "tokenizer's."
+            )
+        low, high = TEMPERATURES
+        if not self.temperatures or any(not low <= t <= high for t in self.temperatures):
+            raise CacheError(
+                f"--temperatures {self._listed()}: expected numbers above 0, such as 1,2; from "
+                f"{low:g} to {high:g}."
             )
         if len(set(self.temperatures)) < len(self.temperatures):
             raise CacheError(f"--temperatures {self._listed()}: each may be there only once.")
@@ -189,115 +183,109 @@ class Layout:
         full = bool((counts == self.k).all())
         columns = {
             "ids": pack(answers.ids if full else answers.ids[there], self.id_bits).tobytes(),
-            "entropy": _levels(answers.entropy, 0.0, math.log(max(self.vocab_size, 2))),
+            "entropy": levels(answers.entropy, 0.0, self._most_entropy),
         }
         if self.policy.kind == "sample":
             return columns | {"draws": pack_runs(answers.values[there], there.shape[0] * self.k)}
-        codes, ranges = _codes(answers.values, there)
+        codes, ranges = gap_codes(answers.values, there)
         return columns | {
             "counts": b"" if full else pack(counts, bits_for(self.k)).tobytes(),
             "codes": pack_stairs(codes, LEVELS) if self._stairs(full) else codes[there].tobytes(),
             "ranges": ranges.tobytes(),
-            "odds": _levels(_closed(answers.odds), ODDS_FROM, ODDS_SPAN),
+            "odds": levels(closed(answers.odds), ODDS_FROM, ODDS_SPAN),
         }
+
+    @property
+    def _most_entropy(self) -> float:
+        return math.log(self.vocab_size)
 
     # ---- and back ----
 
-    def decode(self, columns: Mapping[str, Any], tokens: int, temperature: float) -> Target:
+    def decode(
+        self, columns: Mapping[str, Any], tokens: int, temperature: float, known: bool = False
+    ) -> Target:
         """The answers for a sequence of ``tokens`` tokens at one of the declared temperatures.
 
         Args:
             columns: buffers by name, as :meth:`encode` makes them.
+            known: they were decoded before, so their order need not be looked at again.
 
         Raises:
             CacheError: a temperature that was not declared.
-            ValueError: columns that do not fit each other.
+            ValueError: columns that :meth:`encode` does not make.
         """
         slot = self.slot(temperature)
-        raw = {name: np.frombuffer(columns[name], np.uint8) for name in self.columns}
-        entropy = _values(raw["entropy"], 0.0, math.log(max(self.vocab_size, 2)), np.nan)
+        raw = self._raw(columns, tokens)
+        entropy = values(raw["entropy"], 0.0, self._most_entropy, np.nan)
         if self.policy.kind == "sample":
             draws, counts = unpack_runs(raw["draws"], tokens, self.k)
-            there = _filled(counts)
+            there = filled(counts)
             share = np.log(draws.astype(np.float32) / np.float32(self.k))
-            return Target(self._ids(raw, there), _spread(share, there, -np.inf), entropy)
-        full = not raw["counts"].size
-        there = _filled(
-            np.full(tokens, self.k) if full else unpack(raw["counts"], bits_for(self.k), tokens)
-        )
-        if self._stairs(full):
-            codes = unpack_stairs(raw["codes"], tokens, self.k, LEVELS)
+            logs = spread(share, there, -np.inf)
         else:
-            codes = _spread(raw["codes"], there, 0)
-        odds = self._odds(raw["odds"])[:, slot]
-        logs = _log_probs(codes, there, raw["ranges"], odds, temperature)
-        return Target(self._ids(raw, there), logs, entropy)
+            there = filled(self._counts(raw["counts"], tokens))
+            codes = self._codes(raw, there)
+            if not known:
+                check_codes(codes, there)
+            odds = self._odds(raw["odds"])[:, slot]
+            logs = gap_log_probs(codes, there, raw["ranges"], odds, temperature)
+        ids = self._ids(raw["ids"], there)
+        if not known:
+            check_distinct(ids, ascending=self.policy.kind == "sample")
+        return Target(ids, logs, entropy)
 
-    def _ids(self, raw: Mapping[str, Array], there: Array) -> Array:
-        return _spread(unpack(raw["ids"], self.id_bits, int(there.sum())), there, -1)
+    def _raw(self, columns: Mapping[str, Any], tokens: int) -> dict[str, Array]:
+        """The bytes of each column; lengths that the number of tokens tells are checked first, so
+        that no array is larger than what was written."""
+        raw = {name: np.frombuffer(columns[name], np.uint8) for name in self.columns}
+        sizes = {"entropy": 2 * tokens}
+        if self.policy.kind == "sample":
+            sizes["draws"] = packed_size(tokens * self.k, 1)
+        else:
+            sizes |= {"ranges": tokens, "odds": 2 * tokens * len(self.temperatures)}
+        for name, size in sizes.items():
+            _expect(name, raw[name], size)
+        return raw
 
-    def tails(self, columns: Mapping[str, Any]) -> Array:
+    def _counts(self, raw: Array, tokens: int) -> Array:
+        if not raw.size:
+            return np.full(tokens, self.k)
+        _expect("counts", raw, packed_size(tokens, bits_for(self.k)))
+        counts = unpack(raw, bits_for(self.k), tokens)
+        if (most := counts.max(initial=0)) > self.k:
+            raise ValueError(f"a token has {most} entries: expected at most {self.k}.")
+        return counts
+
+    def _codes(self, raw: Mapping[str, Array], there: Array) -> Array:
+        if self._stairs(not raw["counts"].size):
+            return unpack_stairs(raw["codes"], len(there), self.k, LEVELS)
+        _expect("codes", raw["codes"], int(there.sum()))
+        return spread(raw["codes"], there, 0)
+
+    def _ids(self, raw: Array, there: Array) -> Array:
+        count = int(there.sum())
+        _expect("ids", raw, packed_size(count, self.id_bits))
+        ids = unpack(raw, self.id_bits, count)
+        if (most := ids.max(initial=0)) >= self.vocab_size:
+            raise ValueError(f"there is an id {most}: expected 0 to {self.vocab_size - 1}.")
+        return spread(ids, there, -1)
+
+    def tails(self, columns: Mapping[str, Any], tokens: int) -> Array:
         """(L, number of temperatures): the mass outside their entries of those of a sequence's
-        tokens that have entries. Of policy ``top``."""
-        odds = self._odds(np.frombuffer(columns["odds"], np.uint8))
-        counts = np.frombuffer(columns["counts"], np.uint8)
-        if counts.size:
-            odds = odds[unpack(counts, bits_for(self.k), len(odds)) > 0]
-        return 1 / (1 + np.exp(odds))
+        tokens that have entries. Of policy ``top``.
+
+        Raises:
+            ValueError: columns that :meth:`encode` does not make.
+        """
+        raw = self._raw(columns, tokens)
+        odds = self._odds(raw["odds"])
+        return 1 / (1 + np.exp(odds[self._counts(raw["counts"], tokens) > 0]))
 
     def _odds(self, raw: Array) -> Array:
-        odds = _values(raw, ODDS_FROM, ODDS_SPAN, np.inf)
+        odds = values(raw, ODDS_FROM, ODDS_SPAN, np.inf)
         return odds.reshape(-1, len(self.temperatures))
 
 
-def _codes(log_probs: Array, there: Array) -> tuple[Array, Array]:
-    """(codes (L, K), ranges (L,)) of the gaps below the first entry."""
-    with np.errstate(invalid="ignore"):  # -inf less -inf, where nothing is
-        gaps = np.where(there, log_probs[:, :1] - log_probs, 0)
-    largest = gaps.max(1, initial=0)
-    if gaps.min(initial=0) < 0 or not largest.max(initial=0) <= LARGEST_GAP:
-        raise ValueError(f"entries must descend, by at most {LARGEST_GAP} nats in all.")
-    ranges = np.ceil(largest * RANGE_STEPS).astype(np.uint8)
-    scale = LEVELS / np.sqrt(np.maximum(ranges, 1)[:, None] / RANGE_STEPS)
-    return np.rint(np.sqrt(gaps) * scale).astype(np.uint8), ranges
-
-
-def _log_probs(codes: Array, there: Array, ranges: Array, odds: Array, t: float) -> Array:
-    steps = ranges.astype(np.float32) / np.float32(-RANGE_STEPS * t)
-    heads = np.where(there, _SQUARES[codes] * steps[:, None], -np.inf)
-    sums = np.exp(heads).sum(1)
-    mass = -np.logaddexp(np.float32(0), -odds)  # log sigmoid
-    shift = mass - np.log(np.where(sums > 0, sums, 1))  # 0: a token without entries
-    return heads + shift[:, None]
-
-
-def _closed(odds: Array) -> Array:
-    """A tail too small to write down is none."""
-    return np.where(odds > ODDS_FROM + ODDS_SPAN, np.nan, odds)
-
-
-def _levels(values: Array, start: float, span: float) -> bytes:
-    """16 bits per value; NaN is the special one."""
-    scaled = np.rint((np.clip(values, start, start + span) - start) * (LEVELS_16 / span))
-    return np.where(np.isnan(scaled), SPECIAL_16, scaled).astype("<u2").tobytes()
-
-
-def _values(raw: Array, start: float, span: float, special: float) -> Array:
-    levels = raw.view("<u2")
-    values = levels * np.float32(span / LEVELS_16) + np.float32(start)
-    return np.where(levels == SPECIAL_16, np.float32(special), values)
-
-
-def _filled(counts: Array) -> Array:
-    """(L, K) true where a token has an entry."""
-    there: Array = np.arange(counts.max(initial=0)) < counts[:, None]
-    return there
-
-
-def _spread(flat: Array, there: Array, nothing: float) -> Array:
-    """(L, K) with ``flat`` where ``there`` is true, in order."""
-    if flat.size == there.size:
-        return flat.reshape(there.shape)
-    spread = np.full(there.shape, nothing, flat.dtype)
-    spread[there] = flat
-    return spread
+def _expect(name: str, raw: Array, size: int) -> None:
+    if raw.size != size:
+        raise ValueError(f"its {name} have {raw.size:,} bytes: expected {size:,}.")

@@ -11,6 +11,9 @@ A cache is a folder of
 
 The ``.arrow`` files are Arrow IPC files of one record batch, not compressed, so that a memory map
 is enough to read a row. ``shards`` in the manifest grows as they are written, in order.
+
+A checksum tells damage, not intent: whoever writes a file can write its checksum. So nothing that
+is read here is believed before it was looked at, and names are those above and nothing else.
 """
 
 from __future__ import annotations
@@ -18,33 +21,104 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedkd.cache.errors import CacheError, Damaged
+from fusedkd.cache.errors import CacheError, Damaged, short
+from fusedkd.cache.files import check_plain, replace_file
 from fusedkd.cache.keys import sha256
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
+from fusedkd.spec import is_finite
 
-__all__ = ["FileSum", "Manifest", "replace_file"]
+__all__ = ["INDEX", "NAME", "FileSum", "Manifest", "shard_name"]
 
 SCHEMA = 2
 NAME = "manifest.json"
+INDEX = "index.arrow"
+MOST_BYTES = 256 << 20  # of the manifest, which has some 150 for each shard
+REMEDY = "The cache has to be made anew."
+
+
+def shard_name(number: int) -> str:
+    """Of the file."""
+    return f"shard-{number:05d}.arrow"
+
+
+# ---- what a field may hold ----
+
+Check = tuple[Callable[[Any], bool], str]  # whether a value can be; what was expected
+
+
+def _whole(least: int) -> Check:
+    fits = lambda value: type(value) is int and least <= value < 2**63  # noqa: E731
+    return fits, f"a whole number from {least} to 2^63 - 1"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()  # it is shown on terminals
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(is_finite, value))
+
+
+_TEXT: Check = (_is_text, "text that can be printed")
+_HASH: Check = (_is_hash, "a SHA-256, 64 hexadecimal digits")
+_OF_FILE: dict[str, Check] = {"name": _TEXT, "bytes": _whole(0), "sha256": _HASH}
+_OF_MANIFEST: dict[str, Check] = {
+    "teacher": _TEXT,
+    "teacher_hash": (lambda value: value is None or _is_hash(value), f"nothing or {_HASH[1]}"),
+    "tokenizer_hash": _HASH,
+    "vocab_size": _whole(2),
+    "padded_vocab_size": _whole(2),
+    "temperatures": (_are_numbers, "numbers"),
+    "source": _TEXT,
+    "sequences": _whole(1),
+    "tokens": _whole(1),
+    "per_shard": _whole(1),
+}
+
+
+def _check(holder: Any, checks: dict[str, Check]) -> None:
+    for name, (fits, expected) in checks.items():
+        if not fits(value := getattr(holder, name)):
+            raise CacheError(f"{name} is {short(value)}: expected {expected}.")
+
+
+# ---- the manifest ----
 
 
 @dataclass(frozen=True)
 class FileSum:
-    """A file of the cache, as it was written."""
+    """A file of the cache, as it was written.
+
+    Raises:
+        CacheError: a field is of another type, or out of range.
+    """
 
     name: str
     bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        _check(self, _OF_FILE)
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything but the sequences. ``teacher_hash`` is None for a teacher that was not seen."""
+    """Everything but the sequences. ``teacher_hash`` is None for a teacher that was not seen.
+
+    Raises:
+        CacheError: a field is of another type or out of range, or two contradict each other.
+    """
 
     teacher: str
     teacher_hash: str | None
@@ -59,6 +133,25 @@ class Manifest:
     per_shard: int
     index: FileSum
     shards: tuple[FileSum, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self, _OF_MANIFEST)
+        assert self.layout  # its ranges
+        if self.vocab_size > self.padded_vocab_size:
+            raise CacheError(
+                f"vocab_size is {self.vocab_size}: expected at most {self.padded_vocab_size}, the "
+                "padded_vocab_size."
+            )
+        if len(self.shards) > self.number_of_shards:
+            raise CacheError(
+                f"there are {len(self.shards)} shards: expected {self.number_of_shards}, of "
+                f"{self.per_shard} sequences each."
+            )
+        if self.index.name != INDEX:
+            raise CacheError(f"the index is {short(self.index.name)}: expected {INDEX}.")
+        for number, file in enumerate(self.shards):
+            if file.name != shard_name(number):
+                raise CacheError(f"a shard is {short(file.name)}: expected {shard_name(number)}.")
 
     @property
     def layout(self) -> Layout:
@@ -75,6 +168,11 @@ class Manifest:
         """Whether every shard has been written."""
         return len(self.shards) == self.number_of_shards
 
+    def sequences_of(self, number: int) -> range:
+        """Which of the sequences a shard holds."""
+        start = number * self.per_shard
+        return range(start, min(start + self.per_shard, self.sequences))
+
     def save(self, folder: Path) -> None:
         """Write it to ``folder``, at once."""
         replace_file(folder / NAME, _render(dataclasses.asdict(self)))
@@ -85,39 +183,66 @@ class Manifest:
 
         Raises:
             CacheError: no cache there, or one of another schema.
-            Damaged: it is not what was written.
+            Damaged: it is not what was written, or not what is written.
         """
         path = folder / NAME
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise CacheError(
                 f"{folder}: no teacher cache there, for it has no {NAME}. `fusedkd cache` makes it."
             )
-        raw = path.read_bytes()
-        try:
-            content = json.loads(raw)
-            found = content.pop("sha256")
-            schema = content.pop("schema")
-            intact = _render(content, schema) == raw and isinstance(found, str)
-        except (ValueError, AttributeError, KeyError, TypeError):
-            intact = False
-        if not intact:
-            raise Damaged(
-                f"{path} is damaged: its checksum differs. The cache has to be made anew."
-            )
-        if schema != SCHEMA:
+        content, schema = _read(path)
+        if type(schema) is not int or schema != SCHEMA:
             raise CacheError(
-                f"{path}: schema {schema}, but this version of fusedkd reads {SCHEMA}. Make the "
-                "cache anew, in another folder, or read it with the version that made it."
+                f"{path}: schema {short(schema)}, but this version of fusedkd reads {SCHEMA}. Make "
+                "the cache anew, in another folder, or read it with the version that made it."
             )
-        return _parsed(content)
+        try:
+            return _parsed(content)
+        except (CacheError, RecursionError) as error:
+            raise Damaged(f"{path} is damaged: {error} {REMEDY}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Any]:
+    """(content, schema) of a manifest that is what was written."""
+    if (size := check_plain(path, REMEDY)) > MOST_BYTES:
+        raise Damaged(f"{path} is damaged: {size:,} bytes are no manifest's. {REMEDY}")
+    try:
+        raw = path.read_bytes()
+        content = json.loads(raw)
+        found, schema = content.pop("sha256"), content.pop("schema")
+        intact = _render(content, schema) == raw and isinstance(found, str)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise Damaged(f"{path} is damaged: its checksum differs. {REMEDY}")
+    return content, schema
 
 
 def _parsed(content: dict[str, Any]) -> Manifest:
-    content["policy"] = Policy(**content["policy"])
-    content["temperatures"] = tuple(content["temperatures"])
-    content["index"] = FileSum(**content["index"])
-    content["shards"] = tuple(FileSum(**shard) for shard in content["shards"])
-    return Manifest(**content)
+    values = _exactly(content, Manifest)
+    for name in ("temperatures", "shards"):
+        if not isinstance(values[name], list):
+            raise CacheError(f"{name} is {short(values[name])}: expected a list.")
+    values["temperatures"] = tuple(values["temperatures"])
+    values["policy"] = Policy(**_exactly(values["policy"], Policy))
+    values["index"] = FileSum(**_exactly(values["index"], FileSum))
+    values["shards"] = tuple(FileSum(**_exactly(shard, FileSum)) for shard in values["shards"])
+    return Manifest(**values)
+
+
+def _exactly(value: Any, kind: Any) -> dict[str, Any]:
+    """A JSON object with the keys of a dataclass, and no others."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(value, dict) or set(value) != names:
+        keys = sorted(value) if isinstance(value, dict) else value
+        odd = sorted(names ^ set(value)) if isinstance(value, dict) else keys
+        raise CacheError(
+            f"the keys of a {kind.__name__} are not those that it has, see {short(odd)}: expected "
+            f"{', '.join(sorted(names))}."
+        )
+    return dict(value)
 
 
 def _render(content: dict[str, Any], schema: int = SCHEMA) -> bytes:
@@ -125,25 +250,3 @@ def _render(content: dict[str, Any], schema: int = SCHEMA) -> bytes:
     body = {"schema": schema, **content}
     checksum = sha256(json.dumps(body, sort_keys=True).encode())
     return (json.dumps({**body, "sha256": checksum}, indent=1) + "\n").encode()
-
-
-def replace_file(path: Path, data: Any) -> None:
-    """Write a file so that, whenever the power goes, there is the old one or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in it last."""
-    if os.name == "nt":  # has no handles of folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

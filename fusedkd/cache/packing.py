@@ -117,11 +117,21 @@ def pack_stairs(values: NDArray[Any], largest: int) -> bytes:
 
 
 def unpack_stairs(packed: Bytes, rows: int, k: int, largest: int) -> Bytes:
-    """The (rows, k) integers that :func:`pack_stairs` put into ``packed``; at most 255."""
+    """The (rows, k) integers that :func:`pack_stairs` put into ``packed``; at most 255.
+
+    Raises:
+        ValueError: ``packed`` is nothing that :func:`pack_stairs` makes.
+    """
     width = k + largest
+    if packed.size != packed_size(rows * width, 1):
+        raise ValueError(f"{packed.size} bytes: expected {packed_size(rows * width, 1)}.")
     steps = np.flatnonzero(np.unpackbits(packed, count=rows * width, bitorder="little"))
-    starts = np.arange(rows)[:, None] * width + np.arange(k)
-    return (steps.reshape(rows, k) - starts).astype(np.uint8)
+    if steps.size != rows * k:
+        raise ValueError(f"{steps.size} steps: expected {rows * k}.")
+    steps, starts = steps.reshape(rows, k), np.arange(rows)[:, None] * width
+    if (steps[:, :1] < starts).any() or (steps[:, -1:] >= starts + width).any():  # they ascend
+        raise ValueError(f"a row does not have {k} steps.")
+    return (steps - (starts + np.arange(k))).astype(np.uint8)
 
 
 def pack_runs(lengths: NDArray[Any], total: int) -> bytes:

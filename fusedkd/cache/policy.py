@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedkd.cache.errors import CacheError
+from fusedkd.cache.errors import CacheError, short
 from fusedkd.divergences import Divergence
+from fusedkd.spec import is_finite
 
 __all__ = ["Policy", "linear_in_teacher"]
+
+MOST_ENTRIES = 4096  # per token
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Policy:
             keeps all of them. At T = 1, whatever the temperatures.
 
     Raises:
-        CacheError: a number out of range, or ``top_p`` beside draws.
+        CacheError: a number out of range or of another type, or ``top_p`` beside draws.
     """
 
     kind: str = "top"
@@ -35,14 +38,16 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.kind not in ("top", "sample"):
-            raise CacheError(f"policy {self.kind!r}: expected 'top' or 'sample'.")
-        if not 1 <= self.k <= 4096:
+            raise CacheError(f"policy {short(self.kind)}: expected 'top' or 'sample'.")
+        if type(self.k) is not int or not 1 <= self.k <= MOST_ENTRIES:
             name = "--top-k" if self.kind == "top" else "--sample"
-            raise CacheError(f"{name} {self.k}: expected 1 to 4096 entries per token.")
+            raise CacheError(
+                f"{name} {short(self.k)}: expected 1 to {MOST_ENTRIES} entries per token."
+            )
         if self.top_p is not None and self.kind != "top":
             raise CacheError("--top-p does not go with --sample: draws are not cut.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise CacheError(f"--top-p {self.top_p:g}: expected a probability in (0, 1].")
+        if self.top_p is not None and not (is_finite(self.top_p) and 0 < self.top_p <= 1):
+            raise CacheError(f"--top-p {short(self.top_p)}: expected a probability in (0, 1].")
 
     def __str__(self) -> str:
         if self.kind == "sample":

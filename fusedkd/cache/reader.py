@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fusedkd.cache.errors import CacheError, Damaged
-from fusedkd.cache.keys import KEY_BYTES, sequence_key
+from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Target
 from fusedkd.cache.manifest import Manifest
 from fusedkd.cache.policy import linear_in_teacher
-from fusedkd.cache.shard import REMEDY, open_checked
+from fusedkd.cache.shard import REMEDY, open_index, open_shard
 from fusedkd.divergences import Divergence
 
 __all__ = ["TeacherCache", "verify"]
@@ -22,15 +24,16 @@ __all__ = ["TeacherCache", "verify"]
 class TeacherCache:
     """A teacher's answers on the disk.
 
-    The manifest and the index are checked here, each shard when it is first needed: its checksum is
-    taken once, and then it is a memory map. Safe to use from several processes at once.
+    The manifest and the index are checked here, each shard when it is first needed: its checksum
+    and its structure are looked at once, and then it is a memory map. Safe to use from several
+    processes at once. A cache of somebody else's is safe to open: it is read or refused.
 
     Args:
         folder: what ``fusedkd cache`` wrote.
 
     Raises:
         CacheError: no cache there, one of another schema, or one that is not complete.
-        Damaged: the manifest or the index is not what was written.
+        Damaged: the manifest or the index is not what was written, or not what is written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -43,10 +46,10 @@ class TeacherCache:
                 "command that began it again: it goes on where it was."
             )
         self.layout = self.manifest.layout
-        index = open_checked(self.folder, self.manifest.index)
-        keys = np.frombuffer(index["sequence"].buffers()[1], f"S{KEY_BYTES}")[: len(index)]
-        self._order = np.argsort(keys)
-        self._keys = keys[self._order]
+        self._index = open_index(self.folder, self.manifest)
+        self._order = np.argsort(self._index.keys)
+        self._keys = self._index.keys[self._order]
+        self._known = np.zeros(len(self._keys), bool)  # those that were decoded before
         self._shards: dict[int, pa.RecordBatch] = {}
 
     def __reduce__(self) -> tuple[Callable[..., TeacherCache], tuple[Path]]:
@@ -77,13 +80,34 @@ class TeacherCache:
                 f"a sequence of {len(ids)} tokens that begins with {list(map(int, ids[:8]))} is "
                 f"not in the cache {self.folder}. {SAME_DATA}"
             )
-        return self.layout.decode(self._columns(place), len(ids), temperature)
+        if len(ids) != (tokens := int(self._index.tokens[place])):
+            path = self.folder / self.manifest.index.name
+            raise Damaged(f"{path} is damaged: {len(ids)} tokens are {tokens} there. {REMEDY}")
+        return self._decode(place, temperature)
+
+    def _decode(self, place: int, temperature: float) -> Target:
+        tokens, known = int(self._index.tokens[place]), bool(self._known[place])
+        with self._damage(place):
+            target = self.layout.decode(self._columns(place), tokens, temperature, known)
+        self._known[place] = True
+        return target
+
+    @contextmanager
+    def _damage(self, place: int) -> Iterator[None]:
+        try:
+            yield
+        except CacheError:
+            raise
+        except ValueError as error:
+            number, row = divmod(place, self.manifest.per_shard)
+            path = self.folder / self.manifest.shards[number].name
+            raise Damaged(f"{path} is damaged: sequence {row}: {error} {REMEDY}") from None
 
     def _columns(self, place: int) -> dict[str, pa.Buffer]:
         number, row = divmod(place, self.manifest.per_shard)
         shard = self._shards.get(number)
         if shard is None:
-            shard = open_checked(self.folder, self.manifest.shards[number])
+            shard = open_shard(self.folder, self.manifest, number, self._index)
             self._shards[number] = shard
         return {name: shard[name][row].as_buffer() for name in self.layout.columns}
 
@@ -100,8 +124,21 @@ class TeacherCache:
         shards, size = len(self.manifest.shards), self.manifest.per_shard
         chosen = range(0, shards, -(-shards // most_shards))
         places = [p for p in range(len(self._keys)) if p // size in chosen]
-        every = np.concatenate([self.layout.tails(self._columns(place)) for place in places])
+        every = np.concatenate([self._tails(place) for place in places])
         return tuple(map(float, every.mean(0))) if len(every) else ()
+
+    def _tails(self, place: int) -> np.ndarray:
+        with self._damage(place):
+            return self.layout.tails(self._columns(place), int(self._index.tokens[place]))
+
+    def check_answers(self) -> None:
+        """Read the answers to every sequence.
+
+        Raises:
+            Damaged: one holds what no teacher's answers are.
+        """
+        for place in range(len(self._keys)):
+            self._decode(place, self.layout.temperatures[0])
 
     # ---- what can be known before training ----
 
@@ -158,7 +195,7 @@ SAME_DATA = (
 
 
 def verify(folder: str | Path) -> tuple[Manifest | None, list[str]]:
-    """Read every byte of a cache.
+    """Read every byte of a cache, and every answer in it.
 
     Returns:
         The manifest, unless it is itself damaged, and what is wrong, one line each.
@@ -171,13 +208,22 @@ def verify(folder: str | Path) -> tuple[Manifest | None, list[str]]:
         manifest = Manifest.load(folder)
     except Damaged as error:
         return None, [str(error)]
-    wrong = []
-    for file in (manifest.index, *manifest.shards):
-        try:
-            open_checked(folder, file)
-        except Damaged as error:
-            wrong.append(str(error))
+    wrong: list[str] = []
+    index = _tried(wrong, open_index, folder, manifest)
+    for number in range(len(manifest.shards)):
+        _tried(wrong, open_shard, folder, manifest, number, index)
     if not manifest.complete:
         expected = manifest.number_of_shards
         wrong.append(f"{folder}: {len(manifest.shards)} of {expected} shards are there. {REMEDY}")
+    if not wrong:
+        _tried(wrong, TeacherCache(folder).check_answers)
     return manifest, wrong
+
+
+def _tried(wrong: list[str], check: Callable[..., Any], *args: Any) -> Any:
+    """What ``check`` returns, or None and a line in ``wrong``."""
+    try:
+        return check(*args)
+    except Damaged as error:
+        wrong.append(str(error))
+        return None

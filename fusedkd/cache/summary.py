@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedkd.cache.codes import LARGEST_GAP
 from fusedkd.cache.errors import CacheError
-from fusedkd.cache.layout import LARGEST_GAP, Answers, Layout
+from fusedkd.cache.layout import Answers, Layout
 from fusedkd.logits import LMHead
 
 __all__ = ["summarize"]

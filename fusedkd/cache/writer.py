@@ -9,14 +9,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fusedkd.cache.errors import CacheError, Damaged
-from fusedkd.cache.keys import sha256
-from fusedkd.cache.manifest import NAME, FileSum, Manifest, replace_file
-from fusedkd.cache.shard import index_bytes, open_checked, shard_bytes, shard_name
+import numpy as np
 
-__all__ = ["Plan", "Writer", "per_shard"]
+from fusedkd.cache.errors import CacheError, Damaged, short
+from fusedkd.cache.files import leftovers, replace_file
+from fusedkd.cache.keys import KEY_BYTES, sha256
+from fusedkd.cache.manifest import INDEX, NAME, FileSum, Manifest, shard_name
+from fusedkd.cache.shard import Index, index_bytes, open_index, open_shard, shard_bytes
 
-INDEX = "index.arrow"
+__all__ = ["Plan", "Writer", "only_writer", "per_shard"]
+
 SHARD_BYTES = 64 << 20  # what is lost at most; a checksum over it takes about 50 ms
 
 
@@ -63,16 +65,18 @@ class Writer:
             index=FileSum(INDEX, index.size, sha256(index)),
         )
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / NAME).exists():
+        left = leftovers(folder)  # of a run that was killed
+        if os.path.lexists(folder / NAME):
             self._go_on()
         else:
-            self._check_empty()
+            self._check_empty({INDEX, *(path.name for path in left)})
             replace_file(folder / INDEX, index)
             self.manifest.save(folder)
+        for path in left:
+            path.unlink(missing_ok=True)
         self._restore(index)
 
-    def _check_empty(self) -> None:
-        known = {INDEX, f"{INDEX}.tmp", f"{NAME}.tmp"}  # of a run killed before its manifest
+    def _check_empty(self, known: set[str]) -> None:
         if foreign := sorted({path.name for path in self.folder.iterdir()} - known):
             raise CacheError(
                 f"--output {self.folder}: there is {foreign[0]} but no cache; expected a new or "
@@ -87,36 +91,36 @@ class Writer:
                 what = "the data" if field.name in ("index", "sequences", "tokens") else field.name
                 raise CacheError(
                     f"--output {self.folder}: the cache there was begun with another {what} "
-                    f"({_short(was)}, now {_short(now)}). Give the same command to go on with it, "
+                    f"({_shown(was)}, now {_shown(now)}). Give the same command to go on with it, "
                     "or another folder."
                 )
         self.manifest = found
 
     def _restore(self, index: Any) -> None:
-        for left in self.folder.glob("*.tmp"):
-            left.unlink()
         try:
-            open_checked(self.folder, self.manifest.index)
+            open_index(self.folder, self.manifest)
         except Damaged:
             replace_file(self.folder / INDEX, index)
 
     def missing(self) -> list[int]:
         """The numbers of the shards that are still to be written, or are damaged."""
-        return [n for n in range(self.manifest.number_of_shards) if not self._is_there(n)]
+        keys = np.frombuffer(b"".join(self.plan.keys), f"S{KEY_BYTES}")
+        index = Index(keys, np.asarray(self.plan.lengths, np.int32))
+        numbers = range(self.manifest.number_of_shards)
+        return [n for n in numbers if not self._is_there(n, index)]
 
-    def _is_there(self, number: int) -> bool:
+    def _is_there(self, number: int, index: Index) -> bool:
         if number >= len(self.manifest.shards):
             return False
         try:
-            open_checked(self.folder, self.manifest.shards[number])
+            open_shard(self.folder, self.manifest, number, index)
         except Damaged:
             return False
         return True
 
     def sequences_of(self, number: int) -> range:
         """Which of the plan's sequences a shard holds."""
-        start = number * self.manifest.per_shard
-        return range(start, min(start + self.manifest.per_shard, self.manifest.sequences))
+        return self.manifest.sequences_of(number)
 
     def write(self, number: int, rows: Iterable[Mapping[str, bytes]]) -> None:
         """Write one shard, from its sequences' columns in order; it is on the disk on return."""
@@ -134,30 +138,35 @@ class Writer:
         self.manifest.save(self.folder)
 
 
-def _short(value: Any) -> str:
-    text = str(value.sha256 if isinstance(value, FileSum) else value)
-    return text if len(text) <= 40 else text[:12] + "..."
+def _shown(value: Any) -> str:
+    return short(value.sha256 if isinstance(value, FileSum) else value)
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that no second process writes to it.
+    """Make the folder, where it is missing, and hold it, so that no second process writes to it.
 
     Raises:
-        CacheError: another one does.
+        CacheError: another one does, or it cannot be made.
     """
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CacheError(f"--output {folder}: another process is writing to it.") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = None if os.name == "nt" else os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CacheError(f"--output {folder} cannot be written to: {error.strerror}.") from error
+    try:
+        if handle is not None:
+            _lock(folder, handle)
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path, handle: int) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CacheError(f"--output {folder}: another process is writing to it.") from None
