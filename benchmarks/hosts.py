@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from .memory import child_command, reset_peak, status_bytes
@@ -50,7 +50,7 @@ def _trl_op(after: bool, n: int, v: int) -> Step:
 
 
 def _torchtune(after: bool, n: int, v: int) -> Step:
-    """torchtune is not asked for: its forward KL is these lines, less the teacher's entropy."""
+    """torchtune is not asked for: its forward KL is these lines."""
     from fusedkd.integrations.torchtune import ForwardKLLoss
 
     make = torch.Generator().manual_seed(0)
@@ -62,8 +62,7 @@ def _torchtune(after: bool, n: int, v: int) -> Step:
 
     def plain() -> Tensor:
         p, lq = t.softmax(-1, dtype=torch.float32), s.log_softmax(-1, dtype=torch.float32)
-        entropy = (p * p.log()).sum(-1).mean()
-        return entropy - (p * lq).sum(-1).mean()
+        return -(p * lq).sum(-1).mean()
 
     return plain
 
@@ -82,9 +81,16 @@ def _trainer(kind: str) -> Callable[[bool, int, int], Step]:
 
         from fusedkd.integrations import trl as ours
 
-        host = {"GKD": gkd.GKDTrainer, "GOLD": gold.GOLDTrainer}[kind]
-        chosen = getattr(ours, f"{kind}Trainer") if after else host
-        trainer = _bare(chosen, _model(v, 1), _model(v, 2))
+        host: Any = {"GKD": gkd, "GOLD": gold}[kind]
+        args = getattr(host, f"{kind}Config")(
+            tempfile.mkdtemp(), **PLAIN, dataset_kwargs={"skip_prepare_dataset": True}
+        )
+        trainer = getattr(ours if after else host, f"{kind}Trainer")(
+            *(_model(v, 1), _model(v, 2), args),
+            data_collator=list,
+            train_dataset=Dataset.from_list([{"messages": []}]),
+            processing_class=_tokenizer(),
+        )
         ids = torch.randint(0, v, (2, n // 2), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         return lambda: trainer.compute_loss(trainer.model, batch)
@@ -92,25 +98,25 @@ def _trainer(kind: str) -> Callable[[bool, int, int], Step]:
     return make
 
 
-def _bare(kind: Any, student: Any, teacher: Any) -> Any:
-    """A trainer with what ``compute_loss`` reads: no data, tokenizer or processes."""
-    from accelerate import Accelerator
-    from transformers import TrainingArguments
+# of both trainers: one step on given rows, in fp32, and nothing around it
+PLAIN: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "lmbda": 0.0,
+    "temperature": 1.0,
+}
 
-    from fusedkd.train.models import plain_head_or_none
-    from fusedkd.train.teachers import LiveTeacher
 
-    trainer = object.__new__(kind)
-    trainer.args = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none")
-    trainer.accelerator = Accelerator(cpu=True)
-    trainer.model, trainer.teacher_model = student, teacher
-    trainer.beta, trainer.lmbda, trainer.seq_kd, trainer.temperature = 0.5, 0.0, False, 1.0
-    trainer.use_uld_loss, trainer._buffered_inputs = False, None
-    trainer.get_tp_size = lambda: 1
-    trainer._get_model_forward_kwargs = types.MethodType(lambda self, inputs: {}, trainer)
-    trainer._student_head = plain_head_or_none(student, "student")
-    trainer._teacher_side = LiveTeacher(teacher)
-    return trainer
+def _tokenizer() -> Any:
+    """Of a few words: the trainers want one, but get ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, "<unk>")
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special)
 
 
 def _model(v: int, seed: int) -> Any:
@@ -147,6 +153,19 @@ def _measure(host: str, after: bool, n: int, v: int) -> dict[str, float]:
     }
 
 
+def _in_fresh_process(*call: Any) -> dict[str, float]:
+    command, environment = child_command("hosts", json.dumps(call))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    if done.returncode:
+        host, after = call[:2]
+        sys.exit(f"{host}, after={after}:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+COLUMNS = (("loss", 1, ".6g"), ("seconds", 1, ".2f"), ("bytes", 2**30, ".2f"))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512)
@@ -155,25 +174,13 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     print("| host | loss | seconds | GiB |\n|---|---|---|---|")
     for host in given.hosts:
-        found = []
-        for after in (False, True):
-            call = json.dumps([host, after, given.tokens, given.vocabulary])
-            command, environment = child_command("hosts", call)
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-            )
-            if done.returncode:
-                sys.exit(f"{host}, after={after}:\n{done.stderr[-2000:]}")
-            found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        loss, seconds, memory = (
+        size = (given.tokens, given.vocabulary)
+        found = [_in_fresh_process(host, after, *size) for after in (False, True)]
+        cells = [
             " → ".join(f"{x[name] / scale:{digits}}" for x in found)
-            for name, scale, digits in (
-                ("loss", 1, ".6g"),
-                ("seconds", 1, ".2f"),
-                ("bytes", 2**30, ".2f"),
-            )
-        )
-        print(f"| {host} | {loss} | {seconds} | {memory} |", flush=True)
+            for name, scale, digits in COLUMNS
+        ]
+        print(f"| {' | '.join([host, *cells])} |", flush=True)
 
 
 if __name__ == "__main__":
