@@ -128,10 +128,10 @@ def unpack_stairs(packed: Bytes, rows: int, k: int, largest: int) -> Bytes:
     steps = np.flatnonzero(np.unpackbits(packed, count=rows * width, bitorder="little"))
     if steps.size != rows * k:
         raise ValueError(f"{steps.size} steps: expected {rows * k}.")
-    steps, starts = steps.reshape(rows, k), np.arange(rows)[:, None] * width
-    if (steps[:, :1] < starts).any() or (steps[:, -1:] >= starts + width).any():  # they ascend
+    found, starts = steps.reshape(rows, k), np.arange(rows)[:, None] * width
+    if (found[:, :1] < starts).any() or (found[:, -1:] >= starts + width).any():  # they ascend
         raise ValueError(f"a row does not have {k} steps.")
-    return (steps - (starts + np.arange(k))).astype(np.uint8)
+    return (found - (starts + np.arange(k))).astype(np.uint8)
 
 
 def pack_runs(lengths: NDArray[Any], total: int) -> bytes:
