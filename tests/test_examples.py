@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from fusedkd.benchmarks import hosts
 from torch import Tensor
 
 from fusedkd import LMHead
@@ -82,31 +81,42 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_hand(s: Tensor, t: Tensor, labels: Tensor, ratio: float, normalize: bool) -> Tensor:
+    """torchtune's formulas: its forward KL has no entropy of the teacher."""
     lq, lp = s.double().log_softmax(-1), t.double().log_softmax(-1)
-    forward, reverse = (lp.exp() * (lp - lq)).sum(-1), (lq.exp() * (lq - lp)).sum(-1)
+    forward, reverse = -(lp.exp() * lq).sum(-1), (lq.exp() * (lq - lp)).sum(-1)
     rows = (ratio * forward + (1 - ratio) * reverse)[labels != -100]
     return rows.sum() / (len(rows) if normalize else 1)
 
 
 LOSSES = {"ForwardKL": 1.0, "ReverseKL": 0.0, "SymmetricKL": 0.3}
+# how 8 tokens are cut: as torch.chunk would, as tensor_split would, and more often than there are
+CUTS = {4: (2, 2, 2, 2), 3: (3, 3, 2), 5: (2, 2, 2, 1, 1), 9: (1,) * 8 + (0,), 2: (7, 1)}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("chunked", [True, False])
-def test_torchtune(name: str, normalize: bool, chunked: bool) -> None:
+@pytest.mark.parametrize("chunks", [None, *CUTS])
+def test_torchtune(name: str, normalize: bool, chunks: int | None) -> None:
     s, t, labels = data()
     s.requires_grad_()
     options = {"sym_kd_ratio": 0.3} if name == "SymmetricKL" else {}
-    if chunked:
-        loss = getattr(torchtune, f"{name}WithChunkedOutputLoss")(num_output_chunks=4, **options)
-        value = loss(s.chunk(4, 1), t.chunk(4, 1), labels, normalize)
+    if chunks is not None:
+        loss = getattr(torchtune, f"{name}WithChunkedOutputLoss")(chunks, **options)
+        value = loss(*(list(x.split(CUTS[chunks], 1)) for x in (s, t)), labels, normalize)
     else:
         value = getattr(torchtune, f"{name}Loss")(**options)(s, t, labels, normalize)
     want = by_hand(s, t, labels, LOSSES[name], normalize)
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
     got, exact = (torch.autograd.grad(x, s)[0] for x in (value, want))
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [((4, 4), (5, 3)), ((4, 4), (8,)), ((4, 3), (4, 3))])
+def test_torchtune_chunks_that_do_not_fit(sizes: Any) -> None:
+    s, t, labels = data()
+    chunks = [[x[:, :n] for n in cut] for x, cut in zip((s, t), sizes, strict=True)]
+    with pytest.raises(ValueError, match=r"student_logits has chunks of \[4, .*labels has shape"):
+        torchtune.ForwardKLWithChunkedOutputLoss()(*chunks, labels)
 
 
 def test_torchtune_takes_heads_and_keeps_the_graph() -> None:
@@ -117,10 +127,3 @@ def test_torchtune_takes_heads_and_keeps_the_graph() -> None:
     torch.testing.assert_close(value.double(), by_hand(s, t, labels, 1.0, True))
     nothing = torchtune.ReverseKLLoss()(hidden, t, torch.full_like(labels, -100))
     assert nothing == 0 and (torch.autograd.grad(nothing, hidden)[0] == 0).all()
-
-
-def test_hosts_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    hosts.main(["--tokens", "8", "--vocabulary", "50", "--hosts", "torchtune ForwardKLLoss"])
-    loss = capsys.readouterr().out.splitlines()[-1].split("|")[2]
-    before, after = loss.split("→")
-    assert float(before) == pytest.approx(float(after), rel=1e-4)

@@ -94,6 +94,81 @@ def test_chunked_functions(name: str) -> None:
     assert torch.equal(function.apply(*inputs, *options), calls[0](inputs))
 
 
+def of_logits(base: Any) -> Any:
+    """A subclass with a divergence of its own, as ms-swift has one of Liger's function."""
+
+    class Mine(base):
+        @staticmethod
+        def distillation_loss_fn(
+            student_logits: Tensor,
+            teacher_logits: Tensor,
+            beta: float = 0.5,
+            target: Tensor | None = None,
+            ignore_index: int = -100,
+        ) -> Tensor:
+            p, q = (x.softmax(-1) for x in (teacher_logits, student_logits))
+            rows = beta * (p - q).abs().sum(-1)
+            return rows.masked_fill(target == ignore_index, 0.0).sum()
+
+    return Mine
+
+
+@pytest.mark.parametrize("derive", [lambda base: base, lambda base: type("Mine", (base,), {}),
+                                    of_logits])  # fmt: skip
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("hard", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["JSD", "CosineSimilarity"])
+def test_functions_can_be_derived_from(name: str, hard: float, parts: bool, derive: Any) -> None:
+    inputs = linear(30, 16, 23, torch.float32, True)
+    inputs[4][::3] = -100
+    options = (hard, 0.9, 0.4, -100, 2.0, False, 8, parts)
+    modules = (ours, theirs.jsd_loss if name == "JSD" else theirs.cosine_similarity_loss)
+    made = [derive(getattr(m, f"LigerFusedLinear{name}Function")) for m in modules]
+    assert all(issubclass(function, torch.autograd.Function) for function in made)
+    calls = [lambda x, f=f: f.apply(*x, *options) for f in made]
+    compare(*calls, inputs, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["JSD", "CosineSimilarity"])
+def test_a_functions_own_divergence(name: str) -> None:
+    """For subclasses that call it and change its result."""
+    s, _, t, _, labels, _, _ = linear(12, 8, 11, torch.float32, False)
+    student, modules = s @ torch.ones(4, 8), (ours, theirs.jsd_loss, theirs.cosine_similarity_loss)
+    functions = [getattr(m, f"LigerFusedLinear{name}Function", None) for m in modules]
+    mine, other = (f.distillation_loss_fn for f in functions if f is not None)
+    for options in ({}, {"beta": 0.3}, {"target": labels, "ignore_index": int(labels[0])}):
+        torch.testing.assert_close(mine(student, t, **options), other(student, t, **options))
+
+
+class Doubled(ours.LigerJSDFunction):
+    """A subclass with its own ends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        return 2 * ours.LigerJSDFunction.forward(ctx, x, *args)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return ours.LigerJSDFunction.backward(ctx, 2 * upstream)
+
+
+def test_functions_have_forward_and_backward() -> None:
+    s, t, labels = probabilities(torch.float32)
+    x = s.clone().requires_grad_()
+    value, double = ours.LigerJSD(0.3)(x, t, labels), Doubled.apply(x, t, labels, 0.3)
+    torch.testing.assert_close(double, 2 * value)
+    want = torch.autograd.grad(value, x)[0]
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(double, x, retain_graph=True)[0], 2 * want)
+    entries = ours.LigerTVDLossFunction.apply(x, t, None, "none")
+    upstream = torch.randn_like(entries)
+    got = torch.autograd.grad(entries, x, upstream)[0]
+    torch.testing.assert_close(got, upstream * (x - t).sign() / 2)
+    assert ours.LigerKLDivLossFunction.apply(x, t).equal(
+        ours.liger_kl_div(x, t, reduction="batchmean")
+    )
+
+
 def jsd_entries(lq: Tensor, lp: Tensor, beta: float) -> Tensor:
     """Eq. 1 of GKD with Liger's ends, entry by entry."""
     if beta == 0:

@@ -40,11 +40,15 @@ def test_fused_linear_kl_div(
     y = None if ignore_index is None else labels
     got = ours.liger_fused_linear_kl_div(x, w, target, shift_labels=y, **options)
     assert torch.equal(got, ours.LigerFusedLinearKLDivLoss(**options)(x, w, target, y))
+    derived = type("Mine", (ours.LigerFusedLinearKLDivFunction,), {})
+    applied = derived.apply(x, w, target, y, reduction, ignore_index or -100, temperature)
+    assert torch.equal(got, applied)
     logits = x.double() @ w.double().T / temperature
     entries = F.kl_div(logits.log_softmax(-1), target.double(), reduction="none")[counts]
     want = entries.sum() / {"batchmean": len(entries), "mean": entries.numel(), "sum": 1}[reduction]
-    results = [(v, torch.autograd.grad(1.7 * v, (x, w))) for v in (got, want)]
-    torch.testing.assert_close(*results, check_dtype=False, **TOLERANCE[dtype])
+    results = [(v, torch.autograd.grad(1.7 * v, (x, w))) for v in (got, want, applied)]
+    torch.testing.assert_close(*results[:2], check_dtype=False, **TOLERANCE[dtype])
+    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
 
 
 def test_nothing_counts() -> None:

@@ -144,26 +144,28 @@ _ROUTERS = {  # the names of a coefficient, and what it weighs
 
 def router_loss(model: Any, outputs: Any) -> Any:
     """What a mixture of experts with ``output_router_logits`` adds to its own loss, so that tokens
-    spread over its experts: a mean over the batch, weighted; 0.0 for every other model.
+    spread over its experts: a mean over the batch, weighted; 0.0 where it adds nothing.
 
     Raises:
         ValueError: the model makes it together with its own cross-entropy only.
     """
-    config, total = model.config.get_text_config(), 0.0
-    for names, parts in _ROUTERS.items():
-        found = [x for part in parts if (x := getattr(outputs, part, None)) is not None]
-        if (
-            not found
-            and hasattr(outputs, parts[-1])
-            and getattr(config, "output_router_logits", False)
-        ):
+    found = {
+        names: [x for part in parts if (x := getattr(outputs, part, None)) is not None]
+        for names, parts in _ROUTERS.items()
+    }
+    if not any(found.values()):
+        if getattr(outputs, "decoder_router_logits", None) is not None:
             raise ValueError(
                 f"output_router_logits=True: {type(model).__name__} gives no loss of its routers "
                 "without its own cross-entropy: expected output_router_logits=False in its config."
             )
-        # TRL sets the config's, after the model has read it
-        given = [getattr(x, name, None) for x in (config, model) for name in names]
-        total = total + next((x for x in given if x is not None), 0.0) * sum(found)
+        return 0.0
+    # TRL sets the config's, after the model has read it
+    places = (model.config.get_text_config(), model)
+    total = 0.0
+    for names, parts in found.items():
+        given = [getattr(place, name, None) for place in places for name in names]
+        total = total + next((x for x in given if x is not None), 0.0) * sum(parts)
     return total
 
 
