@@ -9,6 +9,7 @@ from typing import Any
 
 import processes
 import pytest
+import torch
 import transformers as tf
 import trl
 from datasets import Dataset
@@ -109,6 +110,30 @@ def test_sft_trainer_with_the_mixin(paths: list[str], tmp_path: Path) -> None:
     lq, lp = (model(**batch).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
     want = (lp.exp() * (lp - lq)).sum(-1)[labels != -100].mean()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(want.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["gkd", "gold"])
+@pytest.mark.parametrize("how", ["compiled", "resized", "experts"])
+def test_other_models_are_trls(how: str, kind: str, tmp_path: Path) -> None:
+    make, module = tiny.TRAINERS[kind]
+    options: dict[str, Any] = {"lmbda": 0.0, "seed": 3}
+    if how == "compiled":
+        options |= {"torch_compile": True, "torch_compile_backend": "eager"}
+    found = []
+    for host in (ours, module):
+        models = [tiny.build(1), tiny.build(2)]
+        if how == "experts":
+            torch.manual_seed(0)
+            small = {"num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": tiny.V}
+            shape = {k: getattr(models[1].config, k) for k in ("hidden_size", "intermediate_size")}
+            heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+            models[0] = tf.MixtralForCausalLM(tf.MixtralConfig(**small, **shape, **heads))
+        trainer = make(host, tmp_path, *models, **options)
+        for model in models if how == "resized" else ():  # after construction
+            model.resize_token_embeddings(tiny.V + 3)
+        trainer.train()
+        found.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 # ---- ULD -----------------------------------------------------------------------------------------
