@@ -242,6 +242,19 @@ def test_compiled(kind: str, how: str, tmp_path: Path) -> None:
     assert head is None
 
 
+def test_terms_of_a_compiled_student_are_refused(tmp_path: Path) -> None:
+    """At once, or when it is compiled."""
+    options: dict[str, Any] = {"loss": {"terms": ["cosine"]}}
+    asked = {"torch_compile": True, "torch_compile_backend": "eager"}
+    models = tiny.build("llama", 1), tiny.build("llama", 2)
+    with pytest.raises(ValueError, match=r"terms=.*cosine.*torch_compile"):
+        trainer("trainer", *models, tmp_path, **options, **asked)
+    tested = trainer("trainer", *models, tmp_path, **options)
+    models[0].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"terms=.*cosine.*torch_compile"):
+        tested.train()
+
+
 def test_a_compiled_forward_is_named(tmp_path: Path) -> None:
     """Which nothing tells from outside: an error, where it would learn from the first batch."""
     student, teacher = tiny.build("llama", 1), tiny.build("llama", 2)

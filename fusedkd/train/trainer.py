@@ -98,7 +98,7 @@ class DistillationTrainer(FromHeads, Trainer):
             self.terms.attach(model, teacher)
         super().__init__(model, args, **kwargs)
         self._refuse_other_losses()
-        self._refuse_compiled_terms()
+        self._refuse_compiled_terms(self.model)
         # have the Trainer count the tokens of a step, in the alignment used here: the loss divides
         # by them
         self.model_accepts_loss_kwargs = True
@@ -141,9 +141,9 @@ class DistillationTrainer(FromHeads, Trainer):
             return self._teacher_side.vocabulary(student, given)
         return true_vocabulary(student, self.teacher, given, self.processing_class)
 
-    def _refuse_compiled_terms(self) -> None:
+    def _refuse_compiled_terms(self, model: nn.Module) -> None:
         compiles = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-        if self.terms and (compiles or is_compiled(self.model)):
+        if self.terms and (compiles or is_compiled(model)):
             raise ValueError(f"terms={self.args.terms}: torch_compile traces past their hooks.")
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -185,6 +185,7 @@ class DistillationTrainer(FromHeads, Trainer):
     def _distill(
         self, model: nn.Module, inputs: Inputs, num_items: Tensor | int | None, dense: bool = False
     ) -> tuple[Tensor, Measured, Any]:
+        self._refuse_compiled_terms(model)
         inputs = dict(inputs)
         labels = self._aligned_labels(inputs)
         tokens = real_tokens(inputs) if self._counts_tokens else None
