@@ -8,6 +8,8 @@ import pytest
 import torch
 from fusedkd.benchmarks import hosts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
     """What is printed: of each host the losses before and after."""

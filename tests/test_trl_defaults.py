@@ -110,6 +110,9 @@ def test_sft_trainer_with_the_mixin(paths: list[str], tmp_path: Path) -> None:
     lq, lp = (model(**batch).logits[:, :-1].log_softmax(-1) for model in (student, teacher))
     want = (lp.exp() * (lp - lq)).sum(-1)[labels != -100].mean()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(want.item(), rel=2e-2)
+    args.loss_type = "dft"
+    with pytest.raises(ValueError, match=r"loss_type='dft'.*expected 'nll'"):
+        trainer.distil_from(teacher)
 
 
 @pytest.mark.parametrize("kind", ["gkd", "gold"])

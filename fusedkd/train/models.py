@@ -79,12 +79,16 @@ def bare(model: nn.Module) -> Any:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
+def _output_embedding(model: Any) -> nn.Module | None:
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
+
+
 def is_compiled(model: Any) -> bool:
     """Whether torch.compile has the model, what wraps it or its head. Dynamo does not guard on
     hooks: a compiled forward keeps those of its first step."""
     while isinstance(model, nn.Module):
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        called = [module for module in (model, head) if isinstance(module, nn.Module)]
+        called = [x for x in (model, _output_embedding(model)) if x is not None]
         if any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in called):
             return True
         model = getattr(model, "module", None)
@@ -129,8 +133,9 @@ class HeadOf:
     def of(self, model: nn.Module) -> PlainHead | None:
         """The head of ``model``, which may be wrapped."""
         inner = bare(model)
-        embedding = getattr(inner, "get_output_embeddings", lambda: None)()
-        seen = (inner, embedding, is_compiled(model))
+        embedding = _output_embedding(inner)
+        # which FSDP may have wrapped since
+        seen = (inner, None if embedding is None else bare(embedding), is_compiled(model))
         if any(now is not before for now, before in zip(seen, self._seen, strict=True)):
             self.found, self._seen = plain_head_or_none(model, self.role), seen
         return self.found
