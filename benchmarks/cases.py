@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.calls import parse_divergence
+from fusedkd import divergences
 from fusedkd.divergences import Divergence
 
 __all__ = ["DTYPES", "Case", "Problem", "make_problem", "native_dtype"]
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def divergence_object(self) -> Divergence:
-        return parse_divergence(self.divergence)
+        return divergences.make(self.divergence)
 
     @property
     def label(self) -> str:

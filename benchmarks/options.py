@@ -72,10 +72,10 @@ _weight = _checked(float, lambda x: 0 <= x < float("inf"), "a number of at least
 
 
 def _divergence(text: str) -> str:
-    from fusedkd.calls import parse_divergence
+    from fusedkd import divergences
 
     try:
-        parse_divergence(text)
+        divergences.make(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

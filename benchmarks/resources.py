@@ -160,7 +160,7 @@ def source(job: Job) -> ASTSource:
     if job.stage == "whole":
         constants |= {"partial": None, "sums": None}
     acc = "fp64" if plan.acc == tl.float64 else "fp32"
-    pointers = dict.fromkeys(("row_scale", "loss", "metrics", "log_probs"), f"*{acc}")
+    pointers = dict.fromkeys(("row_scale", "loss", "metrics"), f"*{acc}") | {"log_probs": "*fp64"}
     pointers |= {"labels": "*i64", "indices": "*i32", "partial": "*fp64", "sums": "*fp64"}
     pointers["held"] = f"*{NAMES[variant.student]}"
     for name in ("student", "teacher", "grad"):

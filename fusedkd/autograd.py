@@ -1,14 +1,13 @@
-"""The autograd function, and the custom op that stands for its work when a graph is traced.
+"""The autograd function.
 
 The gradient is made in the forward, while logits are at hand, so a head costs four matrix products
 (two forward, two for the gradients) and never keeps a logit. The backward only multiplies by the
-upstream gradient. Two cases differ:
+upstream gradient, and rounds what a half-precision head has kept in fp32. Two cases differ:
 
 * ``reduction="none"`` with a student head: the upstream gradient is per token, and enters the
   weight gradient's sum over tokens, so the chunks are computed again in the backward (6 products);
-* fp16: the stored gradient is that of tokens that weigh 1 at most, and what a head adds up over
-  tokens stays in fp32, until the backward multiplies and rounds. 1e-4 * (q - p) is below what fp16
-  can hold, where loss scaling comes too late to save it; the sum over 20,000 tokens is above.
+* dense logits in fp16: each row's gradient is kept at a power of two of its own, which the backward
+  takes out again (:mod:`fusedkd.fp16`).
 
 There is no mode that computes everything again to save memory, for it would save none: the backward
 begins where the forward ended, with every activation alive, and would hold there what the forward
@@ -18,15 +17,21 @@ holds here. What makes a head's call smaller is ``chunk_bytes``.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _functions
 
 from fusedkd import backends
-from fusedkd.chunks import Inputs, Wanted, as_rows, in_place, run, stored_dtype
-from fusedkd.divergences import make
-from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
+from fusedkd.chunks import in_place
+from fusedkd.inputs import Inputs, Wanted
+from fusedkd.modes import in_functorch, stand_in
+from fusedkd.spec import LossSpec
+from fusedkd.strides import as_rows
+from fusedkd.tracing import dispatch
 
 __all__ = ["fused_loss"]
 
@@ -48,42 +53,70 @@ def fused_loss(
         weights: (N,) in the accumulation type, 0 where the token does not count.
         divisor: 0-d, what the weighted sum is divided by, or None.
     """
-    student = inputs[0]
-    assert student is not None
-    if spec.inplace and _traced():
+    traced = stand_in(*inputs)
+    if spec.inplace and traced:
         spec = dataclasses.replace(spec, inplace=False)
     grad = torch.is_grad_enabled()
     hidden, weight, bias = (grad and t is not None and t.requires_grad for t in inputs[:3])
     wanted = Wanted(hidden, weight, bias, metrics)
-    row_scale, post = weights, None
+    row_scale = weights
     if divisor is not None:
-        if torch.float16 in (student.dtype, spec.autocast) and weights.numel():
-            largest = weights.abs().amax()
-            post = torch.where(largest != 0, largest / divisor, 0.0)
-            row_scale = torch.where(weights != 0, weights / largest, 0.0)
-        else:
-            row_scale = torch.where(weights != 0, weights / divisor, 0.0)
-    function = _FusedLoss if _traced() else _EagerLoss
-    loss, *rest = function.apply(*inputs, labels, row_scale, post, spec, wanted)
+        row_scale = (weights / divisor).masked_fill(weights == 0, 0.0)
+    function = _FusedLoss if traced else _EagerLoss
+    loss, *rest = function.apply(*inputs, labels, row_scale, spec, wanted)
     return loss, rest[0] if metrics else None
 
 
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of an autograd function: its results cannot be differentiated, and say so
+    under ``create_graph=True``. torch's own are constants where the upstream gradient is one, and
+    second derivatives then 0 without a word. ``ctx.roots``, see :func:`roots`, is what they depend
+    on. Under torch.func's transforms it is the gradients' own upstream gradients that tell.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *upstream: Any) -> Any:
+        if in_functorch():
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            results = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return results
+        several = results if isinstance(results, tuple) else (results,)
+        refusing = _functions.DelayedError(SECOND.encode(), len(several) + len(ctx.roots))
+        return refusing(*several, *ctx.roots)[: len(several)]
+
+    return wrapper
+
+
+def roots(*inputs: Tensor | None) -> list[Tensor]:
+    """Empty tensors that depend on those of the inputs that require grad, and keep no memory."""
+    with torch.enable_grad():
+        return [x.narrow_copy(0, 0, 0) for x in inputs if x is not None and x.requires_grad]
+
+
+SECOND = (
+    "fusedkd makes gradients in the forward, and they cannot be differentiated again "
+    "(once_differentiable): expected first derivatives only. For second ones, write the formula in "
+    "plain torch, on logits."
+)
+
+
 class _FusedLoss(torch.autograd.Function):
-    """Inputs: the fields of Inputs, row_scale, post, spec, wanted. Outputs: the loss, metric rows
-    if wanted, then the gradients made in the forward, which the caller drops."""
+    """Inputs: the fields of Inputs, row_scale, spec, wanted. Outputs: the loss, metric rows if
+    wanted, then what the backward needs of the gradients, which the caller drops."""
 
     @staticmethod
     def forward(  # dynamo binds the arguments one by one
         student: Tensor,
         student_weight: Tensor | None,
         student_bias: Tensor | None,
-        teacher: Tensor,
+        teacher: Tensor | None,
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
         teacher_indices: Tensor | None,
         labels: Tensor | None,
         row_scale: Tensor,
-        post: Tensor | None,
         spec: LossSpec,
         wanted: Wanted,
     ) -> tuple[Tensor, ...]:
@@ -99,47 +132,57 @@ class _FusedLoss(torch.autograd.Function):
         )
         if _deferred(inputs, spec):
             wanted = Wanted(False, False, False, wanted.metrics)
-        loss, *rest = _dispatch(inputs, row_scale, spec, wanted)
+        loss, *rest = dispatch(inputs, row_scale, spec, wanted)
         if spec.reduction != "none":
             loss = loss.sum(dtype=torch.float64).to(row_scale.dtype)
-            loss = loss if post is None else loss * post
         return loss, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, row_scale, post, spec, wanted = inputs
+        *tensors, row_scale, spec, wanted = inputs
         ctx.spec, ctx.wanted = spec, wanted
         ctx.dtypes = [None if x is None else x.dtype for x in tensors[:3]]
-        ctx.mark_non_differentiable(*output[1:])
+        nested = in_functorch()
+        ctx.mark_non_differentiable(*output[1 : 1 + wanted.metrics if nested else None])
         ctx.set_materialize_grads(False)
         ctx.deferred = _deferred(Inputs(*tensors), spec)
         if not wanted.any_gradient:
             return
+        ctx.roots = roots(*tensors[:3])
         if ctx.deferred:
             ctx.save_for_backward(*tensors, row_scale)
-        elif in_place(Inputs(*tensors), spec, wanted):
-            ctx.save_for_backward(tensors[0], post)  # holds its gradient by now
-        else:
-            ctx.save_for_backward(*output[1 + wanted.metrics :], post)
+            return
+        made = output[1 + wanted.metrics :]
+        if in_place(Inputs(*tensors), spec, wanted):
+            made = (tensors[0], *made)  # holds its gradient by now
+        ctx.save_for_backward(*made)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *rest: Tensor | None) -> tuple[Any, ...]:
+        if in_functorch() and any(x is not None for x in rest):
+            raise RuntimeError(SECOND)
         arguments = len(ctx.needs_input_grad)
         if upstream is None:
             return (None,) * arguments
+        kept = [x for x, want in zip(ctx.dtypes, ctx.wanted[:3], strict=True) if want]
         if ctx.deferred:
             *tensors, row_scale = ctx.saved_tensors
-            scale = torch.where(row_scale != 0, row_scale * upstream.to(row_scale.dtype), 0.0)
+            scale = (row_scale * upstream.to(row_scale.dtype)).masked_fill(row_scale == 0, 0.0)
             wanted = ctx.wanted._replace(metrics=False)
-            grads = iter(_dispatch(Inputs(*tensors), scale, ctx.spec, wanted)[1:])
+            again = _Again.apply if in_functorch() else _Again.forward
+            grads = again(*tensors, scale, ctx.spec, wanted)
+            results = [x.to(dtype) for x, dtype in zip(grads, kept, strict=True)]
         else:
-            *saved, post = ctx.saved_tensors
-            factor = upstream if post is None else upstream * post
-            grads = iter([_scaled(grad.detach(), factor, ctx.spec) for grad in saved])
-        kept = zip(ctx.dtypes, ctx.wanted[:3], strict=True)
-        made = [next(grads).to(dtype) if want else None for dtype, want in kept]
-        return *made, *(None,) * (arguments - len(made))
+            grads = list(ctx.saved_tensors)
+            if len(grads) > len(kept):  # the powers of dense fp16 rows
+                upstream = upstream / grads.pop().view(upstream.shape if upstream.dim() else (-1,))
+            results = [
+                _scaled(x, upstream, dtype, ctx.spec) for x, dtype in zip(grads, kept, strict=True)
+            ]
+        made = iter(results)
+        grads_of = [next(made) if want else None for want in ctx.wanted[:3]]
+        return *grads_of, *(None,) * (arguments - len(grads_of))
 
 
 class _EagerLoss(torch.autograd.Function):
@@ -155,115 +198,41 @@ class _EagerLoss(torch.autograd.Function):
     backward = _FusedLoss.backward  # type: ignore[assignment]
 
 
+class _Again(torch.autograd.Function):
+    """The gradients of a deferred call, made in the backward."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, scale, spec, wanted = arguments
+        return tuple(dispatch(Inputs(*tensors), scale, spec, wanted)[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError(SECOND)
+
+
 def _deferred(inputs: Inputs, spec: LossSpec) -> bool:
     return spec.reduction == "none" and inputs.student_weight is not None
 
 
-def _traced() -> bool:
-    """Whether tensors may be stand-ins without memory: dynamo's, or torch.func's wrappers."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _scaled(grad: Tensor, factor: Tensor, spec: LossSpec) -> Tensor:
-    """grad * factor: in grad's own memory when this is the graph's last backward."""
-    if _traced():
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, spec: LossSpec) -> Tensor:
+    """grad * factor in ``dtype``: in grad's own memory where that is right and this is the graph's
+    last backward."""
+    if stand_in(grad, factor):  # which may be later than the forward
         rowwise = factor.view(*grad.shape[:-1], 1) if factor.dim() else factor
-        return (grad * rowwise).to(grad.dtype)
+        return (grad * rowwise).to(dtype)
     # Kept graphs may run backward again, and the caller may still hold what we return.
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        grad = grad.clone()
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    backend = backends.resolve(spec.backend, grad.device)
+    out = None
+    if kept or dtype != grad.dtype:
+        out = backend.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
         # The upstream gradient of a sum is one number, expanded to every token.
         factor = factor.reshape(-1).contiguous() if factor.dim() else factor
-        backends.resolve(spec.backend, grad.device).scale_(as_rows(grad), factor)
-    return grad
-
-
-# ----------------------------------------------------------------------------------------------
-# The same as a custom op, for tracing: tensors and plain numbers in, tensors out.
-
-
-@torch.library.custom_op("fusedkd::forward", mutates_args=())
-def _op(
-    student: Tensor,
-    student_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_indices: Tensor | None,
-    labels: Tensor | None,
-    row_scale: Tensor,
-    names: str,
-    numbers: Tensor,
-    integers: list[int],
-    wanted: list[bool],
-) -> list[Tensor]:
-    inputs = Inputs(
-        *(student, student_weight, student_bias),
-        *(teacher, teacher_weight, teacher_bias),
-        *(teacher_indices, labels),
-    )
-    return run(inputs, row_scale, _unpack(names, numbers, integers), Wanted(*wanted))
-
-
-@_op.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    *tensors, row_scale, _names, _numbers, _integers, flags = arguments
-    inputs, wanted = Inputs(*tensors), Wanted(*flags)
-    result = [torch.empty_like(row_scale)]
-    if wanted.metrics:
-        result.append(row_scale.new_empty(row_scale.numel(), len(METRIC_COLUMNS)))
-    return result + [
-        x.new_empty(x.shape, dtype=stored_dtype(x, i == 0))
-        for i, (x, want) in enumerate(zip(inputs[:3], wanted[:3], strict=True))
-        if want and x is not None
-    ]
-
-
-def _dispatch(inputs: Inputs, row_scale: Tensor, spec: LossSpec, wanted: Wanted) -> list[Tensor]:
-    if _traced():
-        return torch.ops.fusedkd.forward(*inputs, row_scale, *_pack(spec), list(wanted))
-    if spec.autocast is None:
-        return run(inputs, row_scale, spec, wanted)
-    with torch.autocast(row_scale.device.type, enabled=False):  # casts are made explicitly
-        return run(inputs, row_scale, spec, wanted)
-
-
-def _pack(spec: LossSpec) -> tuple[str, Tensor, list[int]]:
-    s, t = spec.student_transform, spec.teacher_transform
-    autocast = "none" if spec.autocast is None else str(spec.autocast).removeprefix("torch.")
-    named = (spec.divergence.name, spec.reduction, spec.backend, autocast, spec.tail)
-    names = " ".join(name or "none" for name in named)
-    numbers = [spec.temperature, spec.teacher_temperature, spec.kd_weight, spec.ce_weight]
-    numbers += [spec.label_smoothing, s.scale, s.softcap, t.scale, t.softcap]
-    integers = [spec.vocab_size, int(spec.scale_by_t2), spec.ignore_index, spec.chunk_bytes or 0]
-    # A product with a tensor is what dynamo keeps symbolic: a number passed as such, or in a list,
-    # is burnt into the graph, and a schedule of temperatures recompiles until dynamo gives up.
-    one = torch.ones((), dtype=torch.float64)
-    return names, torch.stack([one * x for x in (*numbers, *spec.divergence.params)]), integers
-
-
-def _unpack(names: str, numbers: Tensor, integers: list[int]) -> LossSpec:
-    name, reduction, backend, autocast, tail = names.split()
-    vocab_size, t2, ignore_index, chunk_bytes = integers
-    plain = numbers.tolist()  # in the host's memory on every device: nothing waits
-    temperature, teacher_temperature, kd_weight, ce_weight, smoothing, *transforms = plain[:9]
-    return LossSpec(
-        make(name, *plain[9:]),
-        vocab_size,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        scale_by_t2=bool(t2),
-        ignore_index=ignore_index,
-        label_smoothing=smoothing,
-        reduction=reduction,
-        student_transform=Transform(*transforms[:2]),
-        teacher_transform=Transform(*transforms[2:]),
-        tail=None if tail == "none" else tail,
-        chunk_bytes=chunk_bytes or None,
-        backend=None if backend == "none" else backend,
-        autocast=None if autocast == "none" else getattr(torch, autocast),
-    )
+        backend.scale_(as_rows(grad), factor, None if out is None else as_rows(out))
+    return grad if out is None else out

@@ -55,7 +55,9 @@ def resolve(name: str | Rows | None, device: torch.device) -> Any:
 
 def check_name(name: str | Rows | None) -> None:
     """Raise unless there is a backend called ``name``; None goes by device."""
-    if name is not None and not isinstance(name, Rows) and name not in NAMES:
+    if name is None or isinstance(name, Rows):
+        return
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(
             f"backend={name!r}: expected one of {', '.join(map(repr, NAMES))}, or None to go by "
             "device."

@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from fusedkd import divergences
-
-__all__ = ["bind_call", "parse_divergence", "split_call"]
+__all__ = ["bind_call", "number", "split_call"]
 
 _CALL = re.compile(r"\s*(?P<name>\w+)\s*(?:\((?P<call>[^()]*)\)|:(?P<colon>[^()]*))?\s*")
 
@@ -55,34 +53,13 @@ def bind_call(
     return factory(*bound.args, **bound.kwargs)
 
 
-def parse_divergence(text: str) -> divergences.Divergence:
-    """The divergence that ``text`` describes, as a command line or a recipe writes it.
-
-    ``"forward_kl"``, ``"jsd(beta=0.3)"``, ``"jsd(0.3)"`` and ``"jsd:0.3"`` are all understood;
-    parameters that are not given have the default of the factory in :mod:`fusedkd.divergences`.
-    Nothing is evaluated.
+def number(what: str, text: str, value: str) -> float:
+    """``value``, a part of ``text``, as a number.
 
     Raises:
-        ValueError: not of this form, an unknown name or parameter, or a parameter outside its
-            range.
+        ValueError: it is none.
     """
-    name, positional, named = split_call("divergence", text, "'forward_kl' or 'jsd(beta=0.3)'")
-    if name not in divergences.names():
-        divergences.make(name)  # raises, naming the alternatives
-    return bind_call(
-        "divergence",
-        text,
-        name,
-        getattr(divergences, name),
-        [_number(text, value) for value in positional],
-        {key: _number(text, value) for key, value in named.items()},
-    )
-
-
-def _number(text: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise ValueError(
-            f"divergence={text!r}: expected a number, not {value.strip()!r}."
-        ) from None
+        raise ValueError(f"{what}={text!r}: expected a number, not {value.strip()!r}.") from None

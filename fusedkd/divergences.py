@@ -19,9 +19,12 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fusedkd.calls import bind_call, number, split_call
 
 __all__ = [
     "Divergence",
@@ -43,14 +46,30 @@ class Divergence:
 
     ``value(lp, lq)`` maps log-probabilities of one shape to the elementwise contributions; their
     sum over the vocabulary is the divergence in nats. Two are equal when name and parameters are.
+
+    ``builtin``: a factory of this module made it, so that the kernels know its formula by name. One
+    of your own needs a name of its own, and runs on ``backend="reference"``.
     """
 
     name: str
     params: tuple[float, ...] = ()
     value: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True, compare=False, repr=False)
+    builtin: bool = field(default=False, init=False, compare=False, repr=False)
 
-    def __reduce__(self) -> tuple[Callable[..., Divergence], tuple[str | float, ...]]:
-        return make, (self.name, *self.params)  # closures do not pickle; their recipe does
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.builtin:
+            return make, (self.name, *self.params)  # closures do not pickle; their recipe does
+        return _own, (self.name, self.params, self.value)
+
+
+def _own(name: str, params: tuple[float, ...], value: Callable[..., Tensor]) -> Divergence:
+    return Divergence(name, params, value=value)
+
+
+def _builtin(name: str, *params: float, value: Callable[[Tensor, Tensor], Tensor]) -> Divergence:
+    made = Divergence(name, params, value=value)
+    object.__setattr__(made, "builtin", True)
+    return made
 
 
 def names() -> list[str]:
@@ -59,12 +78,50 @@ def names() -> list[str]:
 
 
 def make(name: str, *params: float) -> Divergence:
-    """The divergence called ``name``, with its default parameters unless they are given."""
-    if name not in _FACTORIES:
-        near = difflib.get_close_matches(name, names(), n=1)
+    """The divergence that ``name`` describes, with its default parameters unless they are given.
+
+    Args:
+        name: ``"jsd"``; or with its parameters as a command line or a recipe writes them,
+            ``"jsd(beta=0.3)"``, ``"jsd(0.3)"``, ``"jsd:0.3"``. Nothing is evaluated.
+        params: the parameters, where the name has none.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: an unknown name or parameter, or a parameter outside its range.
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"divergence={name!r}: expected a name or an object from fusedkd.divergences, such as "
+            '"forward_kl" or divergences.jsd(beta=0.3) (called, not the function itself).'
+        )
+    if name in _FACTORIES:
+        return _FACTORIES[name](*params)
+    called, positional, named = split_call("divergence", name, "'forward_kl' or 'jsd(beta=0.3)'")
+    if called not in _FACTORIES:
+        near = difflib.get_close_matches(called, names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"divergence={name!r}: expected one of {', '.join(names())}.{hint}")
-    return _FACTORIES[name](*params)
+    given = [*(number("divergence", name, x) for x in positional), *params]
+    keywords = {key: number("divergence", name, x) for key, x in named.items()}
+    made: Divergence = bind_call("divergence", name, called, _FACTORIES[called], given, keywords)
+    return made
+
+
+def resolve(divergence: str | Divergence) -> Divergence:
+    """What a caller gives as ``divergence``, as an object.
+
+    Raises:
+        TypeError, ValueError: as :func:`make`; or a hand-made object with the name of one of these,
+            whose formula the kernels would run instead of its own.
+    """
+    made = divergence if isinstance(divergence, Divergence) else make(divergence)
+    if made.name in _FACTORIES and not made.builtin:
+        raise ValueError(
+            f"divergence={made!r} is hand-made, but {made.name!r} is the name of "
+            f"divergences.{made.name}(), whose formula the kernels would run: expected a name of "
+            "its own (then backend='reference' runs it)."
+        )
+    return made
 
 
 # ----------------------------------------------------------------------------------------------
@@ -115,7 +172,7 @@ def forward_kl() -> Divergence:
     def value(lp: Tensor, lq: Tensor) -> Tensor:
         return _times(lp.exp(), lp - lq)
 
-    return Divergence("forward_kl", value=value)
+    return _builtin("forward_kl", value=value)
 
 
 def reverse_kl() -> Divergence:
@@ -128,7 +185,7 @@ def reverse_kl() -> Divergence:
         finite = _times(q, lq - torch.where(absent, lq.detach(), lp))
         return torch.where(absent & (q > 0), finite + math.inf, finite)
 
-    return Divergence("reverse_kl", value=value)
+    return _builtin("reverse_kl", value=value)
 
 
 def mixed_kl(weight: float = 0.5) -> Divergence:
@@ -147,7 +204,7 @@ def mixed_kl(weight: float = 0.5) -> Divergence:
     def value(lp: Tensor, lq: Tensor) -> Tensor:
         return weight * forward(lp, lq) + (1 - weight) * reverse(lp, lq)
 
-    return Divergence("mixed_kl", (weight,), value=value)
+    return _builtin("mixed_kl", weight, value=value)
 
 
 def jsd(beta: float = 0.5) -> Divergence:
@@ -168,7 +225,7 @@ def jsd(beta: float = 0.5) -> Divergence:
         lm = _log_positive(beta * p + (1 - beta) * q)
         return beta * _times(p, lp - lm) + (1 - beta) * _times(q, lq - lm)
 
-    return Divergence("jsd", (beta,), value=value)
+    return _builtin("jsd", beta, value=value)
 
 
 def skew_forward_kl(lam: float = 0.1) -> Divergence:
@@ -186,7 +243,7 @@ def skew_forward_kl(lam: float = 0.1) -> Divergence:
         p, q = lp.exp(), lq.exp()
         return _times(p, lp - _log_positive(lam * p + (1 - lam) * q))
 
-    return Divergence("skew_forward_kl", (lam,), value=value)
+    return _builtin("skew_forward_kl", lam, value=value)
 
 
 def skew_reverse_kl(lam: float = 0.1) -> Divergence:
@@ -204,7 +261,7 @@ def skew_reverse_kl(lam: float = 0.1) -> Divergence:
         p, q = lp.exp(), lq.exp()
         return _times(q, lq - _log_positive(lam * q + (1 - lam) * p))
 
-    return Divergence("skew_reverse_kl", (lam,), value=value)
+    return _builtin("skew_reverse_kl", lam, value=value)
 
 
 def total_variation() -> Divergence:
@@ -215,7 +272,7 @@ def total_variation() -> Divergence:
     def value(lp: Tensor, lq: Tensor) -> Tensor:
         return (lp.exp() - lq.exp()).abs() / 2
 
-    return Divergence("total_variation", value=value)
+    return _builtin("total_variation", value=value)
 
 
 def alpha(alpha: float = 0.5) -> Divergence:
@@ -239,7 +296,7 @@ def alpha(alpha: float = 0.5) -> Divergence:
         finite = (cross - a * p - (1 - a) * q) / (a * (a - 1))
         return torch.where(infinite, finite + math.inf, finite)
 
-    return Divergence("alpha", (a,), value=value)
+    return _builtin("alpha", a, value=value)
 
 
 def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
@@ -267,7 +324,7 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         finite = -(cross - a / (a + b) * power_p - b / (a + b) * power_q) / (a * b)
         return torch.where(infinite, finite + math.inf, finite)
 
-    return Divergence("alpha_beta", (a, b), value=value)
+    return _builtin("alpha_beta", a, b, value=value)
 
 
 _FACTORIES: dict[str, Callable[..., Divergence]] = {

@@ -6,7 +6,8 @@ padding has no effect, and with ``normalizer`` (the tokens of all micro-batches 
 not matter how a batch is cut up.
 
 Shapes: B sequences of L tokens, H heads of d entries, D = H d, and ``tokens`` (B, L) bool, True
-where a token is real (None: all are). The teacher's side is a constant.
+where a token is real (None: all are). The teacher's side is a constant. All tensors are fp64, fp32,
+bf16 or fp16 and on one device; anything else is a TypeError or ValueError that names the argument.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusedkd.checks import (
+    check_device,
+    check_logits,
+    check_normalizer,
+    check_tensor,
+    check_whole,
+    is_finite,
+)
 from fusedkd.loss import kd_loss
 
 __all__ = [
@@ -89,7 +98,7 @@ def cosine_loss(
     Raises:
         ValueError: of different widths.
     """
-    _same("hidden states", student, teacher, "a projection, or hidden_mse with one")
+    _check_hidden(student, teacher, "a projection, or hidden_mse with one")
     rows = 1 - F.cosine_similarity(_wide(student), _wide(teacher.detach()), dim=-1)
     return _mean(rows, tokens, normalizer)
 
@@ -109,7 +118,7 @@ def hidden_mse(
     Raises:
         ValueError: of different widths.
     """
-    _same("hidden states", student, teacher, "a learned projection of the student's")
+    _check_hidden(student, teacher, "a learned projection of the student's")
     rows = (_wide(student) - _wide(teacher.detach())).square().mean(-1)
     return _mean(rows, tokens, normalizer)
 
@@ -131,7 +140,7 @@ def attention_score_mse(
     Raises:
         ValueError: of different numbers of heads.
     """
-    _same_heads(student, teacher)
+    _check_attention(student, teacher, heads=True)
     seen = student.pairs() & teacher.pairs()
     gap = (student.scores() - teacher.scores().detach()).where(seen, 0.0)
     count = seen.sum(-1).clamp(min=1)
@@ -152,7 +161,7 @@ def attention_kl(
     Raises:
         ValueError: of different numbers of heads.
     """
-    _same_heads(student, teacher)
+    _check_attention(student, teacher, heads=True)
     seen = student.pairs() & teacher.pairs()
     return _kl(student.scores(), teacher.scores(), seen, tokens, normalizer)
 
@@ -176,8 +185,10 @@ def relation_kl(
     Raises:
         ValueError: a width that ``heads`` does not divide, or another letter.
     """
-    if not relations or set(relations) - RELATIONS.keys():
+    _check_attention(student, teacher, heads=False)
+    if not isinstance(relations, str) or not relations or set(relations) - RELATIONS.keys():
         raise ValueError(f"relations={relations!r}: expected letters of 'qkv'.")
+    check_whole("heads", heads, 1)
     seen = student.pairs()[:, :1] & teacher.pairs()[:, :1]
     parts = [
         _kl(
@@ -201,6 +212,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _mean(rows: Tensor, tokens: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
     """The mean of (B, L) numbers over real tokens; 0 with a graph where there are none."""
+    _check_tokens(rows, tokens, normalizer)
     if tokens is None:
         return rows.sum() / (max(rows.numel(), 1) if normalizer is None else normalizer)
     count = tokens.sum().clamp(min=1) if normalizer is None else normalizer
@@ -216,6 +228,7 @@ def _kl(
 ) -> Tensor:
     """KL of (B, H, L, L) scores over the keys that are seen; mean over heads and real tokens."""
     b, heads, length, _ = student.shape
+    _check_tokens(student[:, 0, :, 0], tokens, normalizer)
     real = student.new_ones(b, length) if tokens is None else tokens.to(student.dtype)
     count = real.sum().clamp(min=1) if normalizer is None else normalizer
     return kd_loss(
@@ -237,18 +250,88 @@ def _relation(side: str, states: Tensor, heads: int) -> Tensor:
     return _wide(split @ split.transpose(-1, -2)) * split.shape[-1] ** -0.5
 
 
-def _same(what: str, student: Tensor, teacher: Tensor, remedy: str) -> None:
+# ----------------------------------------------------------------------------------------------
+# what a caller may get wrong
+
+
+def _check_hidden(student: Tensor, teacher: Tensor, remedy: str) -> None:
+    for name, states in (("student", student), ("teacher", teacher)):
+        check_logits(name, states)
+    check_device("teacher", teacher, "student", student)
+    if student.dim() != 3:
+        raise ValueError(f"student has shape {tuple(student.shape)}: expected (B, L, D).")
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the student's {what} have shape {tuple(student.shape)}, the teacher's "
+            f"the student's hidden states have shape {tuple(student.shape)}, the teacher's "
             f"{tuple(teacher.shape)}: expected one shape; use {remedy}."
         )
 
 
-def _same_heads(student: AttentionStates, teacher: AttentionStates) -> None:
+def _check_tokens(rows: Tensor, tokens: Tensor | None, normalizer: float | Tensor | None) -> None:
+    """Against one number per token, (B, L)."""
+    if normalizer is not None:
+        check_normalizer(normalizer)
+    if tokens is None:
+        return
+    check_tensor("tokens", tokens)
+    check_device("tokens", tokens, "student", rows)
+    if tokens.shape != rows.shape or tokens.is_complex():
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)} and is {tokens.dtype}: expected "
+            f"{tuple(rows.shape)}, one per token of the student, True where it is real."
+        )
+
+
+def _check_attention(student: AttentionStates, teacher: AttentionStates, heads: bool) -> None:
+    for side, states in (("student", student), ("teacher", teacher)):
+        _check_states(side, states)
+    check_device("teacher.query", teacher.query, "student.query", student.query)
     ours, theirs = (states.query.shape[:3] for states in (student, teacher))
-    if ours != theirs:
+    if heads and ours != theirs:
         raise ValueError(
             f"the student's attention has (B, H, L) = {tuple(ours)}, the teacher's "
             f"{tuple(theirs)}: expected as many heads; with other numbers use relation_kl."
+        )
+    keys = [states.key.shape[2] for states in (student, teacher)]
+    if ours[0] != theirs[0] or ours[2] != theirs[2] or keys[0] != keys[1]:
+        raise ValueError(
+            f"the student has {ours[0]} x {ours[2]} queries of {keys[0]} keys, the teacher "
+            f"{theirs[0]} x {theirs[2]} of {keys[1]}: expected the same tokens on both sides."
+        )
+
+
+def _check_states(side: str, states: AttentionStates) -> None:
+    if not isinstance(states, AttentionStates):
+        raise TypeError(f"{side} is a {type(states).__name__}: expected AttentionStates.")
+    for name in ("query", "key", "value"):
+        part = getattr(states, name)
+        check_logits(f"{side}.{name}", part)
+        check_device(f"{side}.{name}", part, f"{side}.query", states.query)
+        if part.dim() != 4:
+            raise ValueError(
+                f"{side}.{name} has shape {tuple(part.shape)}: expected (B, heads, L, d)."
+            )
+    query, key, value = states.query.shape, states.key.shape, states.value.shape
+    fits = key[:3] == value[:3] and (key[0], key[3]) == (query[0], query[3])
+    if not fits or not key[1] or query[1] % key[1]:
+        raise ValueError(
+            f"{side}: query has shape {tuple(query)}, key {tuple(key)}, value {tuple(value)}: "
+            "expected (B, H, L, d) and twice (B, H_kv, L, d), with H a multiple of H_kv."
+        )
+    if states.scaling is not None and not is_finite(states.scaling):
+        raise ValueError(f"{side}.scaling={states.scaling!r}: expected a finite Python number.")
+    if states.mask is not None:
+        _check_mask(f"{side}.mask", states.mask, states.query, key[2])
+
+
+def _check_mask(name: str, mask: Tensor, query: Tensor, keys: int) -> None:
+    check_tensor(name, mask)
+    check_device(name, mask, "the query", query)
+    b, heads, length = query.shape[:3]
+    shape = tuple(mask.shape)
+    fits = mask.dim() == 4 and shape[0] in (1, b) and shape[1] in (1, heads)
+    if not fits or shape[2] not in (1, length) or shape[3] < keys or mask.is_complex():
+        raise ValueError(
+            f"{name} has shape {shape} and is {mask.dtype}: expected ({b} or 1, {heads} or 1, "
+            f"{length}, {keys}), bool or numbers that are added to the scores."
         )

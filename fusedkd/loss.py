@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,10 +10,20 @@ from torch import Tensor, nn
 
 from fusedkd import autograd, backends, parallel
 from fusedkd import divergences as _divergences
+from fusedkd.checks import check_normalizer, check_whole
 from fusedkd.divergences import Divergence
 from fusedkd.logits import LMHead, SparseTeacher
-from fusedkd.sides import Side, autocast_dtype, check_pair, check_rows, side_of, true_vocabulary
-from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec, Transform
+from fusedkd.sides import (
+    Side,
+    autocast_dtype,
+    check_pair,
+    check_rows,
+    check_temperature,
+    side_of,
+    teacher_of,
+    true_vocabulary,
+)
+from fusedkd.spec import IDENTITY, METRIC_COLUMNS, OF_TEACHER, LossSpec, Transform
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,7 +38,7 @@ class KDMetrics(NamedTuple):
     ``kd`` is the raw divergence in nats at its temperatures, before ``kd_weight`` and T^2; ``ce``
     the raw cross-entropy at T = 1 (with ``label_smoothing``). The entropies are those of the two
     distributions the divergence compares, in nats. ``ce`` and the accuracies are NaN without
-    labels. With nothing counted all are 0.
+    labels, and without a teacher all that needs one is. With nothing counted all are 0.
     """
 
     kd: Tensor
@@ -42,7 +53,7 @@ class KDMetrics(NamedTuple):
 
 def kd_loss(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher,
+    teacher: Tensor | LMHead | SparseTeacher | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -72,9 +83,12 @@ def kd_loss(
     Args:
         student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. Has the gradient.
         teacher: logits (..., V), a head or a SparseTeacher, same leading shape, without a gradient.
+            None with ``kd_weight=0``: cross-entropy alone.
         labels: (...,) int64, aligned with the logits (nothing is shifted here).
-        divergence: a name (with its default parameters) or a :mod:`fusedkd.divergences` object.
-        temperature: T of both sides, in the divergence only; cross-entropy is always at T = 1.
+        divergence: a name, such as ``"jsd"`` or ``"jsd(beta=0.3)"``, or an object of
+            :mod:`fusedkd.divergences`.
+        temperature: T of both sides, in the divergence only; cross-entropy is always at T = 1. At
+            most 1000 (in fp64 1e6): beyond, the divergence is smaller than its rounding.
         teacher_temperature: the teacher's own, where it differs (of a SparseTeacher: that at which
             its ``log_probs`` were made).
         kd_weight: the weight of the divergence.
@@ -83,17 +97,19 @@ def kd_loss(
             does not depend on T (Hinton et al. 2015, end of sec. 2).
         ignore_index: tokens with this label do not count, in any term.
         label_smoothing: of the cross-entropy, as in ``torch.nn.functional.cross_entropy``.
-        token_weights: (...,) multiplies the token's whole loss; 0 drops the token.
+        token_weights: (...,) finite and not negative, without a gradient; multiplies the token's
+            whole loss; 0 drops the token.
         reduction: "mean" is the weighted mean over counted tokens, "sum" the weighted sum, "none"
             the weighted loss of each token. With a student head, "none" makes the gradients in the
             backward (the upstream gradient is only known then): two products more.
-        normalizer: divide the weighted sum by this, instead of by the sum of the weights. For
-            gradient accumulation: the number of tokens in all micro-batches and on all devices.
+        normalizer: divide the weighted sum by this finite number or 0-d tensor, not negative,
+            instead of by the sum of the weights. For gradient accumulation: the number of tokens in
+            all micro-batches and on all devices.
         vocab_size: the true vocabulary. Columns beyond it are padding on both sides: they have no
             probability, and their gradient is 0.
-        inplace: dense student logits only: write their gradient into their own memory. The logits
-            are then gone. Has no effect under torch.compile and torch.func, which plan memory
-            themselves.
+        inplace: dense student logits only: write their gradient into their own memory, which no
+            other tensor of the call may share. The logits are then gone. Has no effect under
+            torch.compile and torch.func, which plan memory themselves.
         chunk_bytes: heads only: bytes of logits and their gradient held at any time. Default
             1 GiB on a GPU, 512 MiB on a CPU.
         group: vocabulary-parallel: each of its ranks has some columns of the logits (rows of the
@@ -121,7 +137,7 @@ DEFAULTS: dict[str, Any] = dict(kd_loss.__kwdefaults__ or {})  # one signature, 
 
 def kd_loss_and_metrics(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher,
+    teacher: Tensor | LMHead | SparseTeacher | None,
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, KDMetrics]:
@@ -168,7 +184,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: Tensor | LMHead,
-        teacher: Tensor | LMHead | SparseTeacher,
+        teacher: Tensor | LMHead | SparseTeacher | None,
         labels: Tensor | None = None,
         **overrides: Any,
     ) -> Tensor:
@@ -186,7 +202,7 @@ def _compute(
     want_metrics: bool,
     *,
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher,
+    teacher: Tensor | LMHead | SparseTeacher | None,
     labels: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
@@ -199,7 +215,7 @@ def _compute(
         given = {"labels": labels, "token_weights": token_weights, "normalizer": normalizer}
         sides = (student, teacher, group, vocab_size)
         return _compute_sharded(want_metrics, sides, **given, **keywords)
-    s, t = side_of("student", student), side_of("teacher", teacher)
+    s, t = side_of("student", student), teacher_of(teacher)
     check_pair(s, t)
     size = shards.vocab_size if shards else true_vocabulary(s, t, vocab_size)
     autocast = autocast_dtype(s, t)
@@ -210,13 +226,15 @@ def _compute(
         tail=t.tail,
         **keywords,
     )
-    check_rows(s, labels, token_weights, spec)
-    wide = torch.float64 in (s.tensor.dtype, t.tensor.dtype)
+    check_rows(s, t, labels, token_weights, spec)
+    wide = torch.float64 in (s.tensor.dtype, t.dtype)
     accumulate = torch.float64 if wide else torch.float32
+    check_temperature(spec, accumulate)
     weights = _row_weights(s, labels, token_weights, spec, accumulate)
     divisor = _divisor(normalizer, weights, spec)
+    tensors = (t.tensor, _detached(t.weight), _detached(t.bias), t.indices)
     loss, metric_rows = autograd.fused_loss(
-        (s.tensor, s.weight, s.bias, t.tensor, _detached(t.weight), _detached(t.bias), t.indices),
+        (s.tensor, s.weight, s.bias, *tensors),
         labels=None if labels is None else labels.reshape(-1),
         weights=weights,
         divisor=divisor,
@@ -225,7 +243,7 @@ def _compute(
     )
     if spec.reduction == "none":
         loss = loss.view(s.leading)
-    return loss, None if metric_rows is None else _metrics(metric_rows, weights)
+    return loss, None if metric_rows is None else _metrics(metric_rows, weights, t)
 
 
 @torch._disable_dynamo  # collectives whose number depends on the data's sizes
@@ -233,6 +251,12 @@ def _compute_sharded(
     want_metrics: bool, sides: tuple[Any, Any, Any, Any], **keywords: Any
 ) -> tuple[Tensor, KDMetrics | None]:
     """The same for the part of the vocabulary that lies here."""
+    student, teacher, _, vocab_size = sides
+    side_of("student", student), teacher_of(teacher)  # for their errors: shapes are the ranks' own
+    for name, value in (("vocab_size", vocab_size), ("chunk_bytes", keywords["chunk_bytes"])):
+        if value is not None:
+            check_whole(name, value, 1)
+    backends.check_name(keywords["backend"])
     shards = parallel.shards(*sides, keywords["backend"], keywords["chunk_bytes"])
     here = {"student": shards.student, "teacher": shards.teacher, "shards": shards}
     run = {"backend": shards.backend, "chunk_bytes": shards.chunk_bytes}
@@ -252,20 +276,13 @@ def _spec(
     group: ProcessGroup | None = None,
     **rest: Any,
 ) -> LossSpec:
-    if normalizer is not None and rest["reduction"] == "none":
+    if normalizer is not None and str(rest["reduction"]) == "none":
         raise ValueError(
             "normalizer was given with reduction='none', which adds nothing up: expected None. "
             "Divide the result, or use reduction='sum'."
         )
-    if isinstance(divergence, str):
-        divergence = _divergences.make(divergence)
-    if not isinstance(divergence, Divergence):
-        raise TypeError(
-            f"divergence={divergence!r}: expected a name or an object from fusedkd.divergences, "
-            'such as "forward_kl" or divergences.jsd(beta=0.3) (called, not the function itself).'
-        )
     return LossSpec(
-        divergence=divergence,
+        divergence=_divergences.resolve(divergence),
         temperature=temperature,
         teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
         student_transform=student_transform,
@@ -285,38 +302,32 @@ def _row_weights(
     """(N,) weight of each token, exactly 0 where it does not count."""
     if token_weights is None:
         if labels is None:
-            return torch.ones(s.leading.numel(), dtype=dtype, device=s.tensor.device)
+            return s.tensor.new_ones(s.leading.numel(), dtype=dtype)
         return (labels.reshape(-1) != spec.ignore_index).to(dtype)
     weights = token_weights.detach().reshape(-1).to(dtype)
     if labels is None:
         return weights
-    return torch.where(labels.reshape(-1) != spec.ignore_index, weights, 0.0)
+    return weights.masked_fill(labels.reshape(-1) == spec.ignore_index, 0.0)
 
 
 def _divisor(normalizer: float | Tensor | None, weights: Tensor, spec: LossSpec) -> Tensor | None:
     if normalizer is None:
         return weights.sum() if spec.reduction == "mean" else None
+    check_normalizer(normalizer)
     if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(
-                f"normalizer has shape {tuple(normalizer.shape)}: expected one number."
-            )
         return normalizer.detach().reshape(()).to(device=weights.device, dtype=weights.dtype)
-    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(f"normalizer is {normalizer!r}: expected a number, a 0-d tensor or None.")
-    if not 0 <= normalizer < float("inf"):
-        raise ValueError(
-            f"normalizer={normalizer!r}: expected a finite number of at least 0, such as the "
-            "number of tokens that count."
-        )
-    return weights.new_ones(()) * normalizer  # new_full would have dynamo trace one graph a value
+    # new_full would have dynamo trace one graph a value
+    return weights.new_ones(()) * float(normalizer)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _metrics(rows: Tensor, weights: Tensor) -> KDMetrics:
+def _metrics(rows: Tensor, weights: Tensor, teacher: Side) -> KDMetrics:
     count = (weights != 0).sum()
     means = rows.sum(0) / count.clamp(min=1)
-    return KDMetrics(**dict(zip(METRIC_COLUMNS, means.unbind(), strict=True)), num_tokens=count)
+    named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
+    if teacher.tensor is None:
+        named |= {name: named[name] * math.nan for name in OF_TEACHER}
+    return KDMetrics(**named, num_tokens=count)

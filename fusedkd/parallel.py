@@ -60,15 +60,10 @@ def shards(
     Raises:
         ValueError: the two sides are split differently, over other groups, or ``vocab_size`` is
             larger than what there is.
-        TypeError: something else than tensors or heads.
+        TypeError: ``group`` is none.
     """
-    sides = [x for x in (student, teacher) if not isinstance(x, SparseTeacher)]
-    for side in sides:
-        if not isinstance(_columns(side), Tensor):
-            raise TypeError(
-                f"over a group the student or the teacher is a {type(side).__name__}: expected "
-                "logits (a Tensor) or LMHead(hidden, weight); as teacher also SparseTeacher."
-            )
+    check_group(group)
+    sides = [x for x in (student, teacher) if x is not None and not isinstance(x, SparseTeacher)]
     groups = [found for x in sides if (found := _group_of(x)) is not None]
     groups += [group] if group is not None else []
     if any(
@@ -97,6 +92,26 @@ def shards(
         # so that every rank makes chunks of as many tokens, however many columns it has
         max(1, budget // split.widest) * max(1, split.columns),
     )
+
+
+def check_group(group: Any) -> None:
+    """Raise unless ``group`` is a group of processes with this one among them, or None.
+
+    Raises:
+        TypeError: no group.
+        ValueError: this process is not in it.
+    """
+    if group is None:
+        return
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: this process is not one of its members, so it has no part of it.")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is a {type(group).__name__}: expected a torch.distributed.ProcessGroup, such "
+            "as new_group() returns, or None."
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: this process is not one of its members, so it has no part of it.")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -168,7 +183,7 @@ def _local(tensor: Any) -> Any:
 
 def _here(side: Any, split: _Split, group: Any, summed: bool) -> Any:
     """The side as plain tensors; a rank without columns gets one that does not count."""
-    if isinstance(side, SparseTeacher):
+    if side is None or isinstance(side, SparseTeacher):
         return side
     if not isinstance(side, LMHead):
         logits = _local(side)

@@ -78,18 +78,21 @@ class SpreadRows(Rows):
     ) -> tuple[Tensor, Tensor | None]:
         loss = torch.zeros_like(row_scale)
         found = row_scale.new_zeros(len(row_scale), len(METRIC_COLUMNS))
-        for start in range(0, len(row_scale), self.step):
-            rows = slice(start, start + self.step)
+        sparse = isinstance(teacher, SparseRows)
+        step = max(1, self.step // 2) if sparse else self.step  # which is in fp64
+        for start in range(0, len(row_scale), step):
+            rows = slice(start, start + step)
             part = teacher.part(rows) if isinstance(teacher, SparseRows) else teacher[rows]
             y = None if labels is None else labels[rows]
-            piece = _Piece(self, student[0, rows], part, y, row_scale[rows], spec)
-            loss[rows] = piece.loss
+            scale = row_scale[rows].double() if sparse else row_scale[rows]
+            piece = _Piece(self, student[0, rows], part, y, scale, spec)
+            loss[rows] = piece.loss.to(loss.dtype)
             if metrics:
-                found[rows] = piece.metrics()
+                found[rows] = piece.metrics().to(found.dtype)
             if grad is not None:  # last: it may lie in the logits' memory
                 made = piece.gradient()
                 grad[0, rows] = 0
-                grad[0, rows, : self.live] = made[:, : self.live]
+                grad[0, rows, : self.live] = made[:, : self.live].to(grad.dtype)
         return loss, found if metrics else None
 
     def columns(self, x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ class SparseRows(NamedTuple):
     """The teacher's side of N rows as backends read it, see :mod:`fusedkd.kernels`."""
 
     indices: Tensor  # (N, K) int32, ascending; PADDING behind all others
-    log_probs: Tensor  # (N, K + 1); the last one is the tail's
+    log_probs: Tensor  # (N, K + 1) fp64; the last one is the tail's
     rounding: float  # a tail below this counts as 0 where the student has none
 
     def part(self, rows: slice) -> SparseRows:
@@ -51,13 +51,13 @@ def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossS
     near = raw.clamp(-1, spec.vocab_size - 1)
     outside = (near != raw) & ~dropped
     ids, order = _ascending(near.masked_fill((near < 0) | dropped, PADDING))
-    lp = log_probs.detach().reshape(shape).to(row_scale.dtype).gather(-1, order)
+    # In fp64: where the student is close, rounding the tail's logarithm would be most of the loss.
+    lp = log_probs.detach().reshape(shape).double().gather(-1, order)
     lp = lp.masked_fill_(ids == PADDING, -INF)
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != PADDING)
 
-    wide = lp.double()
-    p = wide.exp()
-    total, spread = p.sum(-1), torch.linalg.vecdot(p, wide.clamp(min=-1e3)).abs()  # 0 log 0 is 0
+    p = lp.exp()
+    total, spread = p.sum(-1), torch.linalg.vecdot(p, lp.clamp(min=-1e3)).abs()  # 0 log 0 is 0
     excess = total > 1 + EXCESS + torch.finfo(log_probs.dtype).eps * spread
     empty = (total == 0) & (row_scale != 0) if spec.tail == "renormalize" else total < 0
     _check(outside, twice, excess, empty, raw, ids, total, spec)
@@ -67,10 +67,10 @@ def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossS
         lost = spread * torch.finfo(row_scale.dtype).eps / 2
         last = torch.where(total < 1, 1 - total, lost).log()
     elif spec.tail == "renormalize":
-        lp = torch.where(lp == -INF, lp, (wide - total.log()[:, None]).to(lp.dtype))
+        lp = torch.where(lp == -INF, lp, lp - total.log()[:, None])
     # The sum's rounding is at most eps / 2 * spread, and spread <= log V < 16.
     rounding = 8 * torch.finfo(log_probs.dtype).eps
-    return SparseRows(ids, torch.cat([lp, last[:, None].to(lp.dtype)], -1), rounding)
+    return SparseRows(ids, torch.cat([lp, last[:, None]], -1), rounding)
 
 
 def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from fusedkd.checks import check_whole, is_finite
 from fusedkd.divergences import Divergence
 
-__all__ = ["IDENTITY", "METRIC_COLUMNS", "LossSpec", "Transform", "check_whole", "is_finite"]
+__all__ = ["IDENTITY", "METRIC_COLUMNS", "OF_TEACHER", "LossSpec", "Transform"]
 
 # The columns of the per-token metrics that a backend returns, in this order.
 METRIC_COLUMNS = (
@@ -23,6 +23,10 @@ METRIC_COLUMNS = (
     "teacher_accuracy",
 )
 
+# Of these, what only a teacher can tell.
+OF_TEACHER = ("kd", "teacher_entropy", "top1_agreement", "teacher_accuracy")
+
+MOST_WEIGHT = 1e18  # with T^2 still a number in fp32, and as an int in 64 bits
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -67,9 +71,10 @@ class LossSpec:
                     f"{name}={value!r}: expected a Python number above 0 (1.0 changes nothing)."
                 )
         for name in ("kd_weight", "ce_weight"):
-            if not is_finite(value := getattr(self, name)) or value < 0:
+            if not is_finite(value := getattr(self, name)) or not 0 <= value <= MOST_WEIGHT:
                 raise ValueError(
-                    f"{name}={value!r}: expected a Python number of at least 0 (0 drops the term)."
+                    f"{name}={value!r}: expected a Python number from 0, which drops the term, to "
+                    f"{MOST_WEIGHT:g}."
                 )
         if not is_finite(self.label_smoothing) or not 0 <= self.label_smoothing <= 1:
             raise ValueError(
@@ -78,7 +83,7 @@ class LossSpec:
         for name in ("scale_by_t2", "inplace"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}={value!r}: expected True or False.")
-        if self.reduction not in REDUCTIONS:
+        if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:
             raise ValueError(
                 f"reduction={self.reduction!r}: expected one of {', '.join(map(repr, REDUCTIONS))}."
             )
@@ -93,17 +98,3 @@ class LossSpec:
         size as T grows.
         """
         return self.kd_weight * (self.temperature**2 if self.scale_by_t2 else 1.0)
-
-
-def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
-    """Raise unless ``value`` is a whole number from ``least`` up that 64 bits hold."""
-    hint = f" ({hint})" if hint else ""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}={value!r}: expected an int{hint}.")
-    if not least <= value < 2**63:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}{hint}.")
-
-
-def is_finite(value: object) -> bool:
-    """Whether ``value`` is a plain finite number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

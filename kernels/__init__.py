@@ -36,8 +36,8 @@ that has been checked, sorted and completed:
 
 * ``indices`` (N, K) int32 ids below ``spec.vocab_size``, ascending and distinct in a row, behind
   them ``fusedkd.sparse.PADDING``; contiguous, K may be 0.
-* ``log_probs`` (N, K + 1) log p in the accumulation type, -inf at padding. The last column is the
-  tail's, -inf unless ``spec.tail`` is "bucket".
+* ``log_probs`` (N, K + 1) log p in fp64, -inf at padding. The last column is the tail's, -inf
+  unless ``spec.tail`` is "bucket". Gaps are formed in fp64.
 * With ``spec.tail`` "bucket", D compares K + 1 categories: the ids, and all else, of which q has
   the sum over the entries that are no ids (without cancellation, however small) and p the last
   column. That category's d D / d log q goes to the entries outside in proportion to their q. Where
@@ -47,13 +47,13 @@ that has been checked, sorted and completed:
 * Metrics: the teacher's entropy is that of its K or K + 1 numbers p; its top is the first largest
   of the K; none, which agrees with nothing, where all are -inf.
 
-``scale_(grad, factor)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by
+``scale_(grad, factor, out=None)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by
 ``factor`` (a 0-d tensor, or (N,) contiguous, one per row), touching no memory where the factor is
-1, without asking the host.
+1, without asking the host. With ``out``, contiguous and of the same shape, the product goes there,
+rounded to its dtype, and ``grad`` stays as it is.
 
-``mm_(out, a, b, add=None)``: ``out = a @ b (+ add)`` for 2-D tensors of any strides, summed in fp32
-at least and rounded once to ``out``'s dtype, which may be wider than that of ``a`` and ``b``.
-``add`` is ``out``, or another tensor of its shape in fp32 at least, whose contents are lost.
+``mm_(out, a, b, accumulate=False)``: ``out = a @ b (+ out)`` for 2-D tensors of any strides, summed
+in fp32 at least; ``out``'s dtype is not narrower than that of ``a`` and ``b``.
 
 ``empty(shape, *, dtype, device) -> Tensor``: as ``torch.empty``; for gradients and chunks, which
 are large.

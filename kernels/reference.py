@@ -120,9 +120,10 @@ def _write_gradient(grad: Tensor, loss: Tensor, raw: Tensor, counted: Tensor) ->
     grad.copy_(full.view(grad.shape))
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
+def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`."""
-    grad.mul_(factor.view(*grad.shape[: grad.dim() - 1], 1) if factor.dim() else factor)
+    product = grad * (factor.view(*grad.shape[: grad.dim() - 1], 1) if factor.dim() else factor)
+    (grad if out is None else out).copy_(product)
 
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -130,10 +131,10 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return torch.float64, torch.float64
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """See :mod:`fusedkd.kernels`."""
     product = a.double() @ b.double()
-    out.copy_(product if add is None else add + product)
+    out.copy_(out + product if accumulate else product)
 
 
 def _true_vocabulary(logits: Tensor, spec: LossSpec) -> Tensor:

@@ -1,7 +1,7 @@
 """Distillation on ``transformers.Trainer``. Needs the ``train`` extra: ``pip install
 fusedkd[train]``."""
 
-from fusedkd.calls import parse_divergence
+from fusedkd.divergences import make as parse_divergence
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.student import StudentPlan, build_student
 from fusedkd.train.trainer import DistillationTrainer

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fusedkd import backends
-from fusedkd.calls import parse_divergence
+from fusedkd import backends, divergences
 from fusedkd.logits import TAILS
 from fusedkd.spec import LossSpec
 from fusedkd.train.on_policy import OnPolicy
@@ -181,7 +180,7 @@ class DistillationArguments(TrainingArguments):
     def loss_keywords(self) -> dict[str, Any]:
         """The keyword arguments of :func:`fusedkd.kd_loss` that do not change between batches."""
         return {
-            "divergence": parse_divergence(self.divergence),
+            "divergence": divergences.make(self.divergence),
             "temperature": self.temperature,
             "teacher_temperature": self.teacher_temperature,
             "kd_weight": self.kd_weight,

@@ -47,9 +47,16 @@ def unavailable() -> str | None:
     try:
         torch.ops.load_library(str(libraries[0]))
         torch.ops.fusedkd_cpu.instruction_set()
+        _register_fakes()
     except (OSError, RuntimeError) as error:
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
     return None
+
+
+def _register_fakes() -> None:
+    """For tensors without memory: what the operators write to is all that they give."""
+    for name in ("rows", "sparse_rows", "scale_", "matmul"):
+        torch.library.register_fake(f"fusedkd_cpu::{name}", lambda *_: None)
 
 
 @functools.cache
@@ -138,6 +145,6 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
     return made
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
+def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`."""
-    _ops().scale_.default(grad, factor)
+    _ops().scale_.default(grad if out is None else out, grad, factor)

@@ -18,6 +18,7 @@
 
 #include "kernel.h"
 #include "memory.h"
+#include "tensors.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -79,7 +80,7 @@ int64_t l2_bytes() {
 Logits logits_of(const Tensor& t, double scale, double softcap) {
   STD_TORCH_CHECK(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
                   "fusedkd_cpu: expected (batch, tokens, columns) with unit stride in the last dimension");
-  return {t.data_ptr(), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
+  return {pointer(t), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
 }
 
 // Calls `one(row, next)` for each row; `next` is what the same thread does then, or -1. Which thread does a row does not
@@ -133,9 +134,9 @@ void begin(RowsCall& call, const InstructionSet& set, const Tensor& student, con
     call.grad_columns = grad->size(2);
     bytes = count * vocabulary * static_cast<int64_t>(grad->element_size());
   }
-  call.labels = labels ? static_cast<const int64_t*>(labels->data_ptr()) : nullptr;
-  call.row_scale = row_scale.data_ptr(), call.loss = loss.data_ptr();
-  call.metrics = metrics ? metrics->data_ptr() : nullptr;
+  call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
+  call.row_scale = pointer(row_scale), call.loss = pointer(loss);
+  call.metrics = metrics ? pointer(*metrics) : nullptr;
   call.stream = grad && call.grad.data != call.student.data && bytes >= kStreamBytes;
   call.student_temperature = numbers[0], call.teacher_temperature = numbers[1];
   call.kd_scale = numbers[2], call.ce_weight = numbers[3], call.label_smoothing = numbers[4];
@@ -180,10 +181,10 @@ void sparse_rows(Tensor student, Tensor indices, Tensor log_probs, std::optional
   call.teacher = call.student;
   call.entries = indices.size(1);
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.is_contiguous() && log_probs.is_contiguous() &&
-                      dtype_of(log_probs) == dtype_of(loss) && indices.size(0) == call.batch * call.tokens &&
+                      dtype_of(log_probs) == DType::f64 && indices.size(0) == call.batch * call.tokens &&
                       log_probs.numel() == indices.size(0) * (call.entries + 1),
-                  "fusedkd_cpu: expected indices (N, K) int32 and log_probs (N, K + 1), contiguous");
-  call.indices = static_cast<const int32_t*>(indices.data_ptr()), call.log_probs = log_probs.data_ptr();
+                  "fusedkd_cpu: expected indices (N, K) int32 and log_probs (N, K + 1) float64, contiguous");
+  call.indices = pointer<int32_t>(indices), call.log_probs = pointer<double>(log_probs);
   call.bucket = numbers[kCommon] != 0, call.rounding = numbers[kCommon + 1];
   const bool keeps = grad && call.kd_scale != 0 && !call.bucket && set.keeps(call.divergence);
   const int64_t padded = (call.entries + 1 + kEntryStep - 1) / kEntryStep * kEntryStep;
@@ -191,12 +192,17 @@ void sparse_rows(Tensor student, Tensor indices, Tensor log_probs, std::optional
                  [&](const Workspace& work, int64_t row) { set.sparse_row(call, work, row); });
 }
 
-// Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one.
-void scale_(Tensor data, Tensor factor) {
+// Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one; `out` is the same tensor, or
+// contiguous.
+void scale_(Tensor out, Tensor data, Tensor factor) {
   const bool per_row = factor.dim() > 0;
   const int64_t all = data.numel();
+  STD_TORCH_CHECK(out.numel() == all && (out.data_ptr() == data.data_ptr() || out.is_contiguous()),
+                  "fusedkd_cpu::scale_: expected a contiguous output of as many entries");
   if (all == 0) return;
-  ScaleCall call{data.data_ptr(), nullptr, 1, all, 1, 0, 0, per_row, dtype_of(data)};
+  ScaleCall call{};
+  call.data = pointer(data), call.out = pointer(out), call.inner_rows = 1;
+  call.per_row = per_row, call.dtype = dtype_of(data), call.out_dtype = dtype_of(out);
   if (data.dim() == 3 && !data.is_contiguous()) {
     call.rows = data.size(0) * data.size(1), call.columns = data.size(2);
     call.inner_rows = data.size(1), call.stride_outer = data.stride(0), call.stride_inner = data.stride(1);
@@ -207,13 +213,15 @@ void scale_(Tensor data, Tensor factor) {
     call.columns = per_row ? all / factor.numel() : kGrain;
     call.stride_outer = call.columns;
   }
+  call.out_stride = call.columns;
   std::vector<double> factors(factor.numel());
+  const void* numbers = pointer(factor);
   for (size_t i = 0; i < factors.size(); ++i)
-    factors[i] = dtype_of(factor) == DType::f64 ? static_cast<const double*>(factor.data_ptr())[i]
-                                                : static_cast<const float*>(factor.data_ptr())[i];
+    factors[i] = dtype_of(factor) == DType::f64 ? static_cast<const double*>(numbers)[i]
+                                                : static_cast<const float*>(numbers)[i];
   STD_TORCH_CHECK(!per_row || static_cast<int64_t>(factors.size()) == call.rows,
                   "fusedkd_cpu::scale_: expected one factor, or one per row");
-  if (!per_row && factors[0] == 1) return;
+  if (!per_row && factors[0] == 1 && call.out == call.data) return;
   call.factors = factors.data();
   const bool flat = !per_row && data.is_contiguous();
   for_rows(call.rows, call.columns, [&](int64_t row, int64_t) {
@@ -248,15 +256,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def(
       "sparse_rows(Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor row_scale, str divergence, "
       "float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
-  m.def("scale_(Tensor(a!) data, Tensor factor) -> ()");
+  m.def("scale_(Tensor(a!) out, Tensor data, Tensor factor) -> ()");
   m.def("spare(int[] shape, ScalarType dtype, int bytes) -> Tensor");
 }
 
+// Those without a tensor to go by. What they do not touch, fake tensors among it, has its kernels in __init__.py.
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&fusedkd::instruction_set));
   m.impl("knows", TORCH_BOX(&fusedkd::knows));
+  m.impl("spare", TORCH_BOX(&fusedkd::spare));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CPU, m) {
   m.impl("rows", TORCH_BOX(&fusedkd::rows));
   m.impl("sparse_rows", TORCH_BOX(&fusedkd::sparse_rows));
   m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
-  m.impl("spare", TORCH_BOX(&fusedkd::spare));
 }

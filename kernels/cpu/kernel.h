@@ -40,7 +40,7 @@ struct RowsCall {
 
 struct SparseCall : RowsCall {  // `teacher` stands empty, as a copy of `student`
   const int32_t* indices;  // (rows, entries), ascending, padding of kPadding behind
-  const void* log_probs;   // (rows, entries + 1) of the accumulation type, the last one the tail's
+  const double* log_probs;  // (rows, entries + 1), the last one the tail's
   int64_t entries;
   bool bucket;      // whether the entries outside are one category; else they have p = 0
   double rounding;  // a teacher's tail below this counts as 0 where the student has none
@@ -55,12 +55,14 @@ struct Workspace {
 };
 
 struct ScaleCall {
-  void* data;
+  const void* data;
+  void* out;  // rows one after the other; or `data` itself
   const double* factors;  // one per row, or a single one
   int64_t rows, columns;
   int64_t inner_rows, stride_outer, stride_inner;  // row r starts at (r / inner) outer + (r % inner) inner
+  int64_t out_stride;  // where `out` is not `data`
   bool per_row;
-  DType dtype;
+  DType dtype, out_dtype;
 };
 
 struct InstructionSet {

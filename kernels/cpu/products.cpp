@@ -1,4 +1,4 @@
-// out = a @ b (+ add) with bf16 operands and sums in fp32, which torch.mm has on GPUs only.
+// out = a @ b (+ out) with bf16 operands and sums in fp32, which torch.mm has on GPUs only.
 //
 // The arithmetic is oneDNN's, through the micro-kernel that torch itself uses in flash attention
 // (at::native::cpublas::brgemm: AVX512-BF16 or AMX, whichever the processor has). Here is only the
@@ -13,9 +13,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 
 #include "memory.h"
+#include "tensors.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -60,7 +60,7 @@ struct Matrix {
   int64_t row, column;  // strides
 
   explicit Matrix(const Tensor& t)
-      : data(static_cast<const uint16_t*>(t.data_ptr())), row(t.stride(0)), column(t.stride(1)) {}
+      : data(fusedkd::pointer<uint16_t>(t)), row(t.stride(0)), column(t.stride(1)) {}
 
   Matrix(const uint16_t* data, int64_t row, int64_t column) : data(data), row(row), column(column) {}
 
@@ -113,32 +113,6 @@ PACKING void transpose_out(const float* from, int64_t stride, float* to, int64_t
   for (int i = 0; i < 16; ++i) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * to_stride), x[i]);
 }
 
-#define ROUNDING __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-
-// `count` numbers, 16 at most, of x (+ add), and zeros.
-ROUNDING __m512 sum_of(const float* x, const float* add, int64_t count) {
-  const __mmask16 these = (1u << std::min(kBlock, count)) - 1;
-  const __m512 own = _mm512_maskz_loadu_ps(these, x);
-  return add ? _mm512_add_ps(own, _mm512_maskz_loadu_ps(these, add)) : own;
-}
-// to[j] = x[j] (+ add[j]) in bf16, to nearest even; whole cache lines past the caches.
-ROUNDING void round_row(const float* x, const float* add, int64_t n, uint16_t* to) {
-  const bool lines = reinterpret_cast<uintptr_t>(to) % 64 == 0;
-  auto at = [add](int64_t j) { return add ? add + j : nullptr; };
-  int64_t j = 0;
-  for (; j + 2 * kBlock <= n; j += 2 * kBlock) {
-    const __m512 low = sum_of(x + j, at(j), kBlock), high = sum_of(x + j + kBlock, at(j + kBlock), kBlock);
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    if (lines)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), both);
-    else
-      _mm512_storeu_si512(to + j, both);
-  }
-  for (; j < n; j += kBlock)
-    _mm256_mask_storeu_epi16(to + j, (1u << std::min(kBlock, n - j)) - 1,
-                             (__m256i)_mm512_cvtneps_pbh(sum_of(x + j, at(j), n - j)));
-}
-
 PACKING __m512i interleave(const uint16_t* first, const uint16_t* second) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)first));
   if (second == nullptr) return low;
@@ -163,7 +137,6 @@ void transpose_pairs(const uint16_t*, int64_t, uint16_t*, int64_t) {}
 void pair_rows(const uint16_t*, const uint16_t*, uint16_t*) {}
 void transpose_rows(const uint16_t*, int64_t, int64_t, uint16_t*, int64_t) {}
 void transpose_out(const float*, int64_t, float*, int64_t) {}
-void round_row(const float*, const float*, int64_t, uint16_t*) {}
 #endif
 
 // b[k0:k0+depth, n0:n0+columns] as [padded / 2][columns][2], zero from `depth` on.
@@ -221,12 +194,9 @@ void store_transposed(const float* tile, int64_t stride, int64_t rows, int64_t c
     for (int64_t i = 0; i < rows; ++i) out[j * leading + i] = tile[i * stride + j];
 }
 
-// An fp32 result, where it lies, and if it is to be rounded, where to. Numbers that are added lie in `data`.
 struct Result {
   float* data;
   int64_t leading;
-  uint16_t* rounded;
-  int64_t rounded_leading;
 };
 
 struct Product {
@@ -284,23 +254,18 @@ struct Product {
     torch::stable::parallel_for(0, (m + kRows - 1) / kRows, 1, [&](int64_t from, int64_t to) {
       Scratch scratch, finished;
       for (int64_t i = from * kRows; i < std::min(m, to * kRows); i += kRows) {
-        const bool apart = transposed || out.rounded, adds = accumulate && !apart;  // apart: in a tile of its own
-        const int64_t rows = std::min(kRows, m - i), stride = apart ? wide : out.leading;
-        float* tile = apart ? finished.at_least<float>(kRows * wide) : out.data + i * out.leading;
+        const int64_t rows = std::min(kRows, m - i), stride = transposed ? wide : out.leading;
+        float* tile = transposed ? finished.at_least<float>(kRows * wide) : out.data + i * out.leading;
         for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
           int64_t depth = std::min(kDepth, k - k0), whole = padded(depth), lda;
           const uint16_t* part = row_major(a, i, rows, k0, depth, whole, scratch, lda);
           for (int64_t block = 0; block < blocks(); ++block) {
-            if (adds && k0 == 0) fetch(i + rows, block);
-            brgemm_bf16(rows, columns(block), whole, lda, columns(block), stride, adds || k0 > 0, part,
+            if (accumulate && k0 == 0) fetch(i + rows, block);
+            brgemm_bf16(rows, columns(block), whole, lda, columns(block), stride, accumulate || k0 > 0, part,
                         share(k0, block), tile + block * kColumns, true);
           }
         }
         if (transposed) store_transposed(tile, stride, rows, n, out.data + i, out.leading);
-        if (out.rounded)
-          for (int64_t r = i; r < i + rows; ++r)
-            round_row(tile + (r - i) * wide, accumulate ? out.data + r * out.leading : nullptr, n,
-                      out.rounded + r * out.rounded_leading);
       }
       brgemm_release(true);
     });
@@ -321,20 +286,16 @@ struct Product {
 // Whether matmul() works on this machine.
 bool matmul_supported() { return supported(); }
 
-// out (m, n) fp32, or bf16 if tall, with unit column stride; a (m, k) and b (k, n) bf16 with any strides. What is added is
-// fp32: out itself, or with a bf16 out another one.
-void matmul(Tensor out, Tensor a, Tensor b, std::optional<Tensor> add) {
-  STD_TORCH_CHECK(supported() && a.scalar_type() == ScalarType::BFloat16,
-                  "matmul: needs bf16 operands and AVX512-BF16");
-  const bool rounds = out.scalar_type() == ScalarType::BFloat16, accumulate = add.has_value();
-  STD_TORCH_CHECK(!accumulate || (add->scalar_type() == ScalarType::Float && (rounds || add->data_ptr() == out.data_ptr())),
-                  "matmul: what is added must be fp32, and out where that is fp32 too");
-  Result result{rounds ? nullptr : static_cast<float*>(out.data_ptr()), out.stride(0),
-                rounds ? static_cast<uint16_t*>(out.data_ptr()) : nullptr, out.stride(0)};
-  if (accumulate) result.data = static_cast<float*>(add->data_ptr()), result.leading = add->stride(0);
+// out (m, n) fp32 with unit column stride; a (m, k) and b (k, n) bf16 with any strides.
+void matmul(Tensor out, Tensor a, Tensor b, bool accumulate) {
+  STD_TORCH_CHECK(supported(), "matmul: needs AVX512-BF16");
+  STD_TORCH_CHECK(a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16 &&
+                      out.scalar_type() == ScalarType::Float && out.stride(1) == 1 && out.size(0) == a.size(0) &&
+                      out.size(1) == b.size(1) && a.size(1) == b.size(0),
+                  "matmul: expected (m, k) and (k, n) in bf16, (m, n) in fp32");
+  const Result result{fusedkd::pointer<float>(out), out.stride(0)};
   const Product product{Matrix(a), Matrix(b), result, a.size(0), b.size(1), a.size(1), accumulate};
   if (product.n < product.m) return product.by_rows(false);
-  STD_TORCH_CHECK(!rounds, "matmul: only tall results are rounded");
   // Logits: the weight's rows are taken as they lie and the few tokens are packed. For V = 151,936 that takes 0.6 to 0.9
   // of the time of packing the weight (64 to 512 tokens, H = 896 and 1,536, Granite Rapids, 2026-11-26).
   const int64_t line = 16;  // numbers in a cache line
@@ -349,10 +310,13 @@ void matmul(Tensor out, Tensor a, Tensor b, std::optional<Tensor> add) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def("matmul_supported() -> bool");
-  m.def("matmul(Tensor(a!) out, Tensor a, Tensor b, Tensor? add) -> ()");
+  m.def("matmul(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("matmul_supported", TORCH_BOX(&matmul_supported));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CPU, m) {
   m.impl("matmul", TORCH_BOX(&matmul));
 }

@@ -26,27 +26,19 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return logits, (dtype if _multiplies(dtype) else logits)
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """See :mod:`fusedkd.kernels`.
 
-    bf16 goes through the processor's own products (products.cpp, or torch where a result that is
-    not tall is bf16 too). Where it has none, blocks of the operands are widened and multiplied in
-    fp32.
+    bf16 goes through the processor's own products (products.cpp). Where it has none, blocks of the
+    operands are widened and multiplied in fp32.
     """
-    if a.dtype == b.dtype == torch.bfloat16 and _multiplies(a.dtype):
-        tall = a.shape[0] > b.shape[1]
-        fp32 = out.dtype == torch.float32 and (add is None or add is out)
-        fp32_or_rounded = fp32 or (tall and out.dtype == torch.bfloat16 and add is not out)
-        if fp32_or_rounded and a.numel() and b.numel():
-            torch.ops.fusedkd_cpu.matmul.default(out, a, b, add)
-            return
-        if out.dtype == torch.bfloat16 and add is None:
-            torch.mm(a, b, out=out)
-            return
-    if a.dtype == b.dtype == out.dtype and a.dtype not in HALF and (add is None or add is out):
-        _multiply(out, a, b, add is out)
-        return
-    _mm_widened(out, a, b, add)
+    half = a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+    if half and _multiplies(a.dtype) and a.numel() and b.numel():
+        torch.ops.fusedkd_cpu.matmul.default(out, a, b, accumulate)
+    elif a.dtype == b.dtype == out.dtype:
+        _multiply(out, a, b, accumulate)
+    else:
+        _mm_widened(out, a, b, accumulate)
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -61,36 +53,26 @@ def _multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.fusedkd_cpu.matmul_supported()
 
 
-def _mm_widened(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None) -> None:
-    """``out = a @ b (+ add)`` in the wider type, in blocks of the longest dimension: of the rows of
+def _mm_widened(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """``out = a @ b (+ out)`` in out's type, in blocks of the longest dimension: of the rows of
     ``a``, of the columns of ``b``, or of what is summed over.
     """
     (m, k), n = a.shape, b.shape[1]
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    # a narrow result, or one that is added up over blocks, is rounded once, at the end
-    accumulate = add is not None
-    if add is not None and add.dtype == dtype:
-        total = add
-    else:
-        total = out if out.dtype == dtype else torch.empty(m, n, dtype=dtype)
-        if add is not None:
-            total.copy_(add)
+    dtype = out.dtype
     if m == max(m, n, k):
         wide = b.to(dtype)
         for rows in _blocks(m, k, dtype):
-            _multiply(total[rows], _widened("a", a[rows], dtype), wide, accumulate)
+            _multiply(out[rows], _widened("a", a[rows], dtype), wide, accumulate)
     elif n == max(m, n, k):
         wide = a.to(dtype)
         for columns in _blocks(n, k, dtype):
-            _multiply(total[:, columns], wide, _widened("b", b[:, columns], dtype), accumulate)
+            _multiply(out[:, columns], wide, _widened("b", b[:, columns], dtype), accumulate)
     else:
         if not accumulate:
-            total.zero_()
+            out.zero_()
         for part in _blocks(k, max(m, n), dtype):
             left, right = _widened("a", a[:, part], dtype), _widened("b", b[part], dtype)
-            _multiply(total, left, right, True)
-    if total is not out:
-        out.copy_(total)
+            _multiply(out, left, right, True)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
@@ -112,8 +94,9 @@ def _widened(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
         return block
     memory = getattr(_scratch, name, None)
     if memory is None or memory.dtype != dtype or memory.numel() < block.numel():
+        size = max(block.numel(), WIDEN_BYTES // dtype.itemsize)
         with torch.inference_mode(False):  # usable outside it, whoever comes first
-            memory = torch.empty(max(block.numel(), WIDEN_BYTES // dtype.itemsize), dtype=dtype)
+            memory = torch.empty(size, dtype=dtype, device=block.device)
         setattr(_scratch, name, memory)
     flat = memory[: block.numel()]
     by_columns = block.stride(0) == 1 and block.stride(1) != 1  # keep what is contiguous so

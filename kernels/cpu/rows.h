@@ -419,23 +419,26 @@ inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
 }
 
 inline void scale(const ScaleCall& call, int64_t row) {
-  double factor = call.factors[call.per_row ? row : 0];
-  if (factor == 1) return;
-  char* data = (char*)call.data + (row / call.inner_rows * call.stride_outer + row % call.inner_rows * call.stride_inner) *
-                                      size_of(call.dtype);
+  const double factor = call.factors[call.per_row ? row : 0];
+  const bool in_place = call.out == call.data;
+  if (in_place && factor == 1) return;
+  const int64_t start = row / call.inner_rows * call.stride_outer + row % call.inner_rows * call.stride_inner;
+  const char* data = (const char*)call.data + start * size_of(call.dtype);
+  char* out = (char*)call.out + (in_place ? start : row * call.out_stride) * size_of(call.out_dtype);
   for (int64_t i = 0; i < call.columns; i += kShortestTile) {
     const int64_t n = call.columns - i < kShortestTile ? call.columns - i : kShortestTile;
-    char* at = data + i * size_of(call.dtype);
+    const char* from = data + i * size_of(call.dtype);
+    char* to = out + i * size_of(call.out_dtype);
     alignas(64) double wide[kShortestTile];
     float* narrow = (float*)wide;
     if (call.dtype == DType::f64) {
-      read(call.dtype, at, wide, n);
+      read(call.dtype, from, wide, n);
       for (int64_t j = 0; j < n; ++j) wide[j] *= factor;
-      write(call.dtype, wide, at, n);
+      write(call.out_dtype, wide, to, n);
     } else {
-      read(call.dtype, at, narrow, n);
+      read(call.dtype, from, narrow, n);
       for (int64_t j = 0; j < n; ++j) narrow[j] *= (float)factor;
-      write(call.dtype, narrow, at, n);
+      write(call.out_dtype, narrow, to, n);
     }
   }
 }

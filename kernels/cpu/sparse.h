@@ -104,7 +104,7 @@ class SparseRow : OneRow<X> {
     for (; count_ < sparse_.entries && indices_[count_] != kPadding; ++count_)
       __builtin_prefetch((const char*)student_.row + indices_[count_] * size_of(call_.student.dtype));
     for (int64_t i = 0; i < padded_; ++i) z_[i] = lp_[i] = lq_[i] = -kInfinity;
-    const F* log_probs = (const F*)sparse_.log_probs + n_ * (sparse_.entries + 1);
+    const double* log_probs = sparse_.log_probs + n_ * (sparse_.entries + 1);
     for (int64_t i = 0; i < count_; ++i) {
       z_[i] = logit(call_.student, student_.row, indices_[i], slopes_ + i);
       lp_[i] = log_probs[i];

@@ -50,11 +50,11 @@ def sparse_rows(
     return sparse_ops.sparse_rows(student, teacher, labels, row_scale, spec, grad, metrics)
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
+def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`."""
     from . import ops
 
-    ops.scale_(grad, factor)
+    ops.scale_(grad, factor, out)
 
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -64,8 +64,8 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return ops.head_dtypes(dtype)
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """See :mod:`fusedkd.kernels`."""
     from . import ops
 
-    ops.mm_(out, a, b, add)
+    ops.mm_(out, a, b, accumulate)

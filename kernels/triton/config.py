@@ -99,6 +99,7 @@ class Plan(Tiling):
     closed: bool  # the statistics give the divergence (pointwise.CLOSED)
     forward: bool  # ... from KL(p || q)
     reverse: bool  # ... from KL(q || p)
+    mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
     ce: bool  # cross-entropy, for the loss or for the metrics
     metrics: bool
     bent_s: bool  # the student's logits are scaled or capped
@@ -167,6 +168,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         closed=closed is not None,
         forward=closed is not None and closed.forward,
         reverse=closed is not None and closed.reverse,
+        mixes=variant.divergence in pointwise.MIXTURES,
         ce=variant.ce,
         metrics=variant.metrics,
         bent_s=variant.bent_s,

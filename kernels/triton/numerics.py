@@ -80,6 +80,37 @@ def log_ratio(x, y, ACC: tl.constexpr):
 
 
 @triton.jit
+def exp_wide(x):
+    """e^x for fp64 x within 700 of 0, to about one unit in its last place."""
+    x = tl.minimum(tl.maximum(x, -700.0), 700.0)
+    k = (x * LOG2E + tl.where(x < 0, -0.5, 0.5)).to(tl.int32)
+    whole = k.to(tl.float64)
+    # ln 2 in two parts, the first with trailing zeros: |r| <= ln 2 / 2, Taylor to 2^-58
+    r = (x - whole * 0.6931471803691238) - whole * 1.9082149292705877e-10
+    y = r * 1.6059043836821613e-10 + 2.08767569878681e-9
+    y = y * r + 2.505210838544172e-8
+    y = y * r + 2.755731922398589e-7
+    y = y * r + 2.7557319223985893e-6
+    y = y * r + 2.48015873015873e-5
+    y = y * r + 1.984126984126984e-4
+    y = y * r + 1.388888888888889e-3
+    y = y * r + 8.333333333333333e-3
+    y = y * r + 4.1666666666666664e-2
+    y = y * r + 0.16666666666666666
+    y = (y * r + 0.5) * r * r + r + 1.0
+    return y * ((k + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def log_wide(x):
+    """log x for positive fp64 x in fp32's range, to about one unit of fp64: log_sum, and a Newton
+    step."""
+    y = log_sum(x, tl.float32).to(tl.float64)
+    d = x * exp_wide(-y) - 1.0
+    return y + (d - 0.5 * d * d)
+
+
+@triton.jit
 def expm1_small(x):
     """exp(x) - 1 for |x| <= 1/2, where fp32 would lose the small difference."""
     if x.dtype == tl.float64:

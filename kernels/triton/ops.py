@@ -125,10 +125,13 @@ def _numbers(spec: LossSpec) -> dict[str, float | int]:
     }
 
 
-def scale_(grad: Tensor, factor: Tensor) -> None:
+def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     """See :mod:`fusedkd.kernels`."""
     _check_device(grad)
     if grad.numel() == 0:
+        return
+    if out is not None:  # one kernel of torch's, which converts as it writes
+        torch.mul(grad, factor.view(*grad.shape[:-1], 1) if factor.dim() else factor, out=out)
         return
     if factor.dim() == 0 and grad.is_contiguous():
         grad = grad.view(1, 1, -1)
@@ -165,13 +168,9 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     return (torch.float32 if dtype in HALF else dtype), dtype
 
 
-def mm_(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None) -> None:
+def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """See :mod:`fusedkd.kernels`. The vendor's library; its products are summed in fp32."""
-    accumulate = add is not None
-    if add is not None and add is not out:
-        mm_(add, a, b, add)
-        out.copy_(add)
-    elif a.dtype == out.dtype:
+    if a.dtype == out.dtype:
         out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     elif a.is_cuda and torch.version.hip is None:
         wide: Any = {"out_dtype": out.dtype, "out": out}

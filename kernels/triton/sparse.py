@@ -14,10 +14,20 @@ it is 0).
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, log_sum, reciprocal, rounded, scalar
+from .numerics import (
+    LN2,
+    LOG2E,
+    exp_wide,
+    log_sum,
+    log_wide,
+    lowest,
+    reciprocal,
+    rounded,
+    scalar,
+)
 from .programs import _drop, _pieces, _span
 from .sparse_sweeps import BLOCK, _gradient, _merge, _middle, _statistics
-from .sweeps import INFINITY, NO_COLUMN, _add, _geometry, _load, _log_prob, _row, zeros
+from .sweeps import INFINITY, NO_COLUMN, _add, _geometry, _load, _row, zeros
 
 POINTERS = (
     *("student", "grad", "indices", "log_probs", "labels", "row_scale"),
@@ -72,27 +82,33 @@ def _held(held, known, start, bend, plan: tl.constexpr):
 
 @triton.jit
 def _norm(state, held, known, bend, inverse, plan: tl.constexpr):
-    """(largest logit, 1 / T, log and 1 / of its sum over all entries at T, the same at T = 1), and
-    how much lower the largest one outside the ids is."""
+    """(largest logit, 1 / T, log and 1 / of its sum over all entries at T, the same at T = 1), how
+    much lower the largest one outside the ids is, and the first log in fp64.
+
+    The ids' exponentials are in fp64, as :func:`_points` has them, so that those and the tail sum
+    to 1: where p and q are close, the loss is as small as what would be missing.
+    """
     best = state[5]
     shift = state[0] - best
-    total = state[1] * tl.exp2(shift * inverse * LOG2E)
+    wide = inverse.to(tl.float64)
+    total = state[1] * exp_wide(shift.to(tl.float64) * wide)
     one = state[2] * tl.exp2(shift * LOG2E)
     for start in range(0, known[1], BLOCK):
         _, z, _ = _held(held, known, start, bend, plan)
-        total += _add(tl.exp2((z - best) * inverse * LOG2E))
+        below = z.to(tl.float64) - best.to(tl.float64)
+        total += tl.sum(tl.where(z == -INFINITY, 0.0, exp_wide(below * wide)), axis=0)
         if plan.ce:
             one += _add(tl.exp2((z - best) * LOG2E))
     over, over_one = reciprocal(total).to(plan.acc), reciprocal(one).to(plan.acc)
-    log_one = log_sum(one, plan.acc)
-    return best, inverse, log_sum(total, plan.acc), over, log_one, over_one, shift
+    log_one, log_total = log_sum(one, plan.acc), log_wide(total)
+    return best, inverse, log_total.to(plan.acc), over, log_one, over_one, shift, log_total
 
 
 @triton.jit
-def _log_tail(state, norm, plan: tl.constexpr):
-    """log of what the student has outside the ids."""
-    log_total = norm[6] * norm[1] + log_sum(state[1], plan.acc) - norm[2]
-    return tl.where(state[1] == 0, -INFINITY, log_total)
+def _log_tail(state, norm):
+    """log of what the student has outside the ids, in fp64."""
+    shift = norm[6].to(tl.float64) * norm[1].to(tl.float64)
+    return tl.where(state[1] == 0, -INFINITY, shift + log_wide(state[1]) - norm[7])
 
 
 @triton.jit
@@ -104,15 +120,25 @@ def _points(
     id, z, slope = _held(held, known, start, bend, plan)
     slot = start + tl.arange(0, BLOCK)
     last = slot == known[1]
-    lp = tl.load(log_probs + slot, mask=slot <= known[1], other=-INFINITY)
+    lp_wide = tl.load(log_probs + slot, mask=slot <= known[1], other=-INFINITY)
     if BUCKET:
-        lp = tl.where(last & (tl.exp(lp) <= least), -INFINITY, lp)
-    lq = _log_prob(z, z - norm[0], norm[1], norm[2], plan)
+        lp_wide = tl.where(last & (tl.exp(lp_wide.to(plan.acc)) <= least), -INFINITY, lp_wide)
+    below = z.to(tl.float64) - norm[0].to(tl.float64)
+    # a finite mask may overflow; only a true -inf may mean q = 0
+    lq_wide = tl.maximum(below * norm[1].to(tl.float64) - norm[7], lowest(plan.acc).to(tl.float64))
+    lq_wide = tl.where(z == -INFINITY, -INFINITY, lq_wide)
     if BUCKET:
-        lq = tl.where(last, log_tail, lq)
+        lq_wide = tl.where(last, log_tail, lq_wide)
+    lp, lq = lp_wide.to(plan.acc), lq_wide.to(plan.acc)
     absent = (lp == -INFINITY) & (lq == -INFINITY)
+    gap = tl.where(absent, 0.0, lp_wide - lq_wide)
     q = tl.exp(lq)
-    value, grad = DIVERGENCE(lp, lq, tl.where(absent, 0.0, lp - lq), tl.exp(lp), q, *a_b)
+    if plan.mixes:
+        a, b = a_b[0].to(tl.float64), a_b[1].to(tl.float64)
+        value, grad = DIVERGENCE(lp_wide, lq_wide, gap, tl.exp(lp_wide), tl.exp(lq_wide), a, b)
+        grad = grad.to(plan.acc)
+    else:
+        value, grad = DIVERGENCE(lp, lq, gap.to(plan.acc), tl.exp(lp), q, *a_b)
     value, grad = tl.where(absent, 0.0, value), tl.where(absent, 0.0, grad)
     # No normaliser carries a NaN of the teacher's to the row, and a divergence may swallow it.
     unknown = lp != lp
@@ -254,7 +280,7 @@ def _outside(student, known, sums, n, piece, shape, span, bend, norm, a_b,
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def sparse_kernel(
     student, grad,  # (B, T, C), the same or None
-    indices, log_probs,  # (N, K) int32, (N, K + 1); N = B T
+    indices, log_probs,  # (N, K) int32, (N, K + 1) fp64; N = B T
     labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None
     held,  # (N, K + 1) of the student's dtype: scratch
     partial, sums,  # fp64 (N, 7, pieces), (N, 2, pieces), or None in the stage "whole"
@@ -310,7 +336,7 @@ def sparse_kernel(
                 value, slope = _outside(row, known, sums, n, piece, shape, span, bend, norm, a_b,
                                         DIVERGENCE, plan)  # fmt: skip
             if plan.stage != "middle":
-                log_tail = _log_tail(state, norm, plan)
+                log_tail = _log_tail(state, norm)
                 # what counts as nothing of the teacher where the student has nothing
                 least = tl.where(log_tail == -INFINITY, scalar(rounding, acc), 0.0)
                 found = _compare(log_probs, log_tail, held, known, bend, norm, a_b, least,

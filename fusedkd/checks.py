@@ -1,0 +1,136 @@
+"""Single arguments, checked: what is wrong with one is said once, with its name and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fusedkd.modes import stand_in
+
+__all__ = [
+    "LARGEST",
+    "check_constant",
+    "check_device",
+    "check_logits",
+    "check_normalizer",
+    "check_tensor",
+    "check_whole",
+    "is_finite",
+]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST = torch.finfo(torch.float32).max
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """``value``, if it is a dense tensor whose memory holds its numbers.
+
+    Raises:
+        TypeError: something else, naming what, and the remedy.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a Tensor.")
+    dense = value.layout is torch.strided and not value.is_nested
+    if dense and type(value) is Tensor and not value.is_meta:
+        return value  # nearly always
+    if not dense:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        remedy = "to_padded_tensor(...)" if value.is_nested else "to_dense()"
+        raise TypeError(
+            f"{name} is a {kind} tensor: expected a dense one; convert it: {name}.{remedy}."
+        )
+    if value.is_meta:
+        raise TypeError(
+            f"{name} is on the device meta, where tensors have no numbers: expected one with "
+            "memory; to estimate memory, use torch's FakeTensorMode."
+        )
+    answers = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if answers and not type(value).__module__.startswith("torch."):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, whose memory does not hold its numbers (a "
+            f"quantised tensor?): expected a plain tensor; convert it, e.g. {name}.dequantize()."
+        )
+    return value
+
+
+def check_logits(name: str, value: object) -> None:
+    """Raise unless it is a tensor of numbers that the kernels read."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} is {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}; "
+            f"convert it, e.g. {name}.float()."
+        )
+
+
+def check_device(name: str, tensor: Tensor, other: str, reference: Tensor) -> None:
+    """Raise unless the two are on one device."""
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other} on {reference.device}: expected one device. "
+            f"Move it: {name}.to({other}.device)."
+        )
+
+
+def check_normalizer(normalizer: float | Tensor) -> None:
+    """Raise unless it is one number that a sum can be divided by."""
+    if isinstance(normalizer, Tensor):
+        _check_tensor_of_one(normalizer)
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer is {normalizer!r}: expected a number, a 0-d tensor or None.")
+    elif not is_finite(normalizer) or not 0 <= normalizer <= LARGEST:
+        raise ValueError(
+            f"normalizer={normalizer!r}: expected a finite number of at least 0, such as the "
+            "number of tokens that count."
+        )
+
+
+def _check_tensor_of_one(normalizer: Tensor) -> None:
+    check_tensor("normalizer", normalizer)
+    if normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: expected one number.")
+    if normalizer.dtype == torch.bool:
+        raise TypeError("normalizer is torch.bool: expected a number, not whether there is one.")
+    check_constant("normalizer", normalizer, "a real number")
+
+
+def check_constant(name: str, tensor: Tensor, expected: str) -> None:
+    """Raise unless all numbers are finite and not negative, and none has a gradient. On a GPU the
+    numbers are a device-side assertion: no synchronisation."""
+    if tensor.is_complex() or tensor.is_quantized:
+        raise TypeError(f"{name} is {tensor.dtype}: expected {expected}.")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but it is a constant here, and would get none: expected "
+            f"{name}.detach()."
+        )
+    if tensor.dtype == torch.bool or not tensor.numel():
+        return
+    least, most = torch.aminmax(tensor.detach())
+    if tensor.device.type != "cpu" or stand_in(tensor):
+        torch._assert_async(
+            (least >= 0) & (most <= LARGEST), f"{name}: expected finite numbers, not negative"
+        )
+    elif not (least >= 0 and most <= LARGEST):  # also with a NaN, which is both then
+        raise ValueError(
+            f"{name} holds numbers from {least.item():g} to {most.item():g}: expected finite "
+            "numbers of at least 0."
+        )
+
+
+def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
+    """Raise unless ``value`` is a whole number from ``least`` up that 64 bits hold."""
+    hint = f" ({hint})" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}={value!r}: expected an int{hint}.")
+    if not least <= value < 2**63:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}{hint}.")
+
+
+def is_finite(value: object) -> bool:
+    """Whether ``value`` is a finite number, an int one of 64 bits; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < (2**63 if isinstance(value, int) else math.inf)

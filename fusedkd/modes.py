@@ -1,0 +1,25 @@
+"""What tensors are in the mode that a call runs in: numbers in memory, or stand-ins for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_functorch", "stand_in"]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def stand_in(*tensors: Tensor | None) -> bool:
+    """Whether tensors may be stand-ins without memory: dynamo's, torch.func's wrappers, fake ones;
+    or whether somebody wants to see every operation (torch.fx, memory estimators)."""
+    return (
+        torch.compiler.is_compiling()
+        or in_functorch()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) not in _PLAIN for x in tensors)
+    )
