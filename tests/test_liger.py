@@ -293,6 +293,37 @@ def test_tvd(dtype: torch.dtype, reduction: str, ignore_index: int | None) -> No
     assert ours.liger_tvd(p, q, reduction=reduction).equal(ours.LigerTVDLoss(reduction)(p, q))
 
 
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("parts", [False, True])
+def test_hard_loss_alone_needs_no_teacher(name: str, parts: bool) -> None:
+    """Liger's, which runs one for nothing; here it may be None, or broken."""
+    inputs = linear(30, 16, 23, torch.float32, True)
+    inputs[4][::3] = -100
+    options = {"weight_hard_loss": 0.7, "weight_soft_loss": 0.0, "return_soft_hard_loss": parts}
+
+    def first(found: Any) -> Any:
+        return found[0] if parts else found
+
+    def alone(x: list[Any]) -> Any:
+        found = getattr(ours, name)(**options)(x[0], x[1], None, None, x[4], x[5], None)
+        if parts:
+            assert found[1].isnan()
+            torch.testing.assert_close(0.7 * found[2], found[0].detach())
+        return first(found)
+
+    def other(x: list[Any]) -> Any:
+        return first(getattr(theirs, name)(compiled=False, **options)(*x))
+
+    compare(alone, other, inputs, **TOLERANCE[torch.float32])
+    mine = lambda x: first(getattr(ours, name)(**options)(*x))  # noqa: E731
+    compare(mine, other, inputs, **TOLERANCE[torch.float32])
+    if not parts:
+        broken = [*inputs[:3], torch.full_like(inputs[3], math.nan), *inputs[4:]]
+        assert torch.equal(getattr(ours, name)(**options)(*broken), alone(inputs))
+    with pytest.raises(ValueError, match=r"teacher_weight is None with weight_soft_loss=0\.5"):
+        getattr(ours, name)()(*inputs[:3], None, inputs[4])
+
+
 # ---- what was wrong there ------------------------------------------------------------------------
 
 

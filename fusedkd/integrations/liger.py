@@ -108,33 +108,49 @@ class _ChunkedLoss(nn.Module):
         self,
         student_input: Tensor,
         student_weight: Tensor,
-        teacher_input: Tensor,
-        teacher_weight: Tensor,
+        teacher_input: Tensor | None,
+        teacher_weight: Tensor | None,
         true_labels: Tensor,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """(BT, H), (V, H), (BT, H'), (V, H'), (BT,), (V,), (V,) to a 0-d loss, or to (loss, soft,
-        hard) where ``return_soft_hard_loss``, the last two without a graph."""
-        heads = (
-            LMHead(student_input, student_weight, student_bias),
-            LMHead(teacher_input, teacher_weight, teacher_bias),
-        )
-        return self._loss(*heads, true_labels)
+        hard) where ``return_soft_hard_loss``, the last two without a graph.
 
-    def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
+        With ``weight_soft_loss=0`` no teacher is run, and there need be none: its input and weight
+        may be None, and ``soft`` is NaN then.
+
+        Raises:
+            ValueError: there is no teacher, and ``weight_soft_loss`` is not 0.
+        """
+        student, teacher = LMHead(student_input, student_weight, student_bias), None
+        if teacher_input is not None and teacher_weight is not None:
+            teacher = LMHead(teacher_input, teacher_weight, teacher_bias)
+        elif self.weight_soft_loss:
+            raise ValueError(
+                f"teacher_input or teacher_weight is None with weight_soft_loss="
+                f"{self.weight_soft_loss}: expected tensors (BT, H') and (V, H'), or "
+                "weight_soft_loss=0, which is cross-entropy alone."
+            )
+        return self._loss(student, teacher, true_labels)
+
+    def _loss(self, student: LMHead, teacher: LMHead | None, labels: Tensor) -> Any:
         raise NotImplementedError
 
-    def _run(self, *sides: Any, kd_weight: float, **soft: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(
+        self, student: LMHead, teacher: LMHead | None, labels: Tensor, weight: float, **soft: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the means of the soft and the hard term if they are wanted."""
+        if not weight and not self.return_soft_hard_loss:
+            teacher = None  # nothing asks for it
         keywords = {
-            "kd_weight": kd_weight,
+            "kd_weight": weight,
             "ce_weight": self.weight_hard_loss,
             "ignore_index": self.ignore_index,
             "vocab_size": self.vocab_size,
-            **soft,
+            **(soft if teacher is not None else {}),
         }
-        arguments = _rows(*sides)
+        arguments = _rows(student, teacher, labels)
         if not self.return_soft_hard_loss:
             loss = kd_loss(*arguments, scale_by_t2=False, **keywords)
             return loss, loss, loss
@@ -146,9 +162,9 @@ class LigerFusedLinearJSDLoss(_ChunkedLoss):
     """``weight_soft_loss * JSD_beta + weight_hard_loss * CE`` of two heads, mean over the tokens
     whose label is not ``ignore_index``. The temperature is the divergence's alone."""
 
-    def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
+    def _loss(self, student: LMHead, teacher: LMHead | None, labels: Tensor) -> Any:
         soft = {"divergence": generalized_jsd(self.beta), "temperature": self.temperature}
-        parts = self._run(student, teacher, labels, kd_weight=self.weight_soft_loss, **soft)
+        parts = self._run(student, teacher, labels, self.weight_soft_loss, **soft)
         return parts if self.return_soft_hard_loss else parts[0]
 
 
@@ -157,10 +173,10 @@ class LigerFusedLinearCosineSimilarityLoss(_ChunkedLoss):
     over the tokens whose label is not ``ignore_index``. Temperatures cancel in the cosine."""
 
     @torch._disable_dynamo
-    def _loss(self, student: LMHead, teacher: LMHead, labels: Tensor) -> Any:
+    def _loss(self, student: LMHead, teacher: LMHead | None, labels: Tensor) -> Any:
         weight = self.weight_soft_loss * self.beta
         rows = CosineRows(None, student.hidden.device)
-        loss, soft, hard = self._run(student, teacher, labels, kd_weight=weight, backend=rows)
+        loss, soft, hard = self._run(student, teacher, labels, weight, backend=rows)
         return (loss, self.beta * soft, hard) if self.return_soft_hard_loss else loss
 
 
@@ -200,12 +216,15 @@ class LigerFusedLinearJSD(nn.Module):
         )
 
 
-def _rows(student: LMHead, teacher: LMHead, labels: Tensor | None) -> tuple[Any, ...]:
+def _rows(student: LMHead, teacher: LMHead | None, labels: Tensor | None) -> tuple[Any, ...]:
     """The same with one leading dimension and a teacher without gradient."""
-    s, t = student.hidden, teacher.hidden.detach()
+
+    def flat(head: LMHead, hidden: Tensor) -> LMHead:
+        return LMHead(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias)
+
     return (
-        LMHead(s.reshape(-1, s.shape[-1]), student.weight, student.bias),
-        LMHead(t.reshape(-1, t.shape[-1]), teacher.weight, teacher.bias),
+        flat(student, student.hidden),
+        None if teacher is None else flat(teacher, teacher.hidden.detach()),
         None if labels is None else labels.reshape(-1),
     )
 
