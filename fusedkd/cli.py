@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
 
-from fusedkd.errors import UserError, as_user_error
+from fusedkd.cli_parser import OneSentence, Parser, number
+from fusedkd.errors import UserError, as_user_error, of_the_machine
 
 __all__ = ["main"]
 
@@ -80,40 +80,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "bench": _bench,
     }
-    parser = argparse.ArgumentParser(
+    parser = OneSentence(
         prog="fusedkd", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=commands, help="what to do")
     if not arguments:
         parser.print_help()
         return 2
-    if arguments[0] not in commands:
-        parser.parse_args(arguments[:1])
+    name = arguments[0] if arguments[0] in commands else ""
     try:
-        return commands[arguments[0]](arguments[1:])
+        if not name and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+            parser.refuse(arguments[0])
+        if not name:
+            parser.parse_args(arguments[:1])  # help, or an error
+        return commands[name](arguments[1:])
     except KeyboardInterrupt:
         print("fusedkd: interrupted", file=sys.stderr)
         return 130
-    except UserError as error:
-        print(f"fusedkd {arguments[0]}: {error}", file=sys.stderr)
+    except Exception as error:
+        said = _last_line(str(error)) if isinstance(error, UserError) else of_the_machine(error)
+        if said is None:  # a bug, which wants its traceback
+            raise
+        print(f"fusedkd{name and ' '}{name}: {said}", file=sys.stderr)
         return 2
+
+
+def _last_line(text: str) -> str:
+    """What a data loader's worker said: the process that waits for it raises it again, with the
+    worker's traceback as its text."""
+    caught = text.startswith("Caught ") and "Traceback" in text
+    return text.rstrip().rpartition("\n")[2].partition(": ")[2] if caught else text
 
 
 # ----------------------------------------------------------------------------------------------
 
 
 def _distill(argv: list[str]) -> int:
+    path, rest = _take_config(argv)
+    if path is not None:
+        with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
+            from fusedkd.cli_recipe import flags_of, read_recipe
+        recipe = read_recipe(path)  # before anything is loaded
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
 
         from fusedkd.train.arguments import DistillationArguments
         from fusedkd.train.run import RunArguments, distill
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:  # argparse would print 200 flags first
-            raise UserError(f"{message} (see fusedkd distill --help)")
+    class Flags(OneSentence, HfArgumentParser):  # type: ignore[misc]
+        pass
 
-    parser = Parser(
+    parser = Flags(
         (RunArguments, DistillationArguments),  # type: ignore[arg-type]
         prog="fusedkd distill",
         usage="fusedkd distill [--config FILE.yaml] [flags]",
@@ -127,14 +144,21 @@ def _distill(argv: list[str]) -> int:
     if "--help-all" not in argv:
         _hide(parser, {f.name for f in fields(TrainingArguments)} - COMMON)
     known = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
-    path, rest = _take_config(argv)
-    given = _flags_of(path, sorted({*known} - {"config", "help", "help-all"})) if path else []
-    with as_user_error():
-        run, args, _, unknown = parser.parse_args_into_dataclasses(
-            [*given, *rest], return_remaining_strings=True, look_for_args_file=False
-        )
+    flags = sorted({*known} - {"config", "help", "help-all"})
+    given = [] if path is None else flags_of(path, recipe, flags)
+    words = [*given, *rest]
+    try:
+        with as_user_error():
+            run, args, _, unknown = parser.parse_args_into_dataclasses(
+                words, return_remaining_strings=True, look_for_args_file=False
+            )
+    except UserError as error:
+        if isinstance(cause := error.__cause__, json.JSONDecodeError):
+            flag = next((a for a, b in pairwise(words) if cause.doc == b), "one of the flags")
+            raise UserError(f"{flag} {cause.doc}: expected JSON: {cause}") from None
+        raise
     if unknown:
-        raise UserError(f"{unknown[0]}: not a flag{_near(unknown[0].lstrip('-'), known)}.")
+        parser.refuse(unknown[0])
     return distill(run, args)
 
 
@@ -157,55 +181,22 @@ def _hide(parser: argparse.ArgumentParser, names: set[str]) -> None:
 
 
 def _take_config(argv: list[str]) -> tuple[Path | None, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser("distill", "", add_help=False)
     parser.add_argument("--config", type=Path)
     found, rest = parser.parse_known_args(argv)
     return found.config, rest
 
 
-def _flags_of(path: Path, known: list[str]) -> list[str]:
-    """The YAML file as command-line flags."""
-    import yaml
-
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected `key: value` lines, got a {_kind(content)}.")
-    flags: list[str] = []
-    for key, value in content.items():
-        if key not in known:
-            raise UserError(f"--config {path}: {key!r} is not a flag{_near(str(key), known)}.")
-        if value is not None and value != []:
-            values = value if isinstance(value, list) else [value]
-            flags += [
-                f"--{key}",
-                *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values),
-            ]
-    return flags
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else " (see fusedkd distill --help)"
-
-
 def _demo(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fusedkd demo",
-        description="Train a teacher on the Python standard library's sources, then the same "
-        "student three ways on a small transfer set, and write a report, a plot and the student.",
+    parser = Parser(
+        "demo",
+        "Train a teacher on the Python standard library's sources, then the same student three "
+        "ways on a small transfer set, and write a report, a plot and the student.",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=5.0, help="about how long it may take")
+    parser.add_argument("--seed", type=number(0, 2**32 - 1), default=0)
+    minutes = number(0, 10_000, float)
+    parser.add_argument("--minutes", type=minutes, default=5.0, help="about how long it may take")
     parser.add_argument("--smoke", action="store_true", help="a tiny run that only shows it works")
     args = parser.parse_args(argv)
     with as_user_error("fusedkd demo needs `pip install fusedkd[train]`"):
@@ -216,10 +207,10 @@ def _demo(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    argparse.ArgumentParser(
-        prog="fusedkd doctor",
-        description="Versions, devices, which backend runs here and why another does not, and a "
-        "check of each against the fp64 reference. Exit code 1 if a check fails.",
+    Parser(
+        "doctor",
+        "Versions, devices, which backend runs here and why another does not, and a check of each "
+        "against the fp64 reference. Exit code 1 if a check fails.",
     ).parse_args(argv)
     from fusedkd.doctor import report
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fusedkd.cli_parser import Parser, number
 from fusedkd.errors import UserError, as_user_error
 
 __all__ = ["main"]
@@ -67,18 +68,8 @@ def main(argv: list[str]) -> int:
     return _build(argv)
 
 
-def _parser(name: str, about: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"fusedkd {name}",
-        description=about,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 def _build(argv: list[str]) -> int:
-    parser = _parser("cache", ABOUT, EXAMPLES)
+    parser = Parser("cache", ABOUT, EXAMPLES)
     parser.usage = (
         "fusedkd cache --teacher T --data D --output DIR [flags] | verify | info | import"
     )
@@ -93,25 +84,26 @@ def _build(argv: list[str]) -> int:
     for name, more in _DATA_FLAGS.items():  # spelt as those of fusedkd distill, or with a dash
         add(f"--{name}", f"--{name.replace('_', '-')}", **more)
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    add("--batch-size", type=int, default=8, metavar="B", help="sequences per forward pass; 8")
-    add("--shard-mb", type=float, default=64, help="size of a file: what a kill costs at most; 64")
+    add(
+        "--batch-size", type=number(1), default=8, metavar="B", help="sequences per forward pass; 8"
+    )
+    shard = number(0.000001, 1_000_000, float)
+    add("--shard-mb", type=shard, default=64, help="size of a file: what a kill costs at most; 64")
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
         from fusedkd.train.make_cache import CacheArguments, make_cache
     values = {**vars(args), "policy": _policy(args)}
     for name in ("top_k", "top_p", "sample"):
         del values[name]
-    for name in ("batch_size", "shard_mb"):
-        if values[name] <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {values[name]}: expected more than 0.")
     make_cache(CacheArguments(**values))
     return 0
 
 
+_SHARE = number(0, 0.999_999, float)
 _DATA_FLAGS: dict[str, dict[str, Any]] = {
     "eval_data": {"nargs": "+", "default": [], "help": "also kept, for evaluations"},
-    "eval_share": {"type": float, "default": 0.02, "help": "as for fusedkd distill; 0.02"},
-    "block_size": {"type": int, "default": 512, "help": "tokens per sequence; 512"},
+    "eval_share": {"type": _SHARE, "default": 0.02, "help": "as for fusedkd distill; 0.02"},
+    "block_size": {"type": number(2), "default": 512, "help": "tokens per sequence; 512"},
     "tokenizer": {"help": "folder or hub name (default: the teacher's)"},
     "teacher_dtype": {"default": "auto", "help": "float32, bfloat16, float16 or auto: as saved"},
     "vocab_size": {"type": int, "help": "true vocabulary (default: the tokenizer's)"},
@@ -136,7 +128,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _verify(argv: list[str]) -> int:
-    parser = _parser("cache verify", "Read every byte and compare the checksums. Exit code 1: no.")
+    parser = Parser("cache verify", "Read every byte and compare the checksums. Exit code 1: no.")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
@@ -150,7 +142,7 @@ def _verify(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    parser = _parser("cache info", "What a cache holds and what it was made from.")
+    parser = Parser("cache info", "What a cache holds and what it was made from.")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
@@ -185,7 +177,7 @@ def _info(argv: list[str]) -> int:
         "size": f"{size:,} bytes, {size / found.tokens:.1f} per token",
     }.items():
         table.add_row(name, value)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names may have brackets
     if max(tails, default=0.0) > MUCH and found.teacher_hash:  # a teacher that could be asked again
         print(
             f"More than {MUCH:.0%} of the teacher's probability lies outside the entries that were "
@@ -202,7 +194,7 @@ def _outside(temperatures: tuple[float, ...], tails: tuple[float, ...]) -> str:
 
 
 def _import(argv: list[str]) -> int:
-    parser = _parser("cache import", IMPORT)
+    parser = Parser("cache import", IMPORT)
     add = parser.add_argument
     add("source", help="file, folder or hub name")
     add("--output", type=Path, required=True, metavar="DIR", help="where the cache goes")
@@ -213,9 +205,10 @@ def _import(argv: list[str]) -> int:
     add("--ids-column", help="lists of ids (default: the usual names)")
     add("--logprobs-column", help="lists of log-probabilities (default: the usual names)")
     add("--of-token", action="store_true", help="entry n is of token n, not of the next one")
-    add("--temperature", type=float, default=1.0, help="that the answers were made at; 1")
-    add("--top-k", type=int, help="keep at most so many per token (default: all)")
-    add("--vocab-size", type=int, help="true vocabulary (default: the tokenizer's)")
+    heat = number(0.0001, 10_000, float)
+    add("--temperature", type=heat, default=1.0, help="that the answers were made at; 1")
+    add("--top-k", type=number(1, 4096), help="keep at most so many per token (default: all)")
+    add("--vocab-size", type=number(2), help="true vocabulary (default: the tokenizer's)")
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
         from fusedkd.train.import_cache import import_cache

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusedkd.cli_parser import Parser, number
 from fusedkd.errors import as_user_error
 
 __all__ = ["main"]
@@ -49,17 +49,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fusedkd student",
-        description=ABOUT,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser("student", ABOUT, EXAMPLES)
     add = parser.add_argument
     add("--from", dest="teacher", required=True, metavar="TEACHER", help="folder or hub name")
-    add("--layers", type=int, required=True, help="how many (ALBERT: how many applications)")
+    add("--layers", type=number(1), required=True, help="how many (ALBERT: how many applications)")
     add("--output", type=Path, required=True, help="a new folder")
     add(
         "--map",
@@ -68,11 +62,15 @@ def _parser() -> argparse.ArgumentParser:
         "mean of each group's stretch)",
     )
     add("--to", choices=("same", "distilbert", "albert"), default="same", help="architecture")
-    add("--hidden", type=int, help="another width: random weights")
-    add("--intermediate", type=int, help="of the feed-forward (default: in proportion to hidden)")
-    add("--heads", type=int, help="attention heads (default: as many as the teacher)")
-    add("--groups", type=int, default=1, help="ALBERT: layers with weights of their own")
-    add("--embedding", type=int, help="ALBERT: width of the table of words (default: 128)")
+    add("--hidden", type=number(1), help="another width: random weights")
+    add(
+        "--intermediate",
+        type=number(1),
+        help="of the feed-forward (default: in proportion to hidden)",
+    )
+    add("--heads", type=number(1), help="attention heads (default: as many as the teacher)")
+    add("--groups", type=number(1), default=1, help="ALBERT: layers with weights of their own")
+    add("--embedding", type=number(1), help="ALBERT: width of the table of words (default: 128)")
     add("--tokenizer", help="folder or hub name (default: the teacher's)")
-    add("--seed", type=int, default=0, help="of weights that are not copied")
+    add("--seed", type=number(0, 2**32 - 1), default=0, help="of weights that are not copied")
     return parser

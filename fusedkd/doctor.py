@@ -7,8 +7,6 @@ import platform
 import time
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fusedkd import backends, divergences, kd_loss
 
@@ -20,28 +18,24 @@ TOLERANCE = 1e-4  # of the gradient's largest entry; a wrong kernel is off by fa
 
 def report() -> int:
     """Print the report; 1 when a backend that runs is wrong, or none but the reference runs."""
-    console = Console()
-    console.print(f"Python {platform.python_version()} on {platform.platform()}")
-    console.print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
-    console.print(
-        f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    print(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    print(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
-        console.print(f"GPU {index}: {torch.cuda.get_device_name(index)}")
-    table = Table("backend", "state", "check against fp64")
+        print(f"GPU {index}: {torch.cuda.get_device_name(index)}")
+    print("\nbackends, and their largest error against fp64:")
     wrong = False
     for name in backends.NAMES:
         backend = backends.load(name)
         if reason := backend.unavailable():
-            table.add_row(name, f"does not run here: {reason}", "")
+            print(f"  {name:<10} does not run here: {reason}")
             continue
         error, seconds = _error(name)
         wrong |= not error < TOLERANCE
         verdict = "right" if error < TOLERANCE else "WRONG"
         isa = getattr(backend, "instruction_set", lambda: "")()
         state = f"runs ({isa})" if isa else "runs"
-        table.add_row(name, state, f"{verdict}: error {error:.1e} in {seconds:.1f} s")
-    console.print(table)
+        print(f"  {name:<10} {state}; {verdict}: {error:.1e}, in {seconds:.1f} s")
     return int(wrong)
 
 

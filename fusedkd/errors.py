@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["UserError", "as_user_error", "of_the_disk"]
+__all__ = ["UserError", "as_user_error", "of_the_machine"]
 
 
 class UserError(Exception):
@@ -24,23 +25,27 @@ def as_user_error(about: str = "", of: type[Exception] | None = None) -> Iterato
         of: what is caught instead; ``Exception`` where a file of somebody's is handed to a library
             as it is, which raises whatever it likes about it.
     """
-    kinds = (ValueError, TypeError, KeyError, OSError, ImportError) if of is None else of
+    kinds: Any = of or (ValueError, TypeError, LookupError, ArithmeticError, OSError, ImportError)
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
-        said = str(error) or type(error).__name__
+        said = " ".join(str(error).split())  # one paragraph
+        if not said or isinstance(error, KeyError):  # whose text is only what was looked for
+            said = f"{type(error).__name__}: {said}"
         raise UserError(f"{about}: {said}" if about else said) from error
 
 
-def of_the_disk(error: BaseException) -> str | None:
-    """What an exception says about the disk, without the full stop; None if it is about something
-    else. safetensors and torch have their own for what the system says while they write."""
+def of_the_machine(error: BaseException) -> str | None:
+    """What an exception says about the disk or the memory, without the full stop; None if it is
+    about something else. safetensors and torch have their own for what the system says."""
+    said = str(error).rstrip(".")
     if isinstance(error, OSError):
-        return str(error).rstrip(".")
-    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
-        return str(error).rstrip(".")
-    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
-        return "torch could not write all of a file; is the disk full?"
+        return said
+    if type(error).__name__ == "SafetensorError" and "os error" in said:
+        return said
+    if isinstance(error, RuntimeError) and "inline_container.cc" in said:
+        return "torch could not write all of a file: perhaps the disk is full"
+    memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and memory):
+        return f"there is not enough memory ({said.splitlines()[0] if said else 'MemoryError'})"
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedkd.cache.errors import CacheError, Damaged
-from fusedkd.errors import of_the_disk
+from fusedkd.errors import of_the_machine
 
 __all__ = ["check_plain", "leftovers", "new_folder", "replace_file"]
 
@@ -36,7 +36,7 @@ def replace_file(path: Path, data: Any) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise CacheError(f"{path} cannot be written: {of_the_disk(error)}.") from error
+        raise CacheError(f"{path} cannot be written: {of_the_machine(error)}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -58,7 +58,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except Exception as error:
-        if (said := of_the_disk(error)) is None:
+        if (said := of_the_machine(error)) is None:
             raise
         raise CacheError(f"{path} cannot be written: {said}.") from error
     finally:

@@ -8,12 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from fusedkd.train.stdlib_text import stdlib_texts
 
-__all__ = ["STDLIB", "check_ids", "load_documents", "pack", "read", "split"]
+__all__ = ["STDLIB", "check_ids", "load_documents", "load_files", "pack", "read", "split"]
 
 STDLIB = "stdlib"  # in place of a path
 
@@ -52,7 +53,7 @@ def read(paths: Sequence[str | Path], choose: Callable[[str, Dataset], Dataset])
     files = (_files(Path(path)) for path in paths if str(path) != STDLIB)
     for path in chain.from_iterable(files):
         by_reader.setdefault(_READERS[path.suffix.lower()], []).append(str(path))
-    parts += [choose(files[0], _load(reader, files)) for reader, files in by_reader.items()]
+    parts += [choose(files[0], load_files(reader, files)) for reader, files in by_reader.items()]
     if len({tuple(part.column_names) for part in parts}) > 1:
         raise ValueError(
             f"the data mix {' and '.join(str(part.column_names) for part in parts)}: expected one "
@@ -78,14 +79,18 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _load(reader: str, files: list[str]) -> Dataset:
+def load_files(reader: str, files: list[str]) -> Dataset:
+    """Their rows, through one of ``datasets``' readers.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
     options = {"sample_by": "document"} if reader == "text" else {}
     try:
         return load_dataset(reader, data_files=files, split="train", **options)
     except Exception as error:  # datasets wraps whatever its readers raise
-        raise ValueError(
-            f"cannot read {files[0]} as {reader}: {error.__cause__ or error}"
-        ) from error
+        said = str(error.__cause__ or error) or "there are no rows"
+        raise ValueError(f"cannot read {files[0]} as {reader}: {said}") from error
 
 
 def _documents(name: str, rows: Dataset) -> Dataset:
@@ -96,7 +101,28 @@ def _documents(name: str, rows: Dataset) -> Dataset:
             f"{', '.join(_COLUMNS)}."
         )
     both = column == "input_ids" and "labels" in rows.column_names
-    return rows.select_columns([column, "labels"] if both else [column])
+    columns = [column, "labels"] if both else [column]
+    for column in columns:
+        _check_column(name, column, rows.data.column(column))
+    return rows.select_columns(columns)
+
+
+def _check_column(name: str, column: str, values: pa.ChunkedArray) -> None:
+    """What the tokenizer and the models take, in every row."""
+    kind, expected = values.type, {"text": "text", "messages": "lists of messages"}
+    fits = {
+        "text": pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        "messages": _is_list(kind),
+    }.get(column, _is_list(kind) and pa.types.is_integer(kind.value_type))
+    if values and not fits:
+        what = expected.get(column, "lists of whole numbers")
+        raise ValueError(f"{name}: the column {column} holds {kind}: expected {what}.")
+    if values.null_count or (_is_list(kind) and pc.list_flatten(values).null_count):
+        raise ValueError(f"{name}: the column {column} is empty in some row.")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 SPLIT_SEED = 42

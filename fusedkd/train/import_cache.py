@@ -13,6 +13,7 @@ from rich.console import Console
 from fusedkd.cache.importers import Record, import_records, read_columns, read_vllm
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.train.data import load_files
 from fusedkd.train.loading import load_tokenizer
 
 __all__ = ["import_cache"]
@@ -25,23 +26,26 @@ def import_cache(args: Namespace) -> None:
         UserError: what is not there, or not what it should be.
     """
     tokenizer = load_tokenizer(args.tokenizer)
+    size = len(tokenizer) if args.vocab_size is None else args.vocab_size
     kind, read = _reader(args)
     facts = {
         "teacher": args.teacher,
         "teacher_hash": None,
         "tokenizer_hash": tokenizer_hash(tokenizer),
-        "padded_vocab_size": args.vocab_size or len(tokenizer),
+        "padded_vocab_size": size,
         "source": f"imported from {kind}",
     }
     import_records(
         args.output,
         read,
         facts=facts,
-        vocab_size=args.vocab_size or len(tokenizer),
+        vocab_size=size,
         temperature=args.temperature,
         k=args.top_k,
     )
-    Console().print(f"{args.output}: imported. `fusedkd cache info {args.output}` tells.")
+    Console(markup=False, emoji=False).print(
+        f"{args.output}: imported. `fusedkd cache info {args.output}` tells."
+    )
 
 
 def _reader(args: Namespace) -> tuple[str, Callable[[], Iterable[Record]]]:
@@ -65,10 +69,11 @@ def _first_line_is_vllm(path: Path) -> bool:
 
 def _dataset(source: str, split: str) -> Any:
     path = Path(source)
-    with as_user_error(f"{source} cannot be read as a data set"):
+    with as_user_error(f"{source} cannot be read as a data set", Exception):
+        if path.is_file():
+            return load_files("parquet" if path.suffix == ".parquet" else "json", [source])
         if path.is_dir() and (path / "state.json").exists():
             return load_from_disk(source)
-        if path.is_file():
-            reader = "parquet" if path.suffix == ".parquet" else "json"
-            return load_dataset(reader, data_files=source, split="train")
+        if path.suffix in (".parquet", ".json", ".jsonl"):
+            raise FileNotFoundError("no such file")
         return load_dataset(source, split=split)

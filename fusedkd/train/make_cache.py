@@ -17,7 +17,7 @@ from fusedkd.cache.build import Job, build
 from fusedkd.cache.keys import tokenizer_hash, weight_hash
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
-from fusedkd.errors import UserError
+from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.loading import (
     load_blocks,
     load_model,
@@ -58,8 +58,9 @@ def make_cache(args: CacheArguments) -> None:
     Raises:
         UserError: a missing or wrong argument, model or file.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names may have brackets
     name = required("teacher", args.teacher)
+    device = _device(args.device)
     refuse_cache(task_of("teacher", name))
     tokenizer = load_tokenizer(args.tokenizer, teacher=name)
     train, test = load_blocks(
@@ -70,7 +71,6 @@ def make_cache(args: CacheArguments) -> None:
         raise UserError("--teacher is an encoder-decoder: a cache is for decoders.")
     job = _job(args, name, model, tokenizer, _Blocks(train, test))
     _say(console, job)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))
     bar = Progress(
         TextColumn("{task.description}"),
@@ -89,6 +89,20 @@ def make_cache(args: CacheArguments) -> None:
         )
     size = sum(path.stat().st_size for path in args.output.iterdir())
     console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
+
+
+def _device(name: str | None) -> torch.device:
+    """
+    Raises:
+        UserError: torch cannot compute there.
+    """
+    found = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    with as_user_error(
+        f"--device {found}: expected one that torch has here, such as cpu", Exception
+    ):
+        device = torch.device(found)
+        torch.zeros(1, device=device).add(1).cpu()
+    return device
 
 
 def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Blocks) -> Job:

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from fusedkd.cache.files import replace_file
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.arguments import DistillationArguments
+from fusedkd.train.checkpoints import checkpoint_of
 from fusedkd.train.data import check_ids
 from fusedkd.train.loading import (
     DTYPES,
@@ -26,14 +27,13 @@ from fusedkd.train.loading import (
     required,
     task_of,
 )
+from fusedkd.train.mistakes import check_flags, check_output, what_is_asked
 from fusedkd.train.models import vocabulary_size
 from fusedkd.train.tasks import TaskData, prepare_data
 from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
 
 __all__ = ["RunArguments", "distill"]
-
-LAST = ("last", "true")  # --resume_from_checkpoint
 
 
 @dataclass
@@ -107,26 +107,31 @@ def distill(run: RunArguments, args: DistillationArguments) -> int:
     Raises:
         UserError: a missing or wrong argument, model or file.
     """
-    trainer = _prepare(run, args)
-    checkpoint = _checkpoint(args)
-    metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-    if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
+    trainer, checkpoint = _prepare(run, args)
+    with what_is_asked(trainer):
+        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        if trainer.eval_dataset is not None:
+            metrics |= trainer.evaluate()
+        trainer.save_model()
+        trainer.save_state()
     if trainer.is_world_process_zero():
         _summary(trainer, metrics)
     return 0
 
 
-def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrainer:
-    """Everything that can be wrong, in the order in which it is cheap to find out."""
+def _prepare(
+    run: RunArguments, args: DistillationArguments
+) -> tuple[DistillationTrainer, str | None]:
+    """Everything that can be wrong, in the order in which it is cheap to find out; and the
+    checkpoint to go on from."""
     cached = _cache(run)
     teacher = None if cached else required("teacher", run.teacher)
     student = required("student", run.student)
     if not run.data:
         raise UserError("--data is missing: expected files or folders of text.")
-    _checkpoint(args)
+    check_flags(args)
+    check_output(Path(args.output_dir or "."))
+    checkpoint = _checkpoint(args)
     task = _task(teacher, student)
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     tokenizer = load_tokenizer(run.tokenizer, **models)
@@ -134,7 +139,8 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
         refuse_cache(task)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
     data = prepare_data(task, run, tokenizer, teacher)
-    set_seed(args.seed)  # before random weights are drawn
+    with as_user_error(f"--seed {args.seed}"):
+        set_seed(args.seed)  # before random weights are drawn
     random = run.student_init == "random"
     student_model = load_model("student", student, task, run.student_dtype, random, **data.student)
     teacher_side = cached or load_model("teacher", str(teacher), task, run.teacher_dtype)
@@ -151,7 +157,7 @@ def _prepare(run: RunArguments, args: DistillationArguments) -> DistillationTrai
             data_collator=data.collator,
         )
     _check_data(data, task, [student_model] + ([] if cached else [teacher_side]))
-    return trainer
+    return trainer, checkpoint
 
 
 def _check_data(data: TaskData, task: str, readers: list[Any]) -> None:
@@ -184,23 +190,11 @@ def _cache(run: RunArguments) -> TeacherCache | None:
 
 
 def _checkpoint(args: DistillationArguments) -> str | None:
-    """The checkpoint to go on from. One that nobody mentions is not trained over."""
-    folder, asked = Path(args.output_dir or "."), args.resume_from_checkpoint
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if asked is None:
-        if last is not None:
-            raise UserError(
-                f"--output_dir {folder} has {Path(last).name} of an earlier run: go on from it "
-                "with --resume_from_checkpoint last, or choose another folder."
-            )
-        return None
-    if asked.lower() in LAST:
-        return last
-    if not Path(asked).is_dir():
-        raise UserError(
-            f"--resume_from_checkpoint {asked}: expected a checkpoint folder or 'last'."
-        )
-    return asked
+    return checkpoint_of(
+        Path(args.output_dir or "."),
+        args.resume_from_checkpoint,
+        optimizer=not getattr(args, "save_only_model", False),
+    )
 
 
 ROWS = {
@@ -237,6 +231,6 @@ def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
     for name in trainer.terms.terms:
         if f"eval_{name}" in metrics:
             table.add_row(f"held-out {name}", f"{metrics[f'eval_{name}']:.4f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names may have brackets
     path = Path(args.output_dir or ".") / "distillation.json"
-    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    replace_file(path, (json.dumps(metrics, indent=2) + "\n").encode())
