@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = _last_line(str(error)) if isinstance(error, UserError) else of_the_machine(error)
         if said is None:  # a bug, which wants its traceback
             raise
-        print(f"fusedkd{name and ' '}{name}: {said}", file=sys.stderr)
+        print(f"fusedkd{name and ' '}{name}: {_printable(said)}", file=sys.stderr)
         return 2
 
 
@@ -110,6 +110,11 @@ def _last_line(text: str) -> str:
     worker's traceback as its text."""
     caught = text.startswith("Caught ") and "Traceback" in text
     return text.rstrip().rpartition("\n")[2].partition(": ")[2] if caught else text
+
+
+def _printable(text: str) -> str:
+    """Files of strangers may hold what terminals obey."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ A cache from answers that were collected elsewhere.
 
 .jsonl lines with prompt_logprobs are vLLM's (prompt_token_ids must be there too). Anything else is
 a data set (.parquet, .jsonl, a folder of save_to_disk, or a hub name) with input_ids and, per
-token, a list of ids and a list of natural log-probabilities of the next token."""
+token, a list of ids and a list of natural log-probabilities of the next token. An entry of -inf,
+which vLLM writes for what was masked, has probability 0 and is left out."""
 
 
 def main(argv: list[str]) -> int:
@@ -128,7 +129,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _verify(argv: list[str]) -> int:
-    parser = Parser("cache verify", "Read every byte and compare the checksums. Exit code 1: no.")
+    parser = Parser("cache verify", "Read every byte and every answer. Exit code 1: damage.")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
@@ -142,7 +143,9 @@ def _verify(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    parser = Parser("cache info", "What a cache holds and what it was made from.")
+    parser = Parser(
+        "cache info", "What a cache holds and what it was made from. Exit code 1: it is damaged."
+    )
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
@@ -154,10 +157,12 @@ def _info(argv: list[str]) -> int:
         from fusedkd.cache.reader import TeacherCache
     found = Manifest.load(args.folder)
     tails: tuple[float, ...] = ()
+    damaged = False
     try:
         if found.complete:
             tails = TeacherCache(args.folder).tail_masses()
     except Damaged as error:
+        damaged = True
         print(error)
     size = sum(file.bytes for file in (found.index, *found.shards))
     table = Table(show_header=False, title=str(args.folder))
@@ -184,7 +189,7 @@ def _info(argv: list[str]) -> int:
             "kept, and how it is\ndistributed there is not taught. For forward KL, --sample "
             "misses nothing on average."
         )
-    return 0
+    return int(damaged)
 
 
 def _outside(temperatures: tuple[float, ...], tails: tuple[float, ...]) -> str:

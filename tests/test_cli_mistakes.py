@@ -438,6 +438,8 @@ def test_caches_that_are_not(
         assert main(["cache", "verify", str(folder)]) == 1  # as it says
         assert file in capsys.readouterr().out
     assert "manifest.json" in refused(None, "cache", "info", tmp_path / "manifest.json")
+    assert main(["cache", "info", str(tmp_path / "index.arrow")]) == 1
+    assert "index.arrow is damaged" in capsys.readouterr().out
 
 
 def test_what_a_worker_says_is_a_sentence(
@@ -497,6 +499,33 @@ def test_a_full_disk(
         assert not list(tmp_path.iterdir())
     elif command != "distill":
         assert not list((tmp_path / "out").iterdir())
+
+
+def test_students_go_to_new_and_vacant_folders(
+    refused: Callable[..., str], disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed run has left is nothing, and a failed one leaves what was there."""
+    (tmp_path / "vacant" / "0123abcd.tmp").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", full)
+        refused("student", "--output", tmp_path / "vacant")
+        refused("student", "--output", tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == ["vacant"] and os.listdir(tmp_path / "vacant") == [
+        "0123abcd.tmp"
+    ]
+    for place in (tmp_path / "vacant", tmp_path / "a" / "b"):
+        assert main([*student(disk, place)]) == 0
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*os.listdir(place)}
+        assert "not empty" in refused("student", "--output", place)
+
+
+def test_terminals_obey_nobody_else(
+    refused: Callable[..., str], disk: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(disk / "teacher", tmp_path / "damaged"))
+    configure(model_type="\x1b]0;mine\x07")(folder)
+    said = refused("distill", "--teacher", folder)
+    assert said.isprintable() and "\\x1b]0;mine\\x07" in said
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from typing import Any
 from fusedkd.cache.errors import CacheError, Damaged
 from fusedkd.errors import of_the_machine
 
-__all__ = ["check_plain", "leftovers", "new_folder", "replace_file"]
+__all__ = ["check_plain", "is_vacant", "leftovers", "new_folder", "replace_file"]
 
 _OF_CACHES = re.compile(r"(manifest\.json|index\.arrow|shard-\d{5,}\.arrow)(\.[0-9a-f]{8})?\.tmp")
+_STAGED = re.compile(r"[0-9a-f]{8}\.tmp")
 
 
 def replace_file(path: Path, data: Any) -> None:
@@ -27,7 +28,7 @@ def replace_file(path: Path, data: Any) -> None:
     Raises:
         CacheError: it cannot be written; what was there is still there, and nothing else.
     """
-    temporary = _temporary(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:  # exclusive: nothing was there, and no link
             file.write(data)
@@ -44,25 +45,35 @@ def replace_file(path: Path, data: Any) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes ``path``, missing or empty until then, when all of it is
-    there.
+    """A place to write a folder's files to, in ``path``, which is missing or vacant: they are there
+    when all of them are written.
 
     Raises:
-        CacheError: it cannot be written; nothing is left of it.
+        CacheError: they cannot be written; nothing is left of them.
     """
-    path = path.resolve()
-    temporary = _temporary(path)
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    staged = path / f"{secrets.token_hex(4)}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        staged.mkdir(parents=True)
+        yield staged
+        for file in list(staged.iterdir()):
+            os.replace(file, path / file.name)
+        made = []
+        _sync_folder(path)
     except Exception as error:
         if (said := of_the_machine(error)) is None:
             raise
         raise CacheError(f"{path} cannot be written: {said}.") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether a folder holds nothing, but for what a killed :func:`new_folder` has left."""
+    return all(_STAGED.fullmatch(entry.name) and _is_folder(entry) for entry in path.iterdir())
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -89,10 +100,6 @@ def check_plain(path: Path, remedy: str) -> int:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -125,7 +125,7 @@ def _open(path: Path, expected: FileSum, columns: Sequence[str], rows: int) -> p
             raise ValueError("its checksum differs")
         return _batch(data, pa.schema(_fields(columns)), rows)
     except Exception as error:  # Arrow raises one of many things about foreign bytes
-        said = str(error).split("\n")[0].rstrip(".") or type(error).__name__
+        said = ascii(str(error).split("\n")[0].rstrip(".") or type(error).__name__)[1:-1]
         raise Damaged(f"{path} is damaged: {said}. {REMEDY}") from None
 
 
@@ -160,7 +160,7 @@ def _batch(data: pa.Buffer, schema: pa.Schema, rows: int) -> pa.RecordBatch:
 
 def _spelt(schema: pa.Schema) -> str:
     text = ", ".join(f"{field.name} {field.type}" for field in schema)
-    return ascii(text if len(text) < 200 else text[:200] + "...")
+    return text if len(text) < 200 else text[:200] + "..."
 
 
 def _is_compressed(metadata: pa.Buffer) -> bool:

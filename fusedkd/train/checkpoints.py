@@ -12,7 +12,7 @@ from fusedkd.errors import UserError
 __all__ = ["checkpoint_of"]
 
 LAST = ("last", "true")  # --resume_from_checkpoint
-WEIGHTS = r"(model|adapter_model)\.safetensors(\.index\.json)?|pytorch_model.*|global_step\d+"
+WEIGHTS = r"(model|adapter_model)\.safetensors(\.index\.json)?|pytorch_model_fsdp.*|global_step\d+"
 OPTIMIZER = r"optimizer.*|global_step\d+"
 
 

@@ -9,7 +9,7 @@ import transformers
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 
-from fusedkd.cache.files import new_folder
+from fusedkd.cache.files import is_vacant, new_folder
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.loading import architectures, load_tokenizer, read_config, read_model, required
 from fusedkd.train.student import StudentPlan, build_student
@@ -28,7 +28,7 @@ def make_student(
     name = required("from", teacher)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: choose a folder.")
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not is_vacant(output):
         raise UserError(f"--output {output} is not empty: choose another folder.")
     model = _load(name)
     set_seed(seed)  # of whatever is not copied
