@@ -50,17 +50,8 @@ def import_records(
     Raises:
         CacheError: a record is not what it should be, or as :func:`~fusedkd.cache.build.build`.
     """
-    widest = 1
-    Layout(Policy("top", widest if k is None else k), vocab_size, (temperature,))  # in range?
-
-    def sequences() -> Iterator[Any]:
-        nonlocal widest
-        for record in read():
-            flat = checked(record, vocab_size)
-            widest = max(widest, int(flat.counts.max(initial=0)))
-            yield flat.input_ids
-
-    found, first = plan(sequences(), facts["tokenizer_hash"])
+    Layout(Policy("top", 1 if k is None else k), vocab_size, (temperature,))  # in range?
+    found, first, widest = _planned(read(), facts["tokenizer_hash"], vocab_size)
     layout = Layout(Policy("top", min(k or widest, vocab_size)), vocab_size, (temperature,))
     size = layout.most_bytes_per_token
     shard = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
@@ -78,6 +69,22 @@ def import_records(
             part = list(islice(rows, len(writer.sequences_of(number))))
             if number in missing:
                 writer.write(number, part)
+
+
+def _planned(
+    records: Iterable[Record], tokenizer: str, vocab_size: int
+) -> tuple[Plan, list[int], int]:
+    """The plan, the places of its records, and the most entries that a token has."""
+    widest = 1
+
+    def sequences() -> Iterator[Any]:
+        nonlocal widest
+        for record in records:
+            flat = checked(record, vocab_size)
+            widest = max(widest, int(flat.counts.max(initial=0)))
+            yield flat.input_ids
+
+    return *plan(sequences(), tokenizer), widest
 
 
 def _again(
