@@ -136,7 +136,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         _check(self, _OF_MANIFEST)
-        assert self.layout  # its ranges
+        Layout(self.policy, self.vocab_size, self.temperatures)  # their ranges
         if self.vocab_size > self.padded_vocab_size:
             raise CacheError(
                 f"vocab_size is {self.vocab_size}: expected at most {self.padded_vocab_size}, the "
