@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow test-zero test-avx512 wheel-test bench evidence gpu clean
+.PHONY: help setup demo test lint test-slow test-zero test-avx512 test-sanitize wheel-test bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow   the tests that take longer"
 	@echo "make test-zero   models that DeepSpeed's ZeRO-3 shards, after installing DeepSpeed"
 	@echo "make test-avx512 the AVX-512 code on a machine that has no AVX-512 (10 minutes)"
+	@echo "make test-sanitize the C++ code under ASan and UBSan, each instruction set (15 minutes)"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
 	@echo "make evidence    students of the recipes with their controls, over seeds (60 minutes)"
 	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
@@ -61,6 +62,20 @@ test-avx512: setup
 	$(AVX512) $(BIN)/python -c 'import fusedkd.kernels.cpu as cpu; assert cpu.instruction_set() == "avx512"'
 	$(AVX512) $(BIN)/pytest -n 2 tests/test_cpu_kernel.py tests/test_kd_loss.py tests/test_sparse.py \
 		tests/test_contract.py
+
+SANITIZE_CPU := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib FUSEDKD_TEST_BACKEND=cpu \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)"
+SANITIZED := $(addprefix tests/test_,$(addsuffix .py,cpu_kernel kd_loss sparse contract precision))
+# Any report ends the process. Python itself leaks, so leaks are not looked for.
+test-sanitize: setup
+	rm -rf build/sanitize/lib
+	FUSEDKD_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize \
+		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	for isa in $$($(BIN)/python -c 'from fusedkd.kernels import cpu; \
+		print(*("avx512", "avx2", "base")[("avx512", "avx2", "base").index(cpu.instruction_set()):])'); do \
+		$(SANITIZE_CPU) FUSEDKD_CPU_ISA=$$isa $(BIN)/pytest -x -k "not compile" $(SANITIZED) || exit 1; \
+	done
 
 # The peers first; torch, triton and transformers stay as pinned.
 bench: setup

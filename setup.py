@@ -17,6 +17,12 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-f
 # loads there.
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")
 
+# `make test-sanitize` looks for undefined behaviour and stray accesses. At -O3 the compiler may have
+# made use of what is looked for, and Python's own flags may define what is not defined.
+if os.environ.get("FUSEDKD_SANITIZE"):
+    KINDS = "address,undefined,float-cast-overflow"
+    FLAGS += [f"-fsanitize={KINDS}", "-fno-sanitize-recover=all", "-fno-wrapv", "-O1", "-g1"]
+
 # `make test-avx512` runs the AVX-512 code on machines that have no such instructions.
 if os.environ.get("FUSEDKD_EMULATE_AVX512"):
     FLAGS += ["-DFUSEDKD_EMULATE_AVX512", "-mavx2", "-mfma"]
@@ -52,6 +58,7 @@ def extension() -> dict[str, Any]:
         include_dirs=include_paths(),
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
+        extra_link_args=[flag for flag in FLAGS if flag.startswith("-fsanitize")],
         define_macros=[STABLE_ABI],
         extra_compile_args=FLAGS,
         language="c++",

@@ -23,11 +23,11 @@ _MOST = 100  # exponents of a power that fp32 holds, and its inverse
 
 def powers(rows: Tensor) -> Tensor:
     """(n,) powers of two, fp32, that bring the largest entry of each row of (n, C) near fp16's
-    largest; the largest power there is where a row is 0, or not finite."""
+    largest; the largest power there is where a row is 0, and 1 where it is not finite."""
     largest = torch.linalg.vector_norm(rows, math.inf, dim=-1).float()
     exponents = (_TOP - torch.frexp(largest).exponent).clamp(-_MOST, _MOST)
-    usable = (largest > 0) & (largest < math.inf)
-    return torch.ldexp(torch.ones_like(largest), torch.where(usable, exponents, _MOST))
+    exponents = exponents.masked_fill(largest == 0, _MOST).masked_fill(~largest.isfinite(), 0)
+    return torch.ldexp(torch.ones_like(largest), exponents)
 
 
 def narrow(out: Tensor, rows: Tensor, power: Tensor) -> Tensor:

@@ -58,6 +58,21 @@ def test_masked_on_both_sides_is_finite(backend, name):
     assert (student.grad[:, 5:20] == 0).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_masked_label_has_an_infinite_loss_and_a_finite_gradient(backend, name, temperature):
+    student, teacher, labels = pair()
+    student = student.detach()
+    student[:, 3], labels[0] = -INF, 3
+    student.requires_grad_()
+    options = {"divergence": name, "temperature": temperature, "ce_weight": 1, "reduction": "none"}
+    loss = kd_loss(student, teacher, labels, **options, backend=backend)
+    loss.sum().backward()
+    assert loss[0] == INF and not loss.isnan().any()
+    assert student.grad.isfinite().all() and (student.grad[:, 3] == 0).all()
+    assert (student.grad[0] != 0).any()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_infinite_only_where_the_mathematics_is(backend, temperature):
     student, teacher, _ = pair()

@@ -7,12 +7,13 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import random
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from fusedkd.kernels.cpu import products
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedkd import divergences
+from fusedkd import divergences, kd_loss
 from fusedkd.spec import LossSpec, Transform
 
 if reason := cpu.unavailable():
@@ -391,6 +392,37 @@ def test_nan_is_never_hidden(divergence: divergences.Divergence) -> None:
             pair[side][0, 1, place] = math.copysign(NAN, sign)
             loss = run(cpu, *pair, None, make_spec(2081, divergence)).loss
             assert loss[0].isfinite() and loss[1].isnan()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_extreme_numbers(seed: int) -> None:
+    """Rows with infinities, NaN, masks and numbers around the limits of exponentials, as the
+    reference has them; also what `make test-sanitize` is to be shown."""
+    rng, make = random.Random(seed), torch.Generator().manual_seed(seed)
+    special = [INF, -INF, NAN, torch.finfo(torch.float32).min, 1e-45, -0.0, 88.0, -88.0, 700.0]
+    dtype, v = rng.choice(list(HALF_ULP)), rng.choice([2, 3, 17, 64, 65, 511, 2049])
+
+    def side() -> Tensor:
+        x = torch.randn(4, v, dtype=torch.float64, generator=make) * rng.choice([1e-3, 1, 100, 1e4])
+        for _ in range(rng.choice([0, 1, 5])):
+            x[rng.randrange(4), rng.randrange(v)] = rng.choice(special)
+        return x.to(dtype)
+
+    student, teacher = side(), side()
+    labels = torch.randint(v, (4,), generator=make)
+    options: dict[str, Any] = {"ce_weight": rng.choice([0.0, 1.0]), "reduction": "none"}
+    options |= {"temperature": rng.choice([0.01, 0.5, 1.0, 2.0, 3.3, 1000.0])}
+    options |= {"label_smoothing": rng.choice([0.0, 0.1])}
+    found = []
+    for backend in ("cpu", "reference"):
+        x = student.clone().requires_grad_()
+        name = divergences.names()[seed % 9]
+        loss = kd_loss(x, teacher, labels, divergence=name, **options, backend=backend)
+        found.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+    (loss, grad), (want, exact) = found
+    assert torch.equal(loss.isnan(), want.isnan()) and torch.equal(loss.isinf(), want.isinf())
+    counted = ~want.isnan()
+    assert torch.equal(grad[counted].isfinite(), exact[counted].isfinite())
 
 
 def test_all_masked_row_is_nan() -> None:

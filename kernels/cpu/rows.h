@@ -335,7 +335,7 @@ class OneRow {
       const double reach = c.reach(kind, separate);
       for (int64_t k = 0; k < tiles_; ++k) gradient_tile(k, kind, separate, c, reach);
       if (hard != 0) {
-        label *= student_label_ == -kInfinity ? 0 : slope;
+        label = student_label_ == -kInfinity ? 0 : label * slope;  // where it may be no number
         write(call_.grad.dtype, &label, grad_ + label_ * size_of(call_.grad.dtype), 1);
       }
     }

@@ -90,10 +90,10 @@ struct Format<uint16_t> {
   typedef VF V;
   static constexpr int64_t lanes = sizeof(V) / sizeof(F), step = 2 * lanes;
   FUSEDKD_INLINE static Pair<V> get(const uint16_t* p) {
-    VI both = load<VI>(p);
-    return {(VF)(both << 16), (VF)(both & (int32_t)0xffff0000)};
+    const auto both = load<Lanes<float>::U>(p);
+    return {(VF)(both << 16), (VF)(both & 0xffff0000u)};
   }
-  FUSEDKD_INLINE static VI round(VF x) { return bits(x) + 0x8000; }  // to nearest, ties away from 0; no NaN comes here
+  FUSEDKD_INLINE static VI round(VF x) { return (VI)(bits(x) + 0x8000u); }  // to nearest, ties away from 0; no NaN comes here
   FUSEDKD_INLINE static void put(uint16_t* p, Pair<V> g, bool stream) {
     VI both = odd_halves(shift_right(round(g.a), 16), round(g.b));
     if (stream) return stream_store(p, both);

@@ -15,11 +15,13 @@ template <>
 struct Lanes<float> {
   typedef float V __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
 };
 template <>
 struct Lanes<double> {
   typedef double V __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
 };
 typedef Lanes<float>::V VF;
 typedef Lanes<float>::I VI;
@@ -28,11 +30,12 @@ typedef Lanes<double>::I VL;
 typedef uint16_t VH __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
 
 template <class V>
-struct Of;  // lane type F, integers I as wide, and numbers of the format
+struct Of;  // lane type F, integers I and U as wide, and numbers of the format
 template <>
 struct Of<VF> {
   typedef float F;
   typedef VI I;
+  typedef Lanes<float>::U U;
   static constexpr int mantissa = 23, bias = 127;
   static constexpr F lowest_exponent = -127, highest_exponent = 128;
   static constexpr F largest = 3.402823466e38f, smallest = 1.17549435e-38f;
@@ -41,6 +44,7 @@ template <>
 struct Of<VD> {
   typedef double F;
   typedef VL I;
+  typedef Lanes<double>::U U;
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr F lowest_exponent = -1023, highest_exponent = 1024;
   static constexpr F largest = 1.7976931348623157e308, smallest = 2.2250738585072014e-308;
@@ -73,15 +77,16 @@ FUSEDKD_INLINE void stream_store(T* p, V v) {
   store(p, v);
 #endif
 }
+// As unsigned integers, whose sums and shifts may leave their range: signed ones must not.
 template <class V>
-FUSEDKD_INLINE typename Of<V>::I bits(V v) {
-  return (typename Of<V>::I)v;
+FUSEDKD_INLINE typename Of<V>::U bits(V v) {
+  return (typename Of<V>::U)v;
 }
-
-FUSEDKD_INLINE VI shift_right(VI x, int by) {  // zeros come in from the left
-  typedef uint32_t VU __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
-  return (VI)((VU)x >> by);
+template <class V>
+FUSEDKD_INLINE typename Of<V>::U every(int64_t x) {
+  return typename Of<V>::U{} + (decltype(typename Of<V>::U{}[0] + 0))x;
 }
+FUSEDKD_INLINE VI shift_right(VI x, int by) { return (VI)((Lanes<float>::U)x >> by); }  // zeros come in from the left
 // Of each pair of 16-bit numbers the first of `even` and the second of `odd`.
 FUSEDKD_INLINE VI odd_halves(VI even, VI odd) {
 #if defined(FUSEDKD_AVX512)
@@ -128,8 +133,8 @@ FUSEDKD_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 template <class V>
-FUSEDKD_INLINE typename Of<V>::I sign_bit() {
-  return (typename Of<V>::I{} + 1) << (8 * (int)sizeof(typename Of<V>::F) - 1);
+FUSEDKD_INLINE typename Of<V>::U sign_bit() {
+  return every<V>(1) << (8 * (int)sizeof(typename Of<V>::F) - 1);
 }
 template <class V>
 FUSEDKD_INLINE V minus_abs(V a) {
@@ -198,7 +203,7 @@ struct Split {
     z = max(splat<V>(O::lowest_exponent), min(splat<V>(O::highest_exponent), z));
     const V magic = splat<V>(1.5 * ((int64_t)1 << O::mantissa));
     V t = z + magic;
-    power = (V)((bits(t) + O::bias) << O::mantissa);
+    power = (V)((bits(t) + every<V>(O::bias)) << O::mantissa);
     // the product again, unrounded, but not where z was cut
     V f = fma(x, c, -(t - magic));
     fraction = abs(f) <= splat<V>(1) ? f : z - (t - magic);
@@ -226,14 +231,14 @@ alignas(64) constexpr double kRoot[32] = {
 
 #if defined(FUSEDKD_AVX512)
 struct Roots {  // kRoot, in two registers
-  VI low, high;
+  Lanes<float>::U low, high;
   FUSEDKD_INLINE explicit Roots(double coefficient) {
     float root[32];
     for (int j = 0; j < 32; ++j) root[j] = (float)(kRoot[j] * coefficient);
-    low = load<VI>(root), high = load<VI>(root + 16);
+    low = load<Lanes<float>::U>(root), high = load<Lanes<float>::U>(root + 16);
   }
-  FUSEDKD_INLINE VI at(VF index) const {
-    return (VI)_mm512_permutex2var_epi32((__m512i)low, (__m512i)bits(index), (__m512i)high);
+  FUSEDKD_INLINE Lanes<float>::U at(VF index) const {
+    return (Lanes<float>::U)_mm512_permutex2var_epi32((__m512i)low, (__m512i)bits(index), (__m512i)high);
   }
 };
 
@@ -268,10 +273,8 @@ FUSEDKD_INLINE V exp(V x) {
 template <class V>
 FUSEDKD_INLINE V log_normal(V x) {
   typedef Of<V> O;
-  typedef typename O::I I;
-  const I half = bits(splat<V>(0.70710678118654752440));
-  I n = (bits(x) - half) >> O::mantissa;
-  V m = (V)(bits(x) - (n << O::mantissa));
+  const auto n = (typename O::I)(bits(x) - bits(splat<V>(0.70710678118654752440))) >> O::mantissa;
+  V m = (V)(bits(x) - ((typename O::U)n << O::mantissa));
   V s = (m - 1) / (m + 1), s2 = s * s, p = {};
   for (int k = sizeof(typename O::F) == 4 ? 11 : 23; k >= 3; k -= 2) p = fma(p, s2, splat<V>(2.0 / k));
   V exponent = __builtin_convertvector(n, V);
@@ -297,8 +300,8 @@ FUSEDKD_INLINE VF log_normal(VF x) {
   const auto look_up = [](const float* table, __m512i index) __attribute__((always_inline)) {
     return (VF)_mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
   };
-  const VI n = (bits(x) - bits(splat<VF>(0.75f))) >> 23;
-  const VF exponent = __builtin_convertvector(n, VF), m = (VF)(bits(x) - (n << 23));
+  const VI n = (VI)(bits(x) - bits(splat<VF>(0.75f))) >> 23;
+  const VF exponent = __builtin_convertvector(n, VF), m = (VF)(bits(x) - ((Lanes<float>::U)n << 23));
   const __m512i index = (__m512i)(bits(m) >> 18);
   const VF z = fma(m, look_up(kInverse, index), splat<VF>(-1)), z2 = z * z;
   const VF p = fma(z, fma(z, splat<VF>(-0.243952941f), splat<VF>(0.333365914f)), splat<VF>(-0.500001226f));
@@ -348,14 +351,17 @@ FUSEDKD_INLINE V fma(V x, V y, Exact<F> c) {
 // coefficient 2^(x c - r) for the hot loops, where x c lies within reach of the whole number r (see Reference::near):
 // nothing is cut, and multiplying with the coefficient and with 2^-r is part of putting the exponent on. `fine` is right
 // to the last digit also as a slope, for what subtracts neighbouring powers; else an error of 5e-8 may bend it.
+// An exponent as an integer: those of near rows are small, the others' are not used.
+FUSEDKD_INLINE int whole_number(double r) { return r > -4096 && r < 4096 ? (int)r : 0; }
+
 template <class V, bool fine>
 struct NearPower {
   typedef typename Of<V>::F F;
   V c;
-  typename Of<V>::I offset;
+  typename Of<V>::U offset;
   Exact<F> coefficient;
   FUSEDKD_INLINE NearPower(F scale, double r, double coefficient)
-      : c(splat<V>(scale)), offset((typename Of<V>::I{}) + (Of<V>::bias - (int)r)), coefficient(coefficient) {}
+      : c(splat<V>(scale)), offset(every<V>(Of<V>::bias - whole_number(r))), coefficient(coefficient) {}
   FUSEDKD_INLINE V operator()(V x) const {
     const V magic = splat<V>(1.5 * ((int64_t)1 << Of<V>::mantissa));
     V t = fma(x, c, magic), f = fma(x, c, -(t - magic));
@@ -372,10 +378,10 @@ struct NearPower<VF, fine> {
   Roots roots;
   FUSEDKD_INLINE NearPower(float scale, double r, double coefficient)
       : c(splat<VF>(scale)), roots(fine ? coefficient : coefficient / (kVertex * (double)kVertex + kHeight)) {
-    VI step;  // the root's index is added again with the exponent
+    Lanes<float>::U step;  // the root's index is added again with the exponent
     for (int j = 0; j < 16; ++j) step[j] = j << 18;
-    const VI whole = VI{} + (int32_t)r * (1 << 23);
-    roots.low -= step + whole, roots.high -= step + whole + (16 << 18);
+    step += every<VF>(whole_number(r)) << 23;
+    roots.low -= step, roots.high -= step + (16 << 18);
   }
   FUSEDKD_INLINE VF operator()(VF x) const {
     const RootSplit s(x, c);
@@ -402,13 +408,13 @@ struct NearPower<VF, fine> {
 template <bool fine>
 struct NearPower<VF, fine> {
   VF c;
-  VI roots;
+  Lanes<float>::U roots;
   FUSEDKD_INLINE NearPower(float scale, double r, double coefficient) : c(splat<VF>(scale)) {
     float root[8];
     for (int j = 0; j < 8; ++j) root[j] = (float)(kRoot[4 * j] * coefficient);
-    VI step;  // the root's index is added again with the exponent
+    Lanes<float>::U step;  // the root's index is added again with the exponent
     for (int j = 0; j < 8; ++j) step[j] = j << 20;
-    roots = load<VI>(root) - step - (int32_t)r * (1 << 23);
+    roots = load<Lanes<float>::U>(root) - step - (every<VF>(whole_number(r)) << 23);
   }
   FUSEDKD_INLINE VF operator()(VF x) const { return at<false>(x, x); }
   FUSEDKD_INLINE VF plus(VF x, VF sum) const { return at<true>(x, sum); }
