@@ -33,7 +33,7 @@ from fusedkd.spec import LossSpec
 from fusedkd.strides import as_rows
 from fusedkd.tracing import dispatch
 
-__all__ = ["fused_loss"]
+__all__ = ["fused_loss", "once_differentiable", "roots"]
 
 
 def fused_loss(

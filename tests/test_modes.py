@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedkd import LMHead, SparseTeacher, kd_loss, kd_loss_and_metrics
+from fusedkd.integrations import liger
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("dense", "head", "sparse", "head and sparse")
@@ -204,6 +205,21 @@ def test_second_derivatives_are_refused(backend: str, form: str, reduction: str)
         penalty = inputs[i].square().sum() + grads[i].square().sum()  # of which a part has one
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             torch.autograd.grad(penalty, inputs[i])
+
+
+def test_second_derivatives_of_drop_ins_are_refused() -> None:
+    x, y = (torch.randn(6, 9).log_softmax(-1) for _ in range(2))
+    labels, weight = torch.randint(9, (6,)), torch.eye(9)
+    losses = [
+        lambda x: liger.LigerJSD()(x, y, labels),
+        lambda x: liger.LigerJSDFunction.apply(x, y, labels, 0.5, -100),
+        lambda x: liger.LigerFusedLinearJSDFunction.apply(x, weight, y, weight, labels),
+    ]
+    for loss in losses:
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(x.square().sum() + grad.square().sum(), x)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd import divergences
+from fusedkd.autograd import once_differentiable, roots
 from fusedkd.divergences import Divergence
 from fusedkd.integrations.functions import LossFunction
 
@@ -114,11 +115,12 @@ class _Sum(torch.autograd.Function):
             if grad is not None:
                 grad[rows] = torch.autograd.grad(value, part)[0]
         ctx.save_for_backward(grad)
+        ctx.roots = roots(s)
         wide = torch.float64 in (s.dtype, t.dtype)
         return total if wide else total.float()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return None if grad is None else (grad * upstream).to(grad.dtype), None, None, None

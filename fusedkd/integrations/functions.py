@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fusedkd.autograd import once_differentiable, roots
+
 __all__ = ["DistillationFunction", "LossFunction", "counted"]
 
 
@@ -28,11 +30,13 @@ class LossFunction(torch.autograd.Function):
         ]
         with torch.enable_grad():
             found = cls.loss(*ctx.given)
+        ctx.roots = roots(*(x for x in args if isinstance(x, Tensor)))
         ctx.found, *rest = found if isinstance(found, tuple) else (found,)
         ctx.mark_non_differentiable(*rest)
         return (ctx.found.detach(), *rest) if rest else ctx.found.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         """A gradient, or None, for each argument of :meth:`forward`."""
         wanted = [isinstance(x, Tensor) and x.requires_grad for x in ctx.given]
