@@ -141,12 +141,13 @@ void begin(RowsCall& call, const InstructionSet& set, const Tensor& student, con
   call.student_temperature = numbers[0], call.teacher_temperature = numbers[1];
   call.kd_scale = numbers[2], call.ce_weight = numbers[3], call.label_smoothing = numbers[4];
   call.parameters = numbers.data() + kFixed;
+  call.disjoint = set.disjoint(call.divergence, call.parameters);
 }
 
 // Calls `one(workspace, row)` for each row; `entries` is the number of doubles that sparse rows need.
 template <class One>
 void with_workspace(const RowsCall& call, bool keeps, size_t entries, const One& one) {
-  const size_t lane = call.wide ? 8 : 4;
+  const size_t lane = sizeof(double);  // some rows of fp32 are computed in fp64
   const bool fits = 2 * call.vocabulary * (size_of(call.student.dtype) + size_of(call.teacher.dtype)) <= l2_bytes();
   const size_t minima = (call.vocabulary / kShortestTile + 4) * 2 * lane;
   for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row, int64_t next) {

@@ -35,6 +35,7 @@ struct RowsCall {
   bool stream;    // write the gradient past the caches
   int divergence;
   const double* parameters;
+  double disjoint;  // the divergence's value where p and q have nothing in common; infinite: not to be looked at
   double student_temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing;
 };
 
@@ -68,6 +69,7 @@ struct ScaleCall {
 struct InstructionSet {
   const char* name;
   int (*find)(const char* divergence);  // -1: not in pointwise.h
+  double (*disjoint)(int divergence, const double* parameters);
   bool (*keeps)(int divergence);        // whether its gradients wait in Workspace::kept for their sum
   void (*row)(const RowsCall&, const Workspace&, int64_t row);
   void (*scale)(const ScaleCall&, int64_t row);

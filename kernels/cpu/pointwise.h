@@ -5,6 +5,8 @@
 //         total function (any of lp, lq may be -inf, gap then +-inf, 0 where both are), w the divergence's parameters;
 // or      static KlWeights kl(const double* w)                  : it is a mix of the two KLs, whose sums of gradients
 //         are known in advance and which therefore need one sweep less.
+// A divergence whose gradient has a part in proportion to q where p / q -> 0 may leave that out where Entry::apart is set,
+// and says so: static constexpr bool kHeedsApart = true;
 // V is a vector of float or double. Write scalars as splat<V>(x); exp, log, mul0, abs, max, min come from vec.h.
 #pragma once
 
@@ -19,6 +21,8 @@ struct Entry {
   V gap;     // lp - lq, free of the cancellation that subtracting them would bring
   V p, q;
   V ratio;   // the smaller of p and q over the larger, e^-|gap|
+  // p and q hardly meet (fp64 only): what every gradient has in proportion to q cancels later, and is left out.
+  bool apart = false;
 };
 template <class V>
 struct Point {
@@ -76,13 +80,22 @@ struct Mixture {
     q_to_m = (more ? less : zero) - log_share;
   }
 };
+// log q - log m + log(1 - w) = -log(1 + w / (1 - w) p / q), to all digits where q is the larger by far.
+template <class V>
+FUSEDKD_INLINE V from_q(const Entry<V>& e, const Mixture<V>& m, double weight) {
+  const V one = splat<V>(1), x = splat<V>(weight / (1 - weight)) * e.ratio, y = one + x;
+  const V log1p = log_normal(y) + (x - (y - one)) / y;
+  return e.gap > V{} ? m.q_to_m + splat<V>(::log1p(-weight)) : -log1p;
+}
 
 FUSEDKD_DIVERGENCE(jsd) {
+  static constexpr bool kHeedsApart = true;
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, w[0]);
-    V grad = splat<V>(1 - w[0]) * mul0(e.q, m.q_to_m);
-    return {fma(splat<V>(w[0]), mul0(e.p, m.p_to_m), grad), grad};
+    V grad = splat<V>(1 - w[0]) * mul0(e.q, m.q_to_m), value = fma(splat<V>(w[0]), mul0(e.p, m.p_to_m), grad);
+    if (e.apart) grad = splat<V>(1 - w[0]) * mul0(e.q, from_q(e, m, w[0]));
+    return {value, grad};
   }
 };
 
@@ -95,19 +108,24 @@ FUSEDKD_DIVERGENCE(skew_forward_kl) {
 };
 
 FUSEDKD_DIVERGENCE(skew_reverse_kl) {
+  static constexpr bool kHeedsApart = true;
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, 1 - w[0]);
-    V value = mul0(e.q, m.q_to_m);
-    return {value, fma(e.q, splat<V>(1) - splat<V>(w[0]) * m.q_over_m, value)};
+    V value = mul0(e.q, m.q_to_m), grad = value;
+    if (e.apart) grad = mul0(e.q, from_q(e, m, 1 - w[0]));
+    // 1 - w q / m = (1 - w) p / m
+    return {value, fma(e.p, splat<V>(1 - w[0]) * m.q_over_m, grad)};
   }
 };
 
 FUSEDKD_DIVERGENCE(total_variation) {
+  static constexpr bool kHeedsApart = true;
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double*) {
     V half = splat<V>(0.5), zero = {}, d = e.p - e.q;
     V sign = d > zero ? half : d < zero ? -half : zero;
+    if (e.apart) sign += half;
     return {half * abs(d), -e.q * sign};
   }
 };
@@ -139,9 +157,12 @@ FUSEDKD_INLINE Point<V> cross_powers(const Entry<V>& e, double a, double b, V po
 }
 
 FUSEDKD_DIVERGENCE(alpha) {
+  static constexpr bool kHeedsApart = true;
   template <class V>
   FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
-    return cross_powers(e, w[0], 1 - w[0], e.p, e.q);
+    Point<V> point = cross_powers(e, w[0], 1 - w[0], e.p, e.q);
+    if (e.apart) point.grad = splat<V>(-1 / w[0]) * mul0(e.q, exp(splat<V>(w[0]) * e.gap));
+    return point;
   }
 };
 

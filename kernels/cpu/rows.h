@@ -1,6 +1,7 @@
 // One row: which sweeps it takes and what they must be told. A sweep is linear in V, this is not; sums here are fp64.
 #pragma once
 
+#include "entries.h"
 #include "sweeps.h"
 
 namespace fusedkd {
@@ -108,34 +109,43 @@ class OneRow {
   typedef typename Fmt::F F;
 
  public:
-  OneRow(const RowsCall& call, const Workspace& work, int64_t n)
-      : call_(call), work_(work), n_(n), listed_(kListed[call.divergence]), student_(call.student, call.tokens, n, work.next),
+  OneRow(const RowsCall& call, const Workspace& work, int64_t n, bool apart = false)
+      : call_(call), work_(work), n_(n), apart_(apart), listed_(kListed[call.divergence]), student_(call.student, call.tokens, n, work.next),
         teacher_(call.teacher, call.tokens, n, work.next), grad_((char*)row_start(call.grad, call.tokens, n)) {}
 
   void run() {
-    const double weight = ((const F*)call_.row_scale)[n_];
+    const double weight = row_scale();
     if (weight == 0) return drop();
     plan();
     statistics();
     const double kd = kind_ == kNone ? 0 : divergence();
+    if (sizeof(F) < sizeof(double) && cancels(kd)) return OneRow<double>(call_, work_, n_, true).run();
     const double ce = call_.labels ? cross_entropy() : __builtin_nan("");
     write_loss(weight, kd, ce);
-    if (F* metrics = metrics_row()) report(metrics, kd, ce);
+    if (call_.metrics) report(kd, ce);
     if (call_.grad.data) gradient(weight);
   }
 
  protected:
-  F* metrics_row() const { return call_.metrics ? (F*)call_.metrics + n_ * kMetrics : nullptr; }
+  // The call's own numbers are of its accumulation type, whatever the row's is.
+  double row_scale() const {
+    return call_.wide ? ((const double*)call_.row_scale)[n_] : ((const float*)call_.row_scale)[n_];
+  }
+  void put_number(void* to, int64_t i, double x) const {
+    const DType dtype = call_.wide ? DType::f64 : DType::f32;
+    write(dtype, &x, (char*)to + i * size_of(dtype), 1);
+  }
+  void put_metric(int column, double x) const { put_number(call_.metrics, n_ * kMetrics + column, x); }
   void drop() {
-    ((F*)call_.loss)[n_] = 0;
-    if (F* metrics = metrics_row()) memset(metrics, 0, kMetrics * sizeof(F));
+    put_number(call_.loss, n_, 0);
+    for (int column = 0; call_.metrics && column < kMetrics; ++column) put_metric(column, 0);
     if (call_.grad.data) zero(0, call_.grad_columns);
   }
   void write_loss(double weight, double kd, double ce) {
     double loss = 0;
     if (call_.kd_scale != 0) loss += call_.kd_scale * kd;
     if (call_.ce_weight != 0) loss += call_.ce_weight * ce;
-    ((F*)call_.loss)[n_] = (F)(weight * loss);
+    put_number(call_.loss, n_, weight * loss);
   }
   // Temperatures as the exponentials see them, rounded to F: the row is computed consistently at those.
   void plan() {
@@ -201,6 +211,7 @@ class OneRow {
       const Tile<X> t = tile(k, teacher);
       F hi;
       extremes(t.student, t.n, minima(k), &hi);
+      if (!(hi <= row_.student.max) || !row_.student.seen) peak_tile_ = k;
       if (call_.metrics) best(t.student, begin(k), end(k), hi, row_.student, &top_student_);
       const double by = row_.student.advance(hi), by_unit = row_.unit.advance(hi);
       sums_.student *= by, sums_.reverse *= by, sums_.student_absent *= by, sums_.unit *= by_unit;
@@ -218,6 +229,18 @@ class OneRow {
     // gap = (t ratio - s) / T + this; the last term makes up for the rounding of the ratio, at the largest logit
     const double excess = (row_.teacher.scale - (double)row_.ratio * row_.student.scale) * kLn2;
     gap_ = log_student_ - log_teacher_ + (excess != 0 ? excess * row_.teacher.max : 0);
+  }
+  // Whether p and q hardly meet: what an entry gives and the sum, nearly the same for all that q has, then leave a small
+  // difference, of which fp32 keeps little. A KL is never near its largest value: there q's peak tells, which p has not.
+  bool cancels(double kd) {  // whether a gradient is wanted or not: the loss is the same
+    if (call_.kd_scale == 0 || kind_ == kNone || kind_ == kForward) return false;
+    if (kind_ == kEntrywise) return kd > (1 - kMeeting) * call_.disjoint;
+    if (!(row_.student.shift > (1 - kRest) * sums_.student)) return false;
+    int64_t peak = begin(peak_tile_);
+    const Tile<X> t = tile(peak_tile_, false);
+    for (int64_t i = 0; i < t.n && value(t.student[i]) != row_.student.max; ++i) ++peak;
+    double unused, logit_t = logit(call_.teacher, teacher_.row, peak < call_.vocabulary ? peak : 0, &unused);
+    return logit_t * row_.teacher.inverse_temperature() - log_teacher_ < -kLn2;
   }
   static void best(const X* x, int64_t from, int64_t to, F hi, const Reference<F>& so_far, int64_t* index) {
     if (so_far.seen && !(hi > so_far.max)) return;
@@ -258,7 +281,7 @@ class OneRow {
     m.far_student = Exact<F>(far_s), m.far_teacher = Exact<F>(far_t);
     m.student_rate = (F)rate_s, m.teacher_rate = (F)rate_t;
     m.gap = Exact<F>(gap_), m.far_gap = Exact<F>(far_t - far_s);
-    m.parameters = call_.parameters;
+    m.parameters = call_.parameters, m.apart = apart_;
     const double reach = kReach + ::log2(::fmax(sums_.student, sums_.teacher));
     for (int64_t k = 0; k < tiles_; ++k) {
       Tile<X> t = tile(k, true);
@@ -283,11 +306,11 @@ class OneRow {
     return (1 - smoothing) * ce + smoothing * (log_unit_ - rate * (row_.student.max + mean));
   }
 
-  static F entropy(const Reference<F>& r, double log_sum, double sum, double moment) {
-    return (F)(log_sum - r.inverse_temperature() * (r.max + moment / sum));
+  static double entropy(const Reference<F>& r, double log_sum, double sum, double moment) {
+    return log_sum - r.inverse_temperature() * (r.max + moment / sum);
   }
 
-  void report(F* metrics, double kd, double ce) {
+  void report(double kd, double ce) {
     double of_student = 0, of_teacher = 0, unused = 0;
     for (int64_t k = 0; k < tiles_; ++k) {
       const int64_t from = begin(k), n = end(k) - from;
@@ -295,12 +318,12 @@ class OneRow {
       moments(teacher_.get(from, n, row_.teacher.max, nullptr), padded(n), row_.teacher, 0, &of_teacher, &unused);
     }
     const double unknown = __builtin_nan("");
-    metrics[0] = (F)kd, metrics[1] = (F)ce;
-    metrics[2] = entropy(row_.teacher, log_teacher_, sums_.teacher, of_teacher);
-    metrics[3] = entropy(row_.student, log_student_, sums_.student, of_student);
-    metrics[4] = top_student_ == top_teacher_;
-    metrics[5] = (F)(call_.labels ? top_student_ == label_ : unknown);
-    metrics[6] = (F)(call_.labels ? top_teacher_ == label_ : unknown);
+    put_metric(0, kd), put_metric(1, ce);
+    put_metric(2, entropy(row_.teacher, log_teacher_, sums_.teacher, of_teacher));
+    put_metric(3, entropy(row_.student, log_student_, sums_.student, of_student));
+    put_metric(4, top_student_ == top_teacher_);
+    put_metric(5, call_.labels ? top_student_ == label_ : unknown);
+    put_metric(6, call_.labels ? top_teacher_ == label_ : unknown);
   }
 
   // Last sweep: d loss / d s = A q + B p + C q_1 + ..., coefficients from the sums.
@@ -385,12 +408,14 @@ class OneRow {
   }
 
   static constexpr double kReach = 20;   // powers of two, see Reference::near
+  static constexpr double kMeeting = 1. / 4096, kRest = 1. / 128;  // of what fp32 would keep 12 and 17 bits
   static constexpr double kCommon = 64;     // gap between the largest logits that costs fp32 too many digits
   static constexpr int64_t kStreamed = 8192;  // shorter rows would feel the extra tile
   static constexpr double kLogSmallest = -745.1332191019412;  // of fp64: below it exp is 0
   const RowsCall& call_;
   const Workspace& work_;
   const int64_t n_;
+  const bool apart_;  // p and q hardly meet
   const Listed& listed_;
   Side<X> student_, teacher_;
   char* grad_;
@@ -401,7 +426,7 @@ class OneRow {
   Row<F> row_;
   Sums<F> sums_;
   double log_student_, log_teacher_, log_unit_, gap_, finite_reverse_ = 0, grad_sum_ = 0, student_label_ = 0;
-  int64_t label_ = -1, top_student_ = 0, top_teacher_ = 0;
+  int64_t label_ = -1, top_student_ = 0, top_teacher_ = 0, peak_tile_ = 0;
   alignas(64) F slope_[kTile<X> + Fmt::step];
   alignas(64) X out_[kTile<X> + Fmt::step];
 };

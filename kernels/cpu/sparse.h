@@ -8,54 +8,6 @@
 namespace fusedkd {
 namespace FUSEDKD_ISA {
 
-// Values and gradients of a few categories, in fp64: (parameters, weights, lp, lq, gradients, n) -> sum of values. n is
-// a multiple of kEntryStep; lp = lq = -inf is nothing.
-using EntriesRun = double (*)(const double*, KlWeights, const double*, const double*, double*, int64_t);
-
-FUSEDKD_INLINE Entry<VD> entry(VD lp, VD lq) {
-  const VD nothing = splat<VD>(-kInfinity);
-  const VD gap = ((lp == nothing) & (lq == nothing)) ? VD{} : lp - lq;
-  return {lp, lq, gap, exp(lp), exp(lq), exp(minus_abs(gap))};
-}
-struct MixOfKls {
-  FUSEDKD_INLINE static Point<VD> at(const Entry<VD>& e, const double*, KlWeights w) {
-    const VD forward = splat<VD>(w.forward), reverse = splat<VD>(w.reverse), zero = {};
-    VD to_p = mul0(e.p, e.gap), to_q = mul0(e.q, -e.gap);
-    // an infinite gap counts as 0 in the gradient
-    VD bounded = abs(e.gap) == splat<VD>(kInfinity) ? zero : to_q;
-    return {mul0(forward, to_p) + mul0(reverse, to_q), reverse * (bounded + e.q) - forward * e.p};
-  }
-};
-template <class D>
-struct Pointwise {
-  FUSEDKD_INLINE static Point<VD> at(const Entry<VD>& e, const double* w, KlWeights) { return D::at(e, w); }
-};
-template <class Divergence>
-double entries(const double* parameters, KlWeights weights, const double* lp, const double* lq, double* grad, int64_t n) {
-  VD sum = {};
-  for (int64_t i = 0; i < n; i += sizeof(VD) / sizeof(double)) {
-    Point<VD> point = Divergence::at(entry(load<VD>(lp + i), load<VD>(lq + i)), parameters, weights);
-    sum += point.value;
-    store(grad + i, point.grad);
-  }
-  return total(sum);
-}
-template <class D>
-constexpr auto entries_of(int) -> decltype(D::kl(nullptr), EntriesRun{}) {
-  return entries<MixOfKls>;
-}
-template <class D>
-constexpr EntriesRun entries_of(long) {
-  return entries<Pointwise<D>>;
-}
-template <class>
-struct EntriesList;
-template <int... n>
-struct EntriesList<std::integer_sequence<int, n...>> {
-  static constexpr EntriesRun all[] = {entries_of<typename Registered<n>::type>(0)...};
-};
-constexpr const EntriesRun* kEntries = EntriesList<std::make_integer_sequence<int, kDivergences>>::all;
-
 // log of (e^x + sum e^(rate z)).
 inline double log_sum_exp(double x, double rate, const double* z, int64_t n) {
   double most = x;
@@ -85,7 +37,7 @@ class SparseRow : OneRow<X> {
   }
 
   void run() {
-    const double weight = ((const F*)call_.row_scale)[n_];
+    const double weight = this->row_scale();
     if (weight == 0) return this->drop();
     this->plan();
     outside_ = kind_ == kEntrywise && !sparse_.bucket;
@@ -94,7 +46,7 @@ class SparseRow : OneRow<X> {
     const double kd = kind_ == kNone ? 0 : divergence();
     const double ce = call_.labels ? this->cross_entropy() : __builtin_nan("");
     this->write_loss(weight, kd, ce);
-    if (F* metrics = this->metrics_row()) report(metrics, kd, ce);
+    if (call_.metrics) report(kd, ce);
     if (call_.grad.data) gradient(weight);
   }
 
@@ -205,7 +157,7 @@ class SparseRow : OneRow<X> {
     return m.value;
   }
 
-  void report(F* metrics, double kd, double ce) {
+  void report(double kd, double ce) {
     double moment = 0, unused = 0, of_teacher = 0, of_student = 0;
     const int32_t* id = indices_;
     for (int64_t k = 0; k < tiles_; ++k)
@@ -221,11 +173,11 @@ class SparseRow : OneRow<X> {
     }
     const int64_t best = top < 0 ? -1 : indices_[top];
     const double unknown = __builtin_nan("");
-    metrics[0] = (F)kd, metrics[1] = (F)ce;
-    metrics[2] = (F)-of_teacher, metrics[3] = (F)-of_student;
-    metrics[4] = top_student_ == best;
-    metrics[5] = (F)(call_.labels ? top_student_ == label_ : unknown);
-    metrics[6] = (F)(call_.labels ? best == label_ : unknown);
+    this->put_metric(0, kd), this->put_metric(1, ce);
+    this->put_metric(2, -of_teacher), this->put_metric(3, -of_student);
+    this->put_metric(4, top_student_ == best);
+    this->put_metric(5, call_.labels ? top_student_ == label_ : unknown);
+    this->put_metric(6, call_.labels ? best == label_ : unknown);
   }
 
   // Outside the ids d loss / d s = A q + C q_1 + ..., with the tail's derivative as part of A.
@@ -297,7 +249,7 @@ inline void sparse_row(const SparseCall& call, const Workspace& work, int64_t n)
   SparseRow<float>(call, work, n).run();
 }
 
-constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, keeps, row, scale, sparse_row};
+constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, sparse_row};
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

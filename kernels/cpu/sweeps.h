@@ -242,6 +242,7 @@ struct Middle {
   F student_rate, teacher_rate;  // inverse temperatures
   Exact<F> gap, far_gap;         // what the normalisers add to a gap
   const double* parameters;
+  bool apart = false;            // see Entry
   double value = 0, grad = 0;    // the sums that come out
 };
 
@@ -255,6 +256,7 @@ struct Entrywise {
   V ratio, rate_t, rate_s, scale_t, scale_s, whole_t, whole_s, max_t, max_s;
   Exact<F> log_t, log_s, gap;
   double parameters[kParameters];  // a copy that nothing in the loop can be suspected of changing
+  bool apart;
 
   FUSEDKD_INLINE Entrywise(const Row<F>& row, const Middle<F>& m)
       : power_p(row.teacher, m.over_teacher), power_q(row.student, m.over_student), power_ratio(kLog2E, 0, 1),
@@ -263,7 +265,7 @@ struct Entrywise {
         whole_t(splat<V>(-row.teacher.whole)), whole_s(splat<V>(-row.student.whole)),
         max_t(splat<V>(row.teacher.max)), max_s(splat<V>(row.student.max)),
         log_t(kFar ? m.far_teacher : m.log_teacher), log_s(kFar ? m.far_student : m.log_student),
-        gap(kFar ? m.far_gap : m.gap) {
+        gap(kFar ? m.far_gap : m.gap), apart(m.apart) {
     memcpy(parameters, m.parameters, sizeof parameters);
   }
 
@@ -290,6 +292,7 @@ struct Entrywise {
   }
   FUSEDKD_INLINE Point<V> end(V s, V t, const F* p, const F* q, const F* smaller_over_larger) const {
     Entry<V> e;
+    e.apart = sizeof(F) == sizeof(double) && apart;
     e.p = load<V>(p), e.q = load<V>(q), e.ratio = load<V>(smaller_over_larger), e.gap = gap_of(s, t);
     if constexpr (kFar) {
       e.lp = fma(t - max_t, rate_t, log_t);
