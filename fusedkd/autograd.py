@@ -4,8 +4,9 @@ The gradient is made in the forward, while logits are at hand, so a head costs f
 (two forward, two for the gradients) and never keeps a logit. The backward only multiplies by the
 upstream gradient, and rounds what a half-precision head has kept in fp32. Two cases differ:
 
-* ``reduction="none"`` with a student head: the upstream gradient is per token, and enters the
-  weight gradient's sum over tokens, so the chunks are computed again in the backward (6 products);
+* ``reduction="none"`` with a student head that is trained: the upstream gradient is per token, and
+  enters the weight gradient's sum over tokens, so the chunks are computed again in the backward (6
+  products). With a frozen head each token's gradient is only multiplied;
 * dense logits in fp16: each row's gradient is kept at a power of two of its own, which the backward
   takes out again (:mod:`fusedkd.fp16`).
 
@@ -44,7 +45,7 @@ def fused_loss(
     spec: LossSpec,
     metrics: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The reduced loss, with a graph, and the (N, 7) metric rows if wanted.
+    """The reduced loss, with a graph, and the sums (7,) of the metrics if wanted.
 
     Args:
         inputs: student, its head's weight and bias, teacher, its head's weight and bias, the ids
@@ -103,7 +104,7 @@ SECOND = (
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Inputs: the fields of Inputs, row_scale, spec, wanted. Outputs: the loss, metric rows if
+    """Inputs: the fields of Inputs, row_scale, spec, wanted. Outputs: the loss, the metrics if
     wanted, then what the backward needs of the gradients, which the caller drops."""
 
     @staticmethod
@@ -130,12 +131,9 @@ class _FusedLoss(torch.autograd.Function):
             teacher_indices,
             labels,
         )
-        if _deferred(inputs, spec):
+        if _deferred(spec, wanted):
             wanted = Wanted(False, False, False, wanted.metrics)
-        loss, *rest = dispatch(inputs, row_scale, spec, wanted)
-        if spec.reduction != "none":
-            loss = loss.sum(dtype=torch.float64).to(row_scale.dtype)
-        return loss, *rest
+        return tuple(dispatch(inputs, row_scale, spec, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,7 +143,7 @@ class _FusedLoss(torch.autograd.Function):
         nested = in_functorch()
         ctx.mark_non_differentiable(*output[1 : 1 + wanted.metrics if nested else None])
         ctx.set_materialize_grads(False)
-        ctx.deferred = _deferred(Inputs(*tensors), spec)
+        ctx.deferred = _deferred(spec, wanted)
         if not wanted.any_gradient:
             return
         ctx.roots = roots(*tensors[:3])
@@ -153,6 +151,8 @@ class _FusedLoss(torch.autograd.Function):
             ctx.save_for_backward(*tensors, row_scale)
             return
         made = output[1 + wanted.metrics :]
+        if spec.reduction == "none":
+            made = (*made, row_scale)
         if in_place(Inputs(*tensors), spec, wanted):
             made = (tensors[0], *made)  # holds its gradient by now
         ctx.save_for_backward(*made)
@@ -175,6 +175,8 @@ class _FusedLoss(torch.autograd.Function):
             results = [x.to(dtype) for x, dtype in zip(grads, kept, strict=True)]
         else:
             grads = list(ctx.saved_tensors)
+            if ctx.spec.reduction == "none":  # what comes for tokens that do not count may be NaN
+                upstream = upstream.masked_fill((grads.pop() == 0).view(upstream.shape), 0.0)
             if len(grads) > len(kept):  # the powers of dense fp16 rows
                 upstream = upstream / grads.pop().view(upstream.shape if upstream.dim() else (-1,))
             results = [
@@ -215,8 +217,9 @@ class _Again(torch.autograd.Function):
         raise RuntimeError(SECOND)
 
 
-def _deferred(inputs: Inputs, spec: LossSpec) -> bool:
-    return spec.reduction == "none" and inputs.student_weight is not None
+def _deferred(spec: LossSpec, wanted: Wanted) -> bool:
+    """Whether a sum over tokens is wanted of which each has an upstream gradient of its own."""
+    return spec.reduction == "none" and (wanted.weight or wanted.bias)
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, spec: LossSpec) -> Tensor:

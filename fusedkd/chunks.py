@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fusedkd import backends, fp16
+from fusedkd.counted import chosen, counted, sides_of
 from fusedkd.gradients import Gradients
 from fusedkd.inputs import Chunk, Inputs, Side, Wanted
-from fusedkd.sparse import canonical
+from fusedkd.sparse import SparseRows, canonical
 from fusedkd.spec import LossSpec
 from fusedkd.strides import check_in_place, row_shapes
 
@@ -32,43 +34,73 @@ def chunk_budget(chunk_bytes: int | None, device_type: str) -> int:
 
 
 def run(inputs: Inputs, row_scale: Tensor, spec: LossSpec, wanted: Wanted) -> list[Tensor]:
-    """Loss rows (N,), then metric rows (N, 7) and the gradients of student (unless in place), its
-    weight and its bias: those that are wanted."""
+    """The loss, of each token (N,) for reduction "none" and else their sum; then the sums of the
+    metrics (7,) and the gradients of student (unless in place), its weight and its bias: those that
+    are wanted.
+
+    Rows that do not count are never multiplied where there is a head.
+    """
     backend = backends.resolve(spec.backend, row_scale.device)
-    labels = inputs.labels
-    if labels is not None:
-        labels = labels.contiguous()
-        _check_labels(labels, row_scale, spec)
-    if in_place(inputs, spec, wanted):
+    inplace = in_place(inputs, spec, wanted)
+    if inplace:
         others = zip(Inputs._fields[1:], inputs[1:], strict=True)
         named = {name.replace("_", "'s ", 1): x for name, x in others}
         check_in_place(inputs.student, {**named, "token_weights": row_scale})
-    student, teacher = _sides(inputs, spec, wanted)
-    entries = None
-    if inputs.teacher_indices is not None and inputs.teacher is not None:
-        entries = canonical(inputs.teacher_indices, inputs.teacher, row_scale, spec)
-    grads = Gradients(inputs, student, backend, wanted, in_place(inputs, spec, wanted))
-    losses, metric_rows = [], []
-    held = [side.bytes_per_row(backend) for side in (student, teacher) if side is not None]
-    for part in _chunks(student, sum(held), grads.bytes_per_row, spec):
-        s = student.logits(backend, part)
+    if not spec.kd_scale and not wanted.metrics:  # all that a teacher would have a say in
+        inputs = inputs._replace(teacher=None, teacher_weight=None, teacher_indices=None)
+    index = counted(inputs, row_scale, spec)
+    student, teacher = _sides(inputs, spec, inplace, index)
+    scale, labels, entries = _per_token(inputs, row_scale, spec, index)
+    some = scale.numel() < row_scale.numel()
+    masked = student.weight is not None and not chosen(row_scale)
+    grads = Gradients(inputs, student, backend, wanted, inplace, some)
+    losses, metric_sums = [], []
+    for part in _chunks(student, teacher, grads, backend, spec, index):
+        own = student.states(part)
+        if masked:  # 0 times what a row that does not count may hold would be NaN
+            own = own.masked_fill((part.of_flat(scale) == 0).view(1, -1, 1), 0.0)
+        s = student.logits(backend, own)
         grad = grads.buffer(s, part)
         label_rows = None if labels is None else part.of_flat(labels)
-        rest = (label_rows, part.of_flat(row_scale), spec, grad, wanted.metrics)
+        rest = (label_rows, part.of_flat(scale), spec, grad, wanted.metrics)
         if entries is not None:
             t = None
             loss, found = backend.sparse_rows(s, entries.part(part.flat), *rest)
         else:  # no teacher: what a term of weight 0 reads may be anything
-            t = s if teacher is None else teacher.logits(backend, part)
+            t = s if teacher is None else teacher.logits(backend, teacher.states(part))
             loss, found = backend.rows(s, t, *rest)
         losses.append(loss)
-        metric_rows.append(found)
-        grads.add(grad, part)
-        del s, t, grad, rest  # before the next chunk is made: else two are held at a time
-    result = [losses[0] if len(losses) == 1 else torch.cat(losses)]
-    if wanted.metrics:
-        result.append(torch.cat(metric_rows))
+        metric_sums.append(None if found is None else found.sum(0))
+        grads.add(grad, own, part)
+        del own, s, t, grad, rest  # before the next chunk is made: else two are held at a time
+    if inplace and some:
+        student.rows.masked_fill_((row_scale == 0).view(*student.rows.shape[:2], 1), 0.0)
+    loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+    if spec.reduction != "none":
+        loss = loss.sum(dtype=torch.float64).to(loss.dtype)
+    elif some:
+        loss = torch.zeros_like(row_scale).index_copy_(0, index, loss)
+    result = [loss, torch.stack(metric_sums).sum(0)] if wanted.metrics else [loss]
     return result + grads.results()
+
+
+def _per_token(
+    inputs: Inputs, row_scale: Tensor, spec: LossSpec, index: Tensor | None
+) -> tuple[Tensor, Tensor | None, SparseRows | None]:
+    """Of the tokens that are computed: scale, labels, a sparse teacher's entries."""
+    scale = row_scale if index is None else row_scale[index]
+    labels = inputs.labels
+    if labels is not None:
+        labels = labels.contiguous() if index is None else labels[index]
+        _check_labels(labels, scale, spec)
+    if inputs.teacher_indices is None or inputs.teacher is None:
+        return scale, labels, None
+    ids, log_probs = (
+        x.reshape(row_scale.numel(), x.shape[-1]) for x in (inputs.teacher_indices, inputs.teacher)
+    )
+    if index is not None:
+        ids, log_probs = ids[index], log_probs[index]
+    return scale, labels, canonical(ids, log_probs, scale, spec)
 
 
 def _check_labels(labels: Tensor, row_scale: Tensor, spec: LossSpec) -> None:
@@ -87,63 +119,79 @@ def in_place(inputs: Inputs, spec: LossSpec, wanted: Wanted) -> bool:
     return spec.inplace and dense and wanted.hidden
 
 
-def _sides(inputs: Inputs, spec: LossSpec, wanted: Wanted) -> tuple[Side, Side | None]:
-    """Both sides with their rows as (B, T, columns); dense logits are copied only where no view
-    has that form (a transposed vocabulary, leading dimensions that cannot be merged)."""
-    shape = _common_rows(inputs)
-    if in_place(inputs, spec, wanted):
+def _sides(
+    inputs: Inputs, spec: LossSpec, inplace: bool, index: Tensor | None
+) -> tuple[Side, Side | None]:
+    """Both sides with their rows as (B, T, columns), one B and T where chunks have no index; they
+    are copied only where no view has that form (a transposed vocabulary, leading dimensions that
+    cannot be merged)."""
+    shape = None if index is not None else _common_rows(inputs)
+    if inplace:
         shape = shape or row_shapes(inputs.student)[0]
-    if shape is None:
-        shape = (1, inputs.student.shape[:-1].numel())
     student = _side(inputs.student, *inputs[1:3], shape, spec.autocast)
-    if inputs.teacher is None:
+    if inputs.teacher is None or inputs.teacher_indices is not None:
         return student, None
     return student, _side(inputs.teacher, *inputs[4:6], shape, spec.autocast)
 
 
-def _common_rows(inputs: Inputs) -> tuple[int, int] | None:
-    """(B, T) such that both sides' dense logits can be viewed as (B, T, V), or None."""
-    dense = [inputs.student] if inputs.student_weight is None else []
-    if inputs.teacher is not None and inputs.teacher_weight is inputs.teacher_indices is None:
-        dense.append(inputs.teacher)
+def _common_rows(inputs: Inputs) -> tuple[int, int]:
+    """(B, T) such that both sides' dense logits can be viewed as (B, T, V); 1 and N if there is no
+    such view, or no dense logits."""
+    dense = [x for x, weight in sides_of(inputs) if weight is None]
     shapes = [row_shapes(x) for x in dense]
     leading = inputs.student.shape[:-1]
     everything = [(1, leading.numel()), (leading[:-1].numel(), leading[-1] if leading else 1)]
-    return next((shape for shape in everything if all(shape in s for s in shapes)), None)
+    common = (shape for shape in everything if all(shape in s for s in shapes))
+    return next(common, everything[0])
 
 
 def _side(
     tensor: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    shape: tuple[int, int],
+    shape: tuple[int, int] | None,
     autocast: torch.dtype | None,
 ) -> Side:
-    rows = tensor.detach().reshape(*shape, tensor.shape[-1])
+    """With its rows as (B, T, columns): of the shape that is given, or of any."""
+    tensor = tensor.detach()
+    if shape is None:
+        shape = next(iter(row_shapes(tensor)), (1, tensor.shape[:-1].numel()))
+    rows = tensor.reshape(*shape, tensor.shape[-1])
     if weight is None:
-        return Side(rows if rows.stride(-1) == 1 else rows.contiguous(), None, None)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        return Side(rows, None, None, rows.dtype)
     dtype = autocast if autocast and rows.dtype != torch.float64 else rows.dtype
-    return Side(rows.to(dtype), weight.detach().to(dtype), None if bias is None else bias.detach())
+    bias = None if bias is None else bias.detach()
+    return Side(rows, weight.detach().to(dtype), bias, dtype)
 
 
-def _chunks(student: Side, logits: int, gradient: int, spec: LossSpec) -> Iterator[Chunk]:
-    """All tokens, in chunks of which none holds more than its budget.
-
-    Args:
-        logits, gradient: bytes that are held for one token.
-    """
-    batch, length = student.rows.shape[:2]
+def _chunks(
+    student: Side,
+    teacher: Side | None,
+    grads: Gradients,
+    backend: ModuleType,
+    spec: LossSpec,
+    index: Tensor | None,
+) -> Iterator[Chunk]:
+    """All tokens that are computed, in chunks of which none holds more than its budget."""
+    batch, length = student.rows.shape[:2] if index is None else (1, index.numel())
+    sides = [student] if teacher is None else [student, teacher]
+    held = grads.bytes_per_row
     step = max(length, 1)
-    if logits + gradient:
-        budget = chunk_budget(spec.chunk_bytes, student.rows.device.type)
-        if not logits:
-            budget = fp16.SCRATCH_BYTES.get(student.rows.device.type, fp16.SCRATCH_BYTES["cpu"])
-        step = _even(step, max(1, budget // (logits + gradient)))
+    device = student.rows.device.type
+    if any(side.weight is not None for side in sides):
+        held += sum(side.bytes_per_row(backend) for side in sides)
+        step = _even(step, max(1, chunk_budget(spec.chunk_bytes, device) // held))
+    elif held:
+        budget = fp16.SCRATCH_BYTES.get(device, fp16.SCRATCH_BYTES["cpu"])
+        step = _even(step, max(1, budget // held))
     for b in range(batch):
         for start in range(0, max(length, 1), step):  # no tokens: one empty chunk
             stop = min(start + step, length)
             flat = slice(b * length + start, b * length + stop)
-            yield Chunk(b, slice(start, stop), flat, stop - start == batch * length)
+            whole = stop - start == batch * length
+            of = None if index is None else index[start:stop]
+            yield Chunk(b, slice(start, stop), flat, whole, of)
 
 
 def _even(length: int, most: int) -> int:

@@ -26,13 +26,20 @@ class Gradients:
         inputs, side: the student's tensors, and how the chunks read them.
         wanted: which of the gradients are made.
         inplace: the gradient of dense logits goes into their memory.
+        some: chunks may leave out rows, whose gradient is 0.
     """
 
     def __init__(
-        self, inputs: Inputs, side: Side, backend: ModuleType, wanted: Wanted, inplace: bool
+        self,
+        inputs: Inputs,
+        side: Side,
+        backend: ModuleType,
+        wanted: Wanted,
+        inplace: bool,
+        some: bool,
     ) -> None:
         self.inputs, self.side, self.backend, self.wanted = inputs, side, backend, wanted
-        self.inplace = inplace
+        self.inplace, self.some = inplace, some
         self.d_rows: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias: Tensor | None = None
@@ -40,17 +47,22 @@ class Gradients:
         rows, weight = side.rows, side.weight
         if weight is None:
             if wanted.hidden:
-                self.d_rows = rows if inplace else self._empty(rows.shape, rows.dtype)
+                self.d_rows = rows if inplace else self._rows(rows.dtype)
                 if rows.dtype == torch.float16:
                     n = rows.shape[0] * rows.shape[1]
                     self.powers = torch.ones(n, dtype=torch.float32, device=rows.device)
             return
-        self.logits_dtype, self.dtype = backend.head_dtypes(rows.dtype)
+        self.logits_dtype, self.dtype = backend.head_dtypes(side.dtype)
         self.accumulate = torch.promote_types(self.logits_dtype, torch.float32)
         if wanted.hidden:
-            self.d_rows = self._empty(rows.shape, self.accumulate)
+            self.d_rows = self._rows(self.accumulate)
         if wanted.bias:
             self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.accumulate)
+
+    def _rows(self, dtype: torch.dtype) -> Tensor:
+        """(B, T, C) of the side's rows, contiguous."""
+        made = self._empty(self.side.rows.shape, dtype)
+        return made.zero_() if self.some else made
 
     @property
     def _narrows(self) -> bool:
@@ -74,25 +86,34 @@ class Gradients:
         if self.side.weight is None:
             if self.powers is not None:
                 return self._empty(logits.shape, torch.float32)
+            if part.index is not None:  # they are a copy
+                return logits
             return part.of(self.d_rows) if self.d_rows is not None else None
         if self._narrows or self.logits_dtype == self.dtype:
             return logits
         return self._empty(logits.shape, self.dtype)
 
-    def add(self, grad: Tensor | None, part: Chunk) -> None:
-        """Take up the gradient of one chunk of logits."""
+    def add(self, grad: Tensor | None, states: Tensor, part: Chunk) -> None:
+        """Take up the gradient of one chunk of logits, which were made of ``states``."""
         if grad is None:
             return
         if self.side.weight is not None:
-            self._add_head(grad[0], part)
-        elif self.powers is not None and self.d_rows is not None:
-            rows = part.of_flat(self.powers)
-            flat = grad.view(-1, grad.shape[-1])
-            rows.copy_(fp16.powers(flat))
-            fp16.narrow(part.of(self.d_rows), grad, rows.view(*grad.shape[:-1], 1))
+            self._add_head(grad[0], states[0], part)
+        elif self.d_rows is not None:
+            if self.powers is not None:
+                grad = self._narrowed_rows(grad, part)
+            if self.powers is not None or part.index is not None:
+                part.put(self.d_rows, grad)
 
-    def _add_head(self, grad: Tensor, part: Chunk) -> None:
-        """A head's share of (n, V)."""
+    def _narrowed_rows(self, grad: Tensor, part: Chunk) -> Tensor:
+        """(1, n, V) in fp16, each row at a power of its own."""
+        assert self.powers is not None
+        power = fp16.powers(grad.view(-1, grad.shape[-1])).view(grad.shape[:-1])
+        part.put(self.powers.view(self.side.rows.shape[:-1]), power)
+        return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power[..., None])
+
+    def _add_head(self, grad: Tensor, states: Tensor, part: Chunk) -> None:
+        """A head's share: (n, V) and (n, H)."""
         if self.d_bias is not None:
             self.d_bias += grad.sum(0, dtype=self.d_bias.dtype)
         power = None
@@ -100,21 +121,25 @@ class Gradients:
             grad, power = self._narrowed(grad)
         mm_ = self.backend.mm_
         if self.d_rows is not None:
-            rows = part.of(self.d_rows)[0]
-            mm_(rows, grad, self.side.weight)
+            scattered = part.index is not None
+            shape = (1, *states.shape)
+            rows = self._empty(shape, self.accumulate) if scattered else part.of(self.d_rows)
+            mm_(rows[0], grad, self.side.weight)
             if power is not None:
                 rows.div_(power)
+            if scattered:
+                part.put(self.d_rows, rows)
         if self.inputs.student_weight is not None and self.wanted.weight:
             first = self.d_weight is None  # added up over chunks, at full precision
             if self.d_weight is None:
                 self.d_weight = self._empty(self.inputs.student_weight.shape, self.accumulate)
-            mm_(self.d_weight, grad.T, part.of(self.side.rows)[0], accumulate=not first)
+            mm_(self.d_weight, grad.T, states, accumulate=not first)
 
     def _narrowed(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk in fp16 and its power: one for all rows, for the weight's gradient adds them up.
         It only shrinks from chunk to chunk, so what has been added up is hardly ever touched."""
-        largest = fp16.powers(grad)
-        power = largest.amin()
+        rows = fp16.powers(grad)
+        power = rows.amin() if len(rows) else rows.new_ones(())
         if self.powers is not None:
             power = torch.minimum(power, self.powers)
             if self.d_weight is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Chunk", "Inputs", "Side", "Wanted"]
@@ -39,42 +40,65 @@ class Inputs(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some of the tokens: what one round of the loop computes."""
+    """Some of the tokens that count: what one round of the loop computes.
+
+    They are either neighbours in one of the B sequences, or, where some tokens do not count or
+    those that do have no common stride, the tokens ``index`` of all N.
+    """
 
     b: int
     rows: slice  # within b
-    flat: slice  # the same rows of N
+    flat: slice  # the same among the tokens that are computed
     whole: bool  # all there are: what slicing would cost, a small call feels
+    index: Tensor | None = None  # (n,) int64
 
     def of(self, x: Tensor) -> Tensor:
-        """Its rows of (B, T, ...), as (1, T', ...)."""
-        return x if self.whole else x[self.b : self.b + 1, self.rows]
+        """Its rows of (B, T, ...), as (1, n, ...): a view, or with an index a copy."""
+        if self.index is None:
+            return x if self.whole else x[self.b : self.b + 1, self.rows]
+        if x.shape[0] == 1:
+            return x.index_select(1, self.index)
+        return x[self.index // x.shape[1], self.index % x.shape[1]][None]
+
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        """Write (1, n, ...) to its rows of (B, T, ...)."""
+        if self.index is None:
+            self.of(x).copy_(rows)
+        elif x.shape[0] == 1:
+            x.index_copy_(1, self.index, rows)
+        else:
+            x[self.index // x.shape[1], self.index % x.shape[1]] = rows[0]
 
     def of_flat(self, x: Tensor) -> Tensor:
-        """Its rows of (N, ...)."""
+        """Its rows of what there is one per computed token."""
         return x if self.whole else x[self.flat]
 
 
 class Side(NamedTuple):
     """One side as the chunk loop reads it."""
 
-    rows: Tensor  # (B, T, V) logits or (1, N, H) hidden states
+    rows: Tensor  # (B, T, V) logits or (B, T, H) hidden states
     weight: Tensor | None
     bias: Tensor | None
+    dtype: torch.dtype  # in which a head multiplies
 
-    def logits(self, backend: ModuleType, part: Chunk) -> Tensor:
-        chunk = part.of(self.rows)
+    def states(self, part: Chunk) -> Tensor:
+        """A chunk's logits (1, n, V) or hidden states (1, n, H), the latter as they are
+        multiplied."""
+        return part.of(self.rows).to(self.dtype)
+
+    def logits(self, backend: ModuleType, states: Tensor) -> Tensor:
+        """(1, n, V) logits of such a chunk."""
         if self.weight is None:
-            return chunk
-        dtype = backend.head_dtypes(chunk.dtype)[0]
-        out = backend.empty(
-            (1, chunk.shape[1], self.weight.shape[0]), dtype=dtype, device=chunk.device
-        )
-        backend.mm_(out[0], chunk[0], self.weight.T)
+            return states
+        shape = (1, states.shape[1], self.weight.shape[0])
+        dtype = backend.head_dtypes(self.dtype)[0]
+        out: Tensor = backend.empty(shape, dtype=dtype, device=states.device)
+        backend.mm_(out[0], states[0], self.weight.T)
         return out if self.bias is None else out.add_(self.bias)
 
     def bytes_per_row(self, backend: ModuleType) -> int:
-        """What one token's logits take when they are made here."""
+        """What one token's logits take where they are made, or copied, chunk by chunk."""
         if self.weight is None:
-            return 0
-        return self.weight.shape[0] * backend.head_dtypes(self.rows.dtype)[0].itemsize
+            return self.rows.shape[-1] * self.dtype.itemsize
+        return self.weight.shape[0] * backend.head_dtypes(self.dtype)[0].itemsize

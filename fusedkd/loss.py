@@ -67,6 +67,7 @@ def kd_loss(
     token_weights: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    num_counted: int | None = None,
     vocab_size: int | None = None,
     inplace: bool = False,
     chunk_bytes: int | None = None,
@@ -100,11 +101,15 @@ def kd_loss(
         token_weights: (...,) finite and not negative, without a gradient; multiplies the token's
             whole loss; 0 drops the token.
         reduction: "mean" is the weighted mean over counted tokens, "sum" the weighted sum, "none"
-            the weighted loss of each token. With a student head, "none" makes the gradients in the
-            backward (the upstream gradient is only known then): two products more.
+            the weighted loss of each token. With a student head that is trained, "none" makes the
+            gradients in the backward (the upstream gradient is only known then): two products more.
         normalizer: divide the weighted sum by this finite number or 0-d tensor, not negative,
             instead of by the sum of the weights. For gradient accumulation: the number of tokens in
             all micro-batches and on all devices.
+        num_counted: how many tokens count, where the host knows. Only those go through a head's
+            products: on a GPU they are packed without waiting for it, which else is asked for their
+            number once (not while a CUDA graph is captured: then all rows are multiplied). Has no
+            effect on logits.
         vocab_size: the true vocabulary. Columns beyond it are padding on both sides: they have no
             probability, and their gradient is 0.
         inplace: dense student logits only: write their gradient into their own memory, which no
@@ -219,6 +224,8 @@ def _compute(
     check_pair(s, t)
     size = shards.vocab_size if shards else true_vocabulary(s, t, vocab_size)
     autocast = autocast_dtype(s, t)
+    if labels is token_weights is keywords["num_counted"] is None:
+        keywords["num_counted"] = s.leading.numel()
     spec = _spec(
         *(size, s.transform, t.transform),
         normalizer=normalizer,
@@ -233,7 +240,7 @@ def _compute(
     weights = _row_weights(s, labels, token_weights, spec, accumulate)
     divisor = _divisor(normalizer, weights, spec)
     tensors = (t.tensor, _detached(t.weight), _detached(t.bias), t.indices)
-    loss, metric_rows = autograd.fused_loss(
+    loss, sums = autograd.fused_loss(
         (s.tensor, s.weight, s.bias, *tensors),
         labels=None if labels is None else labels.reshape(-1),
         weights=weights,
@@ -243,7 +250,7 @@ def _compute(
     )
     if spec.reduction == "none":
         loss = loss.view(s.leading)
-    return loss, None if metric_rows is None else _metrics(metric_rows, weights, t)
+    return loss, None if sums is None else _metrics(sums, weights, t)
 
 
 @torch._disable_dynamo  # collectives whose number depends on the data's sizes
@@ -312,7 +319,9 @@ def _row_weights(
 
 def _divisor(normalizer: float | Tensor | None, weights: Tensor, spec: LossSpec) -> Tensor | None:
     if normalizer is None:
-        return weights.sum() if spec.reduction == "mean" else None
+        # in fp64, so that weights of 0 between others change nothing
+        mean = spec.reduction == "mean"
+        return weights.sum(dtype=torch.float64).to(weights.dtype) if mean else None
     check_normalizer(normalizer)
     if isinstance(normalizer, Tensor):
         return normalizer.detach().reshape(()).to(device=weights.device, dtype=weights.dtype)
@@ -324,9 +333,9 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _metrics(rows: Tensor, weights: Tensor, teacher: Side) -> KDMetrics:
+def _metrics(sums: Tensor, weights: Tensor, teacher: Side) -> KDMetrics:
     count = (weights != 0).sum()
-    means = rows.sum(0) / count.clamp(min=1)
+    means = sums / count.clamp(min=1)
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
     if teacher.tensor is None:
         named |= {name: named[name] * math.nan for name in OF_TEACHER}

@@ -61,6 +61,7 @@ class LossSpec:
     tail: str | None = None  # what a SparseTeacher's remaining mass becomes; None: another teacher
     inplace: bool = False
     chunk_bytes: int | None = None
+    num_counted: int | None = None  # tokens that count, where the caller knows
     backend: Any = None  # as fusedkd.backends.resolve takes it
     autocast: torch.dtype | None = None  # heads: the dtype to multiply in, where autocast is on
 
@@ -89,8 +90,9 @@ class LossSpec:
             )
         check_whole("vocab_size", self.vocab_size, 1)
         check_whole("ignore_index", self.ignore_index, -(2**63), "the usual one is -100")
-        if self.chunk_bytes is not None:
-            check_whole("chunk_bytes", self.chunk_bytes, 1, "or None")
+        for name, least in (("chunk_bytes", 1), ("num_counted", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value, least, "or None")
 
     @property
     def kd_scale(self) -> float:

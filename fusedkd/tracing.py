@@ -44,11 +44,12 @@ def _op(
 
 @_op.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    *tensors, row_scale, _names, _numbers, _integers, flags = arguments
+    *tensors, row_scale, names, _numbers, _integers, flags = arguments
     inputs, wanted = Inputs(*tensors), Wanted(*flags)
-    result = [torch.empty_like(row_scale)]
+    none = "none" in names.split()[1:2]
+    result = [torch.empty_like(row_scale) if none else row_scale.new_empty(())]
     if wanted.metrics:
-        result.append(row_scale.new_empty(row_scale.numel(), len(METRIC_COLUMNS)))
+        result.append(row_scale.new_empty(len(METRIC_COLUMNS)))
     head = inputs.student_weight is not None
     result += [
         x.new_empty(x.shape, dtype=stored_dtype(x, head))
@@ -82,6 +83,7 @@ def _pack(spec: LossSpec, like: Tensor) -> tuple[str, Tensor, list[int]]:
     numbers = [spec.temperature, spec.teacher_temperature, spec.kd_weight, spec.ce_weight]
     numbers += [spec.label_smoothing, s.scale, s.softcap, t.scale, t.softcap]
     integers = [spec.vocab_size, int(spec.scale_by_t2), spec.ignore_index, spec.chunk_bytes or 0]
+    integers.append(-1 if spec.num_counted is None else spec.num_counted)
     # A product with a tensor is what dynamo keeps symbolic: a number passed as such, or in a list,
     # is burnt into the graph, and a schedule of temperatures recompiles until dynamo gives up.
     one = like.new_ones((), dtype=torch.float64, device="cpu")
@@ -90,7 +92,7 @@ def _pack(spec: LossSpec, like: Tensor) -> tuple[str, Tensor, list[int]]:
 
 def _unpack(names: str, numbers: Tensor, integers: list[int]) -> LossSpec:
     name, reduction, backend, autocast, tail = names.split()
-    vocab_size, t2, ignore_index, chunk_bytes = integers
+    vocab_size, t2, ignore_index, chunk_bytes, num_counted = integers
     plain = numbers.tolist()  # in the host's memory on every device: nothing waits
     temperature, teacher_temperature, kd_weight, ce_weight, smoothing, *transforms = plain[:9]
     return LossSpec(
@@ -108,6 +110,7 @@ def _unpack(names: str, numbers: Tensor, integers: list[int]) -> LossSpec:
         teacher_transform=Transform(*transforms[2:]),
         tail=None if tail == "none" else tail,
         chunk_bytes=chunk_bytes or None,
+        num_counted=None if num_counted < 0 else num_counted,
         backend=None if backend == "none" else backend,
         autocast=None if autocast == "none" else getattr(torch, autocast),
     )

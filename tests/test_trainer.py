@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedkd import kd_loss
-from fusedkd.train import DistillationArguments, DistillationTrainer, parse_divergence
+from fusedkd.train import (
+    DistillationArguments,
+    DistillationTrainer,
+    objective,
+    parse_divergence,
+)
 from fusedkd.train.heads import NoPlainHead, plain_head
 
 V = 67
@@ -439,6 +444,34 @@ def test_metrics_are_logged_with_the_loss(tmp_path: Path) -> None:
         assert 0 <= entry["top1_agreement"] <= 1 and 0 <= entry["student_accuracy"] <= 1
         # one batch of equal composition per step: the mean loss is the mean of its parts
         assert entry["loss"] == pytest.approx(0.7 * 4 * entry["kd"] + 0.3 * entry["ce"], rel=1e-3)
+
+
+@pytest.mark.parametrize("metrics", ["every", "logging_steps", "none"])
+def test_metrics_of_the_steps_that_are_asked_for(
+    metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss and what is learnt are the same; evaluation measures in any case."""
+    seen: list[bool] = []
+    for name, measures in (("kd_loss", False), ("kd_loss_and_metrics", True)):
+        call = getattr(objective, name)
+        monkeypatch.setattr(
+            objective, name, lambda *a, f=call, m=measures, **k: seen.append(m) or f(*a, **k)
+        )
+    found = []
+    for which in ("every", metrics):
+        seen.clear()
+        student, teacher = build("llama", 1), build("llama", 2)
+        options = {"max_steps": 4, "logging_steps": 2, "metrics": which}
+        tested = trainer(student, teacher, tmp_path / which, **options)
+        tested.train()
+        logs = [entry for entry in tested.state.log_history if "loss" in entry]
+        found.append([(entry["loss"], entry["grad_norm"]) for entry in logs])
+        assert "eval_kd" in tested.evaluate()
+    steps = {"every": [True] * 4, "logging_steps": [False, True] * 2, "none": [False] * 4}
+    assert seen[:4] == steps[metrics] and found[0] == found[1]
+    assert all(("kd" in entry) == (metrics != "none") for entry in logs)
+    with pytest.raises(ValueError, match="metrics='some': expected one of every, logging_steps"):
+        trainer(build("llama", 1), teacher, tmp_path, metrics="some")
 
 
 def test_evaluation_reports_the_student_s_cross_entropy(tmp_path: Path) -> None:

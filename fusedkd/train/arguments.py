@@ -17,6 +17,7 @@ from fusedkd.train.terms import parse_term
 __all__ = ["DistillationArguments"]
 
 KD_TOKENS = ("labels", "all")
+METRICS = ("every", "logging_steps", "none")
 
 
 @dataclass
@@ -101,6 +102,13 @@ class DistillationArguments(TrainingArguments):
     on_policy_temperature: float = field(
         default=1.0, metadata={"help": "That the student writes at."}
     )
+    metrics: str = field(
+        default="every",
+        metadata={
+            "help": "Training steps whose divergence, entropies, accuracies are measured: every, "
+            "logging_steps (a log's means are then over its last step) or none."
+        },
+    )
     vocab_size: int | None = field(
         default=None,
         metadata={
@@ -129,6 +137,8 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(
                 f"teacher_tail={self.teacher_tail!r}: expected one of {', '.join(TAILS)}."
             )
+        if self.metrics not in METRICS:
+            raise ValueError(f"metrics={self.metrics!r}: expected one of {', '.join(METRICS)}.")
         if self.kd_tokens not in KD_TOKENS:
             raise ValueError(
                 f"kd_tokens={self.kd_tokens!r}: expected one of {', '.join(KD_TOKENS)}."

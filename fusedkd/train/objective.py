@@ -3,13 +3,12 @@ at this moment."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedkd import LMHead, SparseTeacher, kd_loss_and_metrics
+from fusedkd import LMHead, SparseTeacher, kd_loss, kd_loss_and_metrics
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.meter import Measured, measured
 
@@ -32,6 +31,7 @@ class Targets(NamedTuple):
     num_items: Count
     num_tokens: Count
     training: bool
+    measured: bool  # whether anybody wants metrics
     done: float  # share of the training that is over
 
 
@@ -55,30 +55,31 @@ class Objective:
         return self._starts | now
 
     def __call__(self, student: Any, teacher: Any, targets: Targets) -> tuple[Tensor, Measured]:
-        """The loss, and what was measured on the way."""
+        """The loss, and what was measured on the way: nothing where ``targets`` does not ask."""
         numbers = self.numbers(targets.done)
         keywords = self.keywords | {k: v for k, v in numbers.items() if k in self.keywords}
         if targets.training:
             keywords["label_smoothing"] = self.args.label_smoothing_factor
             if not keywords["kd_weight"] and not keywords["ce_weight"]:
-                return _nothing(student, teacher, targets, keywords)
+                return _nothing(student), {}
         if self.args.kd_tokens == "all" and targets.labels.dim() > 1:  # no classifier
             return _apart(student, teacher, targets, keywords)
-        loss, metrics = kd_loss_and_metrics(
-            student, teacher, targets.labels, **keywords, normalizer=targets.num_items
-        )
-        return loss, measured(metrics)
+        keywords["normalizer"] = targets.num_items
+        return _loss(targets, student, teacher, targets.labels, **keywords)
 
 
-def _nothing(
-    student: Any, teacher: Side, targets: Targets, keywords: Any
-) -> tuple[Tensor, Measured]:
-    """No row: 0 with a graph, so that DDP finds every parameter used, and nothing computed."""
-    none = slice(0, 0)
-    loss, _ = kd_loss_and_metrics(
-        _rows(student, none), _rows(teacher, none), targets.labels[none], **keywords
-    )
-    return loss, {}
+def _loss(targets: Targets, *sides: Any, **keywords: Any) -> tuple[Tensor, Measured]:
+    if not targets.measured:
+        return kd_loss(*sides, **keywords), {}
+    loss, metrics = kd_loss_and_metrics(*sides, **keywords)
+    return loss, measured(metrics)
+
+
+def _nothing(student: Any) -> Tensor:
+    """0 with a graph, so that DDP finds every parameter used, and nothing multiplied."""
+    states = student.hidden if isinstance(student, LMHead) else student
+    weights = torch.zeros(states.shape[:-1], device=states.device)
+    return kd_loss(student, None, kd_weight=0.0, token_weights=weights)
 
 
 def _apart(student: Any, teacher: Side, targets: Targets, keywords: Any) -> tuple[Tensor, Measured]:
@@ -89,35 +90,14 @@ def _apart(student: Any, teacher: Side, targets: Targets, keywords: Any) -> tupl
             f"kd_tokens='all': the batch has tokens {tuple(targets.tokens.shape)} and labels "
             f"{tuple(targets.labels.shape)}, as of an encoder-decoder: expected kd_tokens='labels'."
         )
-    loss, metrics = kd_loss_and_metrics(
-        student,
-        teacher,
-        **{**keywords, "ce_weight": 0.0},
-        token_weights=targets.tokens.float(),
-        normalizer=targets.num_tokens,
-    )
-    seen = {k: v for k, v in measured(metrics).items() if k not in _NEED_LABELS}
+    everywhere = {"token_weights": targets.tokens.float(), "normalizer": targets.num_tokens}
+    loss, metrics = _loss(targets, student, teacher, **{**keywords, "ce_weight": 0.0, **everywhere})
+    seen = {k: v for k, v in metrics.items() if k not in _NEED_LABELS}
     if targets.training and not keywords["ce_weight"]:
         return loss, seen
-    # These are few (15 % in masked language modelling), so they are gathered; on a GPU that waits
-    # once for their number, which costs less than a product with the vocabulary for all of them.
-    chosen = targets.labels != -100
-    ce, metrics = kd_loss_and_metrics(
-        _rows(student, chosen),
-        _rows(teacher, chosen),
-        targets.labels[chosen],
-        **{**keywords, "kd_weight": 0.0},
-        normalizer=_at_least_one(targets.num_items),
-    )
-    return loss + ce, seen | {k: measured(metrics)[k] for k in _NEED_LABELS}
-
-
-def _rows(side: Side, chosen: Any) -> Any:
-    if isinstance(side, LMHead):
-        return replace(side, hidden=side.hidden[chosen])
-    if isinstance(side, SparseTeacher):
-        return replace(side, indices=side.indices[chosen], log_probs=side.log_probs[chosen])
-    return side[chosen]
+    labelled = {"kd_weight": 0.0, "normalizer": _at_least_one(targets.num_items)}
+    ce, metrics = _loss(targets, student, teacher, targets.labels, **{**keywords, **labelled})
+    return loss + ce, seen | {k: v for k, v in metrics.items() if k in _NEED_LABELS}
 
 
 def _at_least_one(count: Count) -> Count:

@@ -51,7 +51,8 @@ class DistillationTrainer(FromHeads, Trainer):
 
     Logged beside ``loss``: ``kd`` (the raw divergence), ``ce``, ``teacher_entropy``,
     ``student_entropy`` (nats per token), ``top1_agreement``, ``student_accuracy`` and
-    ``teacher_accuracy``, token-weighted means since the last log. Evaluation reports the student's
+    ``teacher_accuracy``, token-weighted means since the last log, over the steps that
+    ``args.metrics`` says. Evaluation reports the student's
     cross-entropy as ``eval_loss``, ``eval_perplexity``, and the same metrics.
 
     Args:
@@ -191,7 +192,8 @@ class DistillationTrainer(FromHeads, Trainer):
         tokens = real_tokens(inputs) if self._counts_tokens else None
         num_tokens = None if num_items is None else self._step_tokens
         done = self.state.global_step / max(self.state.max_steps, 1)
-        targets = Targets(labels, tokens, num_items, num_tokens, model.training, done)
+        measured = not model.training or self._measures_this_step()
+        targets = Targets(labels, tokens, num_items, num_tokens, model.training, measured, done)
         with self.terms.watch(self.teacher) as theirs:
             teacher = self._teacher_side(inputs)
         inner = bare(model)
@@ -203,9 +205,19 @@ class DistillationTrainer(FromHeads, Trainer):
             )
         if dense or self._student_head.found is None:  # the terms were there before the loss
             loss = loss + extra.loss
-        metrics = {**metrics, **extra.measured(tokens, num_tokens)}
+        if measured:
+            metrics = {**metrics, **extra.measured(tokens, num_tokens)}
         self._meters[model.training].add(metrics)
         return loss, metrics, outputs
+
+    def _measures_this_step(self) -> bool:
+        """Whether this training step's metrics are wanted: of those that are logged, or of all."""
+        steps = str(getattr(self.args.logging_strategy, "value", self.args.logging_strategy))
+        if self.args.metrics != "logging_steps" or steps != "steps":
+            return self.args.metrics != "none"
+        step = self.state.global_step + 1
+        first = step == 1 and self.args.logging_first_step
+        return first or step % max(self.state.logging_steps, 1) == 0
 
     def _loss(
         self, student: Tensor | LMHead, teacher: Teacher, targets: Targets

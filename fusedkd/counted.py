@@ -1,0 +1,62 @@
+"""Which tokens are computed: those that count, where a head would multiply all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedkd.inputs import Inputs
+from fusedkd.spec import LossSpec
+from fusedkd.strides import row_shapes
+
+__all__ = ["chosen", "counted", "sides_of"]
+
+
+def sides_of(inputs: Inputs) -> list[tuple[Tensor, Tensor | None]]:
+    """Logits or hidden states, and the head's weight, of each side that is no sparse teacher."""
+    sides = [(inputs.student, inputs.student_weight)]
+    if inputs.teacher is not None and inputs.teacher_indices is None:
+        sides.append((inputs.teacher, inputs.teacher_weight))
+    return sides
+
+
+def counted(inputs: Inputs, row_scale: Tensor, spec: LossSpec) -> Tensor | None:
+    """(n,) which of the N tokens are computed, ascending; None: all of them, as they lie.
+
+    Dense logits need no choice: their kernels read no row that does not count. A GPU is asked how
+    many there are, once, unless ``spec.num_counted`` says so; not while a graph is captured, which
+    is for any number of them.
+    """
+    heads = [x for x, weight in sides_of(inputs) if weight is not None]
+    if not heads:
+        return None
+    total = row_scale.numel()
+    index = None
+    if spec.num_counted != total and chosen(row_scale):
+        index = _nonzero(row_scale, spec.num_counted)
+        if index.numel() == total:
+            index = None
+    if index is None and not all((1, total) in row_shapes(x) for x in heads):
+        # of no common stride: gathered chunk by chunk, for reshaping would copy all of them
+        return torch.arange(total, device=row_scale.device)
+    return index
+
+
+def chosen(row_scale: Tensor) -> bool:
+    """Whether tokens can be chosen at all: a graph that is captured is for any number of them."""
+    return not (row_scale.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _nonzero(row_scale: Tensor, number: int | None) -> Tensor:
+    if number is None:
+        return row_scale.nonzero().squeeze(1)
+    found = row_scale.count_nonzero()
+    if row_scale.device.type == "cpu":
+        if found != number:
+            raise ValueError(
+                f"num_counted={number}, but {int(found)} tokens count: expected the number of "
+                "those whose label is not ignore_index and whose weight is not 0, or None."
+            )
+    else:
+        torch._assert_async(found == number, "num_counted: another number of tokens counts")
+    return torch.nonzero_static(row_scale, size=number).squeeze(1)
