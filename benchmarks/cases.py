@@ -12,7 +12,9 @@ from torch import Tensor
 from fusedkd import divergences
 from fusedkd.divergences import Divergence
 
-__all__ = ["DTYPES", "Case", "Problem", "make_problem", "native_dtype"]
+__all__ = ["DTYPES", "IGNORE", "Case", "Problem", "make_problem", "native_dtype"]
+
+IGNORE = -100
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,6 +38,8 @@ class Case:
     ce_weight: float = 1.0
     mode: str = "train"  # forward + backward, or "eval": forward without gradients
     frozen: bool = False  # the student's head has no gradient
+    counted: float = 1.0  # share of the rows with a label; the others carry IGNORE
+    reduction: str = "mean"  # or "none": a loss per row, whose mean is then taken
     inplace: bool = False
     hidden_student: int = 896
     hidden_teacher: int = 1536
@@ -47,6 +51,10 @@ class Case:
     def kd_scale(self) -> float:
         """T^2 keeps the size of the soft gradient as T changes (Hinton et al. 2015)."""
         return self.kd_weight * self.temperature**2
+
+    @property
+    def n_counted(self) -> int:
+        return int(counts(self.n, self.counted).sum())
 
     @property
     def name_and_params(self) -> tuple[str, tuple[float, ...]]:
@@ -66,6 +74,8 @@ class Case:
             parts.append(f"T={self.temperature:g}")
         if self.form == "head":
             parts.append(f"H={self.hidden_student}/{self.hidden_teacher}")
+        parts += [f"{self.counted:.0%} counted"] if self.counted < 1 else []
+        parts += [f"reduction={self.reduction}"] if self.reduction != "mean" else []
         parts += [word for word in ("frozen", "inplace") if getattr(self, word)]
         parts += ["eval"] if self.mode == "eval" else []
         parts += [f"{self.threads} threads"] if self.threads else []
@@ -73,6 +83,12 @@ class Case:
 
     def but(self, **changes: Any) -> Case:
         return dataclasses.replace(self, **changes)
+
+
+def counts(n: int, share: float) -> Tensor:
+    """(n,) bool: which rows count, spread evenly. The first always does."""
+    position = (torch.arange(n, dtype=torch.float64) * share).floor()
+    return position.diff(prepend=position.new_tensor([-1.0])) > 0
 
 
 def native_dtype(device: str) -> str:
@@ -99,22 +115,26 @@ class Problem:
         return [x for x in both if x is not None and x.requires_grad]
 
     def with_case(self, case: Case) -> Problem:
-        """The first rows of the same tensors, with a gradient where the case wants one."""
+        """The first rows of the same tensors: with a gradient where the case wants one, with a
+        label where a row counts."""
         train = case.mode == "train"
         weight = self.student_weight
         if weight is not None:
             weight = weight.detach().requires_grad_(train and not case.frozen)
+        labels = self.labels[: case.n]
+        counted = counts(case.n, case.counted).to(labels.device)
         return Problem(
             student=self.student.detach()[: case.n].requires_grad_(train),
             teacher=self.teacher[: case.n],
-            labels=self.labels[: case.n],
+            labels=labels.masked_fill(~counted, IGNORE),
             student_weight=weight,
             teacher_weight=self.teacher_weight,
         )
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
-    """Random inputs; the teacher of dense cases agrees with the student in part, as it would."""
+    """Random inputs; the teacher of dense cases agrees with the student in part, as it would. All
+    rows have labels in the tensors that are made; `with_case` takes them away."""
     dtype, device = DTYPES[case.dtype], case.device
     generator = torch.Generator(device).manual_seed(seed)
 

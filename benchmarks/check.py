@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cases import DTYPES, LOSS_SCALE, Case, Problem
-from .formulas import plain_loss
+from .formulas import mean_of_counted, plain_loss
 from .providers import OURS, Forward, Provider
 
 __all__ = [
@@ -64,7 +64,7 @@ class Truth:
         s = _logits(p.student, p.student_weight).requires_grad_()
         loss = plain_loss(s, t, p.labels, self.case, torch.float64)
         self.loss = loss.item()
-        self.entropy = _entropy(self.case, t)
+        self.entropy = _entropy(self.case, t, p.labels)
         if self.case.mode == "train":
             self.d_logits = torch.autograd.grad(loss, s)[0] * LOSS_SCALE[case.dtype]
             self.d_rows = _d_rows(self.d_logits, p.student_weight)
@@ -86,7 +86,8 @@ class Truth:
         error = _ratio([(grads[0].double(), self.d_rows)])
         p = self.problem
         if p.student_weight is None:
-            soft = torch.ones_like(self.d_rows).scatter_(1, p.labels[:, None], 0.0)
+            columns = p.labels.clamp(min=0)[:, None]  # an uncounted row's gradient is 0 anyway
+            soft = torch.ones_like(self.d_rows).scatter_(1, columns, 0.0)
             return max(error, _ratio([(grads[0] * soft, self.d_rows * soft)]))
         if len(grads) > 1:
             rows, d = p.student.detach().double(), self.d_logits
@@ -129,12 +130,12 @@ def _logits(rows: Tensor, weight: Tensor | None) -> Tensor:
     return torch.cat([rows @ w[block].double().T for block in _blocks(len(w))], dim=-1)
 
 
-def _entropy(case: Case, t: Tensor) -> float:
+def _entropy(case: Case, t: Tensor, labels: Tensor) -> float:
     """What a "forward KL" that is the teacher's cross-entropy reports too much."""
     name, params = case.name_and_params
     share = {"forward_kl": 1.0, "mixed_kl": params[0] if params else 0.0}.get(name, 0.0)
     lp = torch.log_softmax(t / case.temperature, -1)
-    return -share * case.kd_scale * (lp.exp() * lp).sum(-1).mean().item()
+    return -share * case.kd_scale * mean_of_counted((lp.exp() * lp).sum(-1), labels).item()
 
 
 def _d_rows(d_logits: Tensor, weight: Tensor | None) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cases import Case
+from .cases import IGNORE, Case
 
-__all__ = ["POINTWISE", "gkd_jsd", "plain_loss", "torchtune_loss"]
+__all__ = ["POINTWISE", "gkd_jsd", "mean_of_counted", "plain_loss", "torchtune_loss"]
 
 
 def _forward_kl(lp: Tensor, lq: Tensor) -> Tensor:
@@ -76,10 +76,17 @@ def plain_loss(s: Tensor, t: Tensor, labels: Tensor, case: Case, dtype: torch.dt
         name, params = case.name_and_params
         lp = F.log_softmax(t / case.temperature, dim=-1)
         lq = F.log_softmax(s / case.temperature, dim=-1)
-        loss = case.kd_scale * POINTWISE[name](lp, lq, *params).sum(-1).mean()
+        rows = POINTWISE[name](lp, lq, *params).sum(-1)
+        loss = case.kd_scale * mean_of_counted(rows, labels)
     if case.ce_weight:
         loss = loss + case.ce_weight * F.cross_entropy(s, labels)
     return loss
+
+
+def mean_of_counted(rows: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the rows with a label."""
+    counted = labels != IGNORE
+    return (rows * counted).sum() / counted.sum()
 
 
 def gkd_jsd(
@@ -104,7 +111,7 @@ def gkd_jsd(
         jsd = b * kl_teacher + (1 - b) * kl_student
     if labels is None:
         return jsd.sum() / jsd.shape[0]
-    mask = labels != -100
+    mask = labels != IGNORE
     return jsd[mask].sum() / mask.sum().clamp_min(1)
 
 
@@ -126,5 +133,5 @@ def torchtune_loss(s: Tensor, t: Tensor, labels: Tensor, name: str, weight: floa
         lp = F.log_softmax(t, dim=-1, dtype=torch.float32)
         terms = torch.masked_fill(q * lp, inf_mask, 0)
         terms = terms - torch.masked_fill(q * lq, inf_mask, 0)
-    mask = (labels != -100).int()
+    mask = (labels != IGNORE).int()
     return -torch.sum(terms.sum(-1).view(-1) * mask) / mask.sum()

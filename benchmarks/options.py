@@ -18,6 +18,7 @@ examples:
   fusedkd bench --divergence jsd "skew_forward_kl(lam=0.3)" --vocab 32000 151936 --n 256
   fusedkd bench --form head --n 2048 --hidden-student 2048 --hidden-teacher 4096 --memory
   fusedkd bench --form head --kd-weight 0 --providers fusedkd cce torch-lce floor
+  fusedkd bench --form head --counted 0.1 0.5 1     labels on a share of the tokens, as in chat data
   fusedkd bench --end-to-end                        a whole training step, and the largest batch
   fusedkd bench --replot outputs/bench/results.json
 
@@ -31,7 +32,16 @@ moving the bytes (two tensors read, one written); for heads, the bare matrix pro
 # The options that choose cases. Their defaults are those of `Case`; None: not given.
 AXES = (
     *("form", "divergence", "n", "vocab", "dtype", "temperature", "kd_weight", "ce_weight"),
-    *("mode", "frozen", "hidden_student", "hidden_teacher", "chunk_bytes", "threads"),
+    *(
+        "mode",
+        "frozen",
+        "counted",
+        "reduction",
+        "hidden_student",
+        "hidden_teacher",
+        "chunk_bytes",
+        "threads",
+    ),
 )
 
 PROVIDERS = (
@@ -68,6 +78,7 @@ def _checked(kind: type, test: Callable[[float], bool], expected: str) -> Callab
 
 _count = _checked(int, lambda x: x >= 1, "a whole number of at least 1, such as 512,")
 _positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0, such as 2.0,")
+_share = _checked(float, lambda x: 0 < x <= 1, "a number above 0 and up to 1, such as 0.25,")
 _weight = _checked(float, lambda x: 0 <= x < float("inf"), "a number of at least 0, such as 0.5,")
 
 
@@ -132,6 +143,10 @@ def _add_axes(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mode", nargs="+", choices=["train", "eval"], help="with gradients or not")
     group.add_argument(
         "--frozen", action="store_const", const=[True], help="LMHead without a weight gradient"
+    )
+    add("--counted", _share, 1.0, "share of the tokens with a label; the others are ignored")
+    group.add_argument(
+        "--reduction", nargs="+", choices=["mean", "none"], help="none: fusedkd's loss per token"
     )
     add("--hidden-student", _count, 896, "LMHead: the student's width")
     add("--hidden-teacher", _count, 1536, "LMHead: the teacher's width")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cases import Case, Problem
+from .cases import IGNORE, Case, Problem
+from .formulas import mean_of_counted
 from .providers import Forward, Provider, beta_of, gkd_missing
 
 __all__ = ["PEERS"]
@@ -86,14 +87,19 @@ def _liger_triton(case: Case, problem: Problem) -> Forward:
 def _trl(case: Case, problem: Problem) -> Forward:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+    """As its trainer calls it: on a GPU with the rows that count, elsewhere with all of them."""
     beta, p = beta_of(case), problem
 
     def forward() -> Tensor:
+        student, teacher, labels = p.student, p.teacher, p.labels
+        if case.counted < 1 and case.device == "cuda":
+            valid = labels != IGNORE
+            student, teacher, labels = student[valid], teacher[valid], labels[valid]
         rows, _entropy = ChunkedDivergenceFunction.apply(
-            *(p.student, p.student_weight, None, p.teacher, p.teacher_weight, None),
+            *(student, p.student_weight, None, teacher, p.teacher_weight, None),
             *(beta, case.temperature),
         )
-        return case.kd_scale * rows.mean()
+        return case.kd_scale * mean_of_counted(rows, labels)
 
     return forward
 
@@ -119,6 +125,8 @@ def _torch_lce_missing(case: Case) -> str | None:
     soft = case.name_and_params[0] == "forward_kl" and case.temperature == 1
     if case.kd_weight and not (soft and not case.ce_weight):
         return "takes a soft target at T = 1 or labels, not both"
+    if case.kd_weight and case.counted < 1:
+        return "with a soft target every row counts"
     return None
 
 

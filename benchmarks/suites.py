@@ -26,6 +26,11 @@ def faster(case: Case, peer: str, limit: float) -> Bar:
     return Bar(label, lambda m: _ratio(m.time(case, peer), m.time(case, OURS)), limit, False)
 
 
+def _relative(label: str, case: Case, other: Case, limit: float) -> Bar:
+    """fusedkd's time on one case over its time on another."""
+    return Bar(label, lambda m: _ratio(m.time(case, OURS), m.time(other, OURS)), limit)
+
+
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
 
@@ -54,6 +59,7 @@ def headline(device: str) -> list[Group]:
     return [
         *_dense(device),
         *_heads(device),
+        *_counted(device),
         _odd_vocabulary(device),
         *_growth(device),
         _small_call(device),
@@ -142,6 +148,36 @@ def _heads(device: str) -> list[Group]:
     ]
 
 
+def _counted(device: str) -> list[Group]:
+    """Instruction tuning: labels on a share of the tokens. Against a call with those alone."""
+    gpu = device == "cuda"
+    base = Case(form="head", n=4096 if gpu else 512, device=device, dtype=native_dtype(device))
+    shares = [base.but(counted=share) for share in (0.1, 0.25, 0.5)]
+    alone = {case: case.but(n=case.n_counted, counted=1.0) for case in shares}
+    bars = [
+        _relative(f"{case.counted:.0%} of the rows, against those alone", case, alone[case], 1.1)
+        for case in shares
+    ]
+    quarter = base.but(counted=0.25, ce_weight=0.0)
+    frozen = base.but(frozen=True)
+    per_row = frozen.but(reduction="none")
+    return [
+        Group("LMHead, rows that count", (*shares, *alone.values()), (OURS, FLOOR), tuple(bars)),
+        Group(
+            "LMHead, a quarter of the rows counts",
+            (quarter,),
+            (OURS, "liger", "trl", FLOOR),
+            () if gpu else (faster(quarter, "liger", 8), faster(quarter, "trl", 15)),
+        ),
+        Group(
+            "LMHead, frozen student head, a loss per row",
+            (frozen, per_row),
+            (OURS,),
+            (_relative("reduction='none' against 'mean'", per_row, frozen, 1.15),),
+        ),
+    ]
+
+
 def _odd_vocabulary(device: str) -> Group:
     n = 8192 if device == "cuda" else 1024
     odd, even = (Case(n=n, vocab=v, device=device) for v in (50257, 50304))
@@ -208,11 +244,11 @@ def _divergences(device: str) -> Group:
     base = Case(n=2048 if device == "cuda" else 256, device=device)
     cases = tuple(base.but(divergence=name) for name in divergences.names())
 
-    def bar(case: Case) -> Bar:
-        label = f"{case.divergence} relative to forward_kl"
-        return Bar(label, lambda m: _ratio(m.time(case, OURS), m.time(base, OURS)), 2.5)
-
-    bars = tuple(bar(case) for case in cases if case != base)
+    bars = tuple(
+        _relative(f"{case.divergence} relative to forward_kl", case, base, 2.5)
+        for case in cases
+        if case != base
+    )
     return Group("Every divergence", cases, (OURS,), bars)
 
 
@@ -257,14 +293,14 @@ def _dense_bar(case: Case) -> Bar:
 
 
 def _head_bar(case: Case) -> Bar:
-    """The budget, the weight's gradient and its fp32 accumulator (the same for fp32), the gradient
-    of the rows."""
+    """The budget, the gradients of weight and rows, and what each is summed in (fp32; the same for
+    fp32)."""
     from fusedkd.chunks import chunk_budget
 
     budget = chunk_budget(case.chunk_bytes, case.device)
-    weight, item = case.vocab * case.hidden_student, DTYPES[case.dtype].itemsize
-    allowed = budget + weight * (item % 4 + 4) + case.n * case.hidden_student * item
-    return _memory_bar(case, allowed, "chunk_bytes, dW, its accumulator and dh")
+    gradients, item = (case.vocab + case.n) * case.hidden_student, DTYPES[case.dtype].itemsize
+    allowed = budget + gradients * (item % 4 + 4)
+    return _memory_bar(case, allowed, "chunk_bytes, dW and dh, each with its fp32 sum")
 
 
 def _memory_bar(case: Case, allowed: int, what: str) -> Bar:

@@ -111,14 +111,40 @@ def test_every_divergence_passes_the_check(form: str, name: str):
 
 @pytest.mark.parametrize("name", ["torchtune", "gkd"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixed_kl(0.3)", "jsd(0.3)"])
-def test_peers_formulas_agree_at_fp32(name: str, divergence: str):
-    case = Case(divergence=divergence, n=6, vocab=257, dtype="fp32")
+@pytest.mark.parametrize("counted", [1.0, 0.5])
+def test_peers_formulas_agree_at_fp32(name: str, divergence: str, counted: float):
+    case = Case(divergence=divergence, n=6, vocab=257, dtype="fp32", counted=counted)
     provider = providers()[name]
     if provider.reason_missing(case) is None:
         assert Truth(case, make_problem(case)).check(provider).word == "ok"
 
 
-@pytest.mark.parametrize("changes", [{"mode": "eval"}, {"frozen": True}, {"dtype": "fp16"}])
+@pytest.mark.parametrize("name", ["eager", "liger", "trl"])
+def test_peers_with_heads_take_the_rows_that_count(name: str):
+    sizes = {"vocab": 257, "hidden_student": 16, "hidden_teacher": 24, "dtype": "fp32"}
+    case = Case(form="head", n=12, temperature=1.0, ce_weight=0.0, counted=0.4, **sizes)
+    provider = providers()[name]
+    if provider.reason_missing(case) is None:
+        assert case.n_counted == 5
+        assert Truth(case, make_problem(case)).check(provider).word == "ok"
+
+
+@pytest.mark.parametrize(("n", "share"), [(1, 0.1), (7, 0.5), (512, 0.1), (512, 0.25), (30, 1.0)])
+def test_the_share_that_counts_is_that_of_the_labels(n: int, share: float):
+    case = Case(n=n, vocab=11, counted=share)
+    assert (make_problem(case).labels != -100).sum() == case.n_counted
+    assert abs(case.n_counted - share * n) < 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "eval"},
+        {"frozen": True},
+        {"frozen": True, "reduction": "none", "counted": 0.4},
+        {"dtype": "fp16"},
+    ],
+)
 def test_other_modes_pass_the_check(changes: dict[str, object]):
     case = Case(form="head", n=6, vocab=257, hidden_student=16, hidden_teacher=24, **changes)
     assert Truth(case, make_problem(case)).check(providers()[OURS]).word == "ok"
@@ -141,6 +167,7 @@ def test_peak_memory_of_a_known_step():
         (["--divergence", "jsdd"], ["--divergence", "jsdd", "jsd"]),
         (["--divergence", "jsd(beta=2)"], ["--divergence", "beta", "(0, 1)"]),
         (["--divergence", "jsd(gamma=0.2)"], ["--divergence", "'gamma'", "of jsd are: beta"]),
+        (["--counted", "0"], ["--counted", "'0'", "above 0 and up to 1"]),
         (["--vocabb", "3"], ["--vocabb", "did you mean --vocab?"]),
         (["--providers", "ligre"], ["--providers", "ligre", "liger"]),
         (["--device", "tpu"], ["--device", "tpu", "cuda"]),
