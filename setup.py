@@ -17,8 +17,8 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-f
 # loads there.
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")
 
-# `make test-sanitize` looks for undefined behaviour and stray accesses. At -O3 the compiler may have
-# made use of what is looked for, and Python's own flags may define what is not defined.
+# `make test-sanitize` looks for undefined behaviour and stray accesses. At -O3 the compiler may
+# have made use of what is looked for, and Python's own flags may define what is not defined.
 if os.environ.get("FUSEDKD_SANITIZE"):
     KINDS = "address,undefined,float-cast-overflow"
     FLAGS += [f"-fsanitize={KINDS}", "-fno-sanitize-recover=all", "-fno-wrapv", "-O1", "-g1"]

@@ -1,17 +1,19 @@
-"""A whole training step: a small Llama student under a Llama teacher, with fusedkd and with logits.
+"""A whole training step: a small Llama student under a Llama teacher, with fusedkd and with logits;
+and of `DistillationTrainer` on chat data, where a quarter of the tokens counts.
 
 Each measurement is a process of its own, for its memory's sake. Run as a module it is that process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .memory import child_command, reset_peak, status_bytes
@@ -31,27 +33,31 @@ TIMEOUT = 240
 class Step:
     """A distillation step: AdamW on ``batch`` sequences of ``length`` random tokens."""
 
-    loss: str  # "fusedkd" or "eager"
+    loss: str  # "fusedkd", "eager", or "trainer": fusedkd's, with its loop around the step
     vocab: int
     batch: int = 4
     length: int = 128
     limit: int = 0  # bytes for the largest batch; 0: do not look for it
     steps: int = 3
+    counted: float = 1.0  # share of the tokens with a label
     device: str = "cpu"
 
 
 VOCABULARIES = (32000, 151936)
+CHAT = 0.25  # prompts, templates and padding are the rest
 MOST = 64  # sequences: larger batches are not tried
 
 
 def run(options: Namespace, console: Console) -> list[dict[str, Any]]:
     """Step time, memory and tokens per second, and the largest batch within the limit."""
+    limit, device = int(options.memory_limit * 2**30), options.device
     results = []
     for vocab in VOCABULARIES:
-        for loss in ("fusedkd", "eager"):
-            with console.status(f"end to end: {loss}, vocabulary {vocab:,}"):
-                limit = int(options.memory_limit * 2**30)
-                results.append(_child(Step(loss, vocab, limit=limit, device=options.device)))
+        kinds = [Step(loss, vocab, limit=limit, device=device) for loss in ("fusedkd", "eager")]
+        chat = Step("trainer", vocab, length=512, steps=7, device=device)
+        for step in (*kinds, chat, replace(chat, counted=CHAT)):
+            with console.status(f"end to end: {step.loss}, vocabulary {vocab:,}"):
+                results.append(_child(step))
     return results
 
 
@@ -71,12 +77,13 @@ def print_steps(console: Console, results: list[dict[str, Any]], limit: float) -
     from .cases import native_dtype
 
     table = Table(title="A training step, end to end")
-    heads = ["vocabulary", "loss", "step ms", "tokens/s", "peak memory"]
+    heads = ["vocabulary", "loss", "tokens", "counted", "step ms", "tokens/s", "peak memory"]
     for head in [*heads, f"largest batch in {limit:g} GiB"]:
         table.add_column(head, justify="right")
     for r in results:
         table.add_row(
-            *(f"{r['vocab']:,}", r["loss"], f"{r['step_ms']:,.0f}", f"{r['tokens_per_s']:,.0f}"),
+            *(f"{r['vocab']:,}", r["loss"], f"{r['batch']} x {r['length']}", f"{r['counted']:.0%}"),
+            *(f"{r['step_ms']:,.0f}", f"{r['tokens_per_s']:,.0f}"),
             *(f"{r['peak_bytes'] / 2**20:,.0f} MiB", _batch(r)),
         )
     console.print(table)
@@ -89,6 +96,8 @@ def print_steps(console: Console, results: list[dict[str, Any]], limit: float) -
 
 
 def _batch(result: dict[str, Any]) -> str:
+    if result["largest_batch"] is None:
+        return ""
     more = " or more" if result["largest_batch"] == MOST else ""
     return f"{result['largest_batch']} x {result['length']}{more}"
 
@@ -193,14 +202,81 @@ def _largest(trainer: _Trainer, limit: int) -> int:
     return max((batch for batch, size in peaks.items() if size <= limit), default=0)
 
 
+def _host_steps(step: Step) -> tuple[list[float], int]:
+    """Milliseconds of each step of a `DistillationTrainer` as its users start it, and peak memory.
+    A warm-up step comes before, the one whose memory is measured last."""
+    import tempfile
+
+    import torch
+    import transformers
+
+    from fusedkd.train import DistillationArguments, DistillationTrainer
+
+    from .cases import IGNORE, native_dtype
+
+    torch.manual_seed(0)
+    steps, times, peaks = step.steps + 2, [], [0]
+
+    class Clock(transformers.TrainerCallback):
+        begin = 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == steps - 1:
+                peaks[0] = _reset(step)
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if step.device == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - self.begin) * 1e3)
+            peaks.append(_peak(step) - peaks[0])
+
+    ids = torch.randint(0, step.vocab, (steps * step.batch, step.length))
+    labels = ids.clone()
+    labels[:, : step.length - round(step.counted * step.length)] = IGNORE  # the answer comes last
+    rows = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DistillationArguments(
+            output_dir=folder,
+            per_device_train_batch_size=step.batch,
+            max_steps=steps,
+            temperature=2.0,
+            kd_weight=1.0,
+            ce_weight=1.0,
+            use_cpu=step.device == "cpu",
+            bf16=native_dtype(step.device) == "bf16",
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = DistillationTrainer(
+            *(_llama(4, 256, step), _llama(6, 512, step), arguments),
+            train_dataset=rows,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return times[1:-1], peaks[-1]
+
+
 def _measure(step: Step) -> dict[str, Any]:
-    trainer = _Trainer(step)
-    peak = trainer.peak(step.batch)
-    median, low, high = spread([trainer.time(step.batch) for _ in range(step.steps)])
-    tokens = step.batch * step.length / median * 1e3
-    times = {"step_ms": median, "step_p10_ms": low, "step_p90_ms": high, "tokens_per_s": tokens}
-    largest = _largest(trainer, step.limit) if step.limit else None
-    return {**asdict(step), **times, "peak_bytes": peak, "largest_batch": largest}
+    largest = None
+    if step.loss == "trainer":
+        times, peak = _host_steps(step)
+    else:
+        trainer = _Trainer(step)
+        peak = trainer.peak(step.batch)
+        times = [trainer.time(step.batch) for _ in range(step.steps)]
+        largest = _largest(trainer, step.limit) if step.limit else None
+    median, low, high = spread(times)
+    return {
+        **asdict(step),
+        "step_ms": median,
+        "step_p10_ms": low,
+        "step_p90_ms": high,
+        "tokens_per_s": step.batch * step.length / median * 1e3,
+        "peak_bytes": peak,
+        "largest_batch": largest,
+    }
 
 
 def _reset(step: Step) -> int:
@@ -220,4 +296,6 @@ def _peak(step: Step) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(Step(**json.loads(sys.argv[1])))))
+    with contextlib.redirect_stdout(sys.stderr):  # what the trainer logs
+        answer = _measure(Step(**json.loads(sys.argv[1])))
+    print(json.dumps(answer))

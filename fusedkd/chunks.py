@@ -65,12 +65,13 @@ def run(inputs: Inputs, row_scale: Tensor, spec: LossSpec, wanted: Wanted) -> li
         rest = (label_rows, part.of_flat(scale), spec, grad, wanted.metrics)
         if entries is not None:
             t = None
-            loss, found = backend.sparse_rows(s, entries.part(part.flat), *rest)
+            loss, statistics = backend.sparse_rows(s, entries.part(part.flat), *rest)
         else:  # no teacher: what a term of weight 0 reads may be anything
             t = s if teacher is None else teacher.logits(backend, teacher.states(part))
-            loss, found = backend.rows(s, t, *rest)
+            loss, statistics = backend.rows(s, t, *rest)
         losses.append(loss)
-        metric_sums.append(None if found is None else found.sum(0))
+        if statistics is not None:
+            metric_sums.append(statistics.sum(0))
         grads.add(grad, own, part)
         del own, s, t, grad, rest  # before the next chunk is made: else two are held at a time
     if inplace and some:
@@ -78,7 +79,7 @@ def run(inputs: Inputs, row_scale: Tensor, spec: LossSpec, wanted: Wanted) -> li
     loss = losses[0] if len(losses) == 1 else torch.cat(losses)
     if spec.reduction != "none":
         loss = loss.sum(dtype=torch.float64).to(loss.dtype)
-    elif some:
+    elif index is not None:
         loss = torch.zeros_like(row_scale).index_copy_(0, index, loss)
     result = [loss, torch.stack(metric_sums).sum(0)] if wanted.metrics else [loss]
     return result + grads.results()
@@ -176,15 +177,16 @@ def _chunks(
     """All tokens that are computed, in chunks of which none holds more than its budget."""
     batch, length = student.rows.shape[:2] if index is None else (1, index.numel())
     sides = [student] if teacher is None else [student, teacher]
-    held = grads.bytes_per_row
+    held = grads.bytes_per_entry
     step = max(length, 1)
     device = student.rows.device.type
+    budget = fp16.SCRATCH_BYTES.get(device, fp16.SCRATCH_BYTES["cpu"])
     if any(side.weight is not None for side in sides):
-        held += sum(side.bytes_per_row(backend) for side in sides)
-        step = _even(step, max(1, chunk_budget(spec.chunk_bytes, device) // held))
-    elif held:
-        budget = fp16.SCRATCH_BYTES.get(device, fp16.SCRATCH_BYTES["cpu"])
-        step = _even(step, max(1, budget // held))
+        held += sum(side.bytes_per_entry(backend) for side in sides)
+        budget = chunk_budget(spec.chunk_bytes, device)
+    if held:
+        columns = spec.chunk_columns or student.columns
+        step = _even(step, max(1, budget // (held * columns)))
     for b in range(batch):
         for start in range(0, max(length, 1), step):  # no tokens: one empty chunk
             stop = min(start + step, length)

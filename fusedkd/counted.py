@@ -50,13 +50,13 @@ def chosen(row_scale: Tensor) -> bool:
 def _nonzero(row_scale: Tensor, number: int | None) -> Tensor:
     if number is None:
         return row_scale.nonzero().squeeze(1)
-    found = row_scale.count_nonzero()
+    actual = row_scale.count_nonzero()
     if row_scale.device.type == "cpu":
-        if found != number:
+        if actual != number:
             raise ValueError(
-                f"num_counted={number}, but {int(found)} tokens count: expected the number of "
+                f"num_counted={number}, but {int(actual)} tokens count: expected the number of "
                 "those whose label is not ignore_index and whose weight is not 0, or None."
             )
     else:
-        torch._assert_async(found == number, "num_counted: another number of tokens counts")
+        torch._assert_async(actual == number, "num_counted: another number of tokens counts")
     return torch.nonzero_static(row_scale, size=number).squeeze(1)

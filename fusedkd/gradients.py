@@ -71,13 +71,13 @@ class Gradients:
         return self.side.weight is not None and self.dtype == torch.float16 != self.logits_dtype
 
     @property
-    def bytes_per_row(self) -> int:
-        """What of a chunk's gradient is held beside its logits."""
+    def bytes_per_entry(self) -> int:
+        """What of a chunk's gradient is held beside its logits, for each of these."""
         if self.side.weight is None:
-            return self.side.rows.shape[-1] * 4 if self.powers is not None else 0
+            return 4 if self.powers is not None else 0
         if not self.wanted.any_gradient or self.logits_dtype == self.dtype:
             return 0
-        return self.side.weight.shape[0] * self.dtype.itemsize
+        return self.dtype.itemsize
 
     def buffer(self, logits: Tensor, part: Chunk) -> Tensor | None:
         """Where the row kernel writes the gradient of these logits; None: no gradient wanted."""
@@ -86,7 +86,7 @@ class Gradients:
         if self.side.weight is None:
             if self.powers is not None:
                 return self._empty(logits.shape, torch.float32)
-            if part.index is not None:  # they are a copy
+            if part.tokens is not None:  # they are a copy
                 return logits
             return part.of(self.d_rows) if self.d_rows is not None else None
         if self._narrows or self.logits_dtype == self.dtype:
@@ -102,7 +102,7 @@ class Gradients:
         elif self.d_rows is not None:
             if self.powers is not None:
                 grad = self._narrowed_rows(grad, part)
-            if self.powers is not None or part.index is not None:
+            if self.powers is not None or part.tokens is not None:
                 part.put(self.d_rows, grad)
 
     def _narrowed_rows(self, grad: Tensor, part: Chunk) -> Tensor:
@@ -121,7 +121,7 @@ class Gradients:
             grad, power = self._narrowed(grad)
         mm_ = self.backend.mm_
         if self.d_rows is not None:
-            scattered = part.index is not None
+            scattered = part.tokens is not None
             shape = (1, *states.shape)
             rows = self._empty(shape, self.accumulate) if scattered else part.of(self.d_rows)
             mm_(rows[0], grad, self.side.weight)
@@ -166,6 +166,6 @@ class Gradients:
     def _converted(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         return grad if grad.dtype == dtype else self._empty(grad.shape, dtype).copy_(grad)
 
-    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         made: Tensor = self.backend.empty(shape, dtype=dtype, device=self.side.rows.device)
         return made

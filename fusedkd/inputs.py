@@ -43,31 +43,31 @@ class Chunk(NamedTuple):
     """Some of the tokens that count: what one round of the loop computes.
 
     They are either neighbours in one of the B sequences, or, where some tokens do not count or
-    those that do have no common stride, the tokens ``index`` of all N.
+    those that do have no common stride, the ``tokens`` of all N.
     """
 
     b: int
     rows: slice  # within b
     flat: slice  # the same among the tokens that are computed
     whole: bool  # all there are: what slicing would cost, a small call feels
-    index: Tensor | None = None  # (n,) int64
+    tokens: Tensor | None = None  # (n,) int64
 
     def of(self, x: Tensor) -> Tensor:
-        """Its rows of (B, T, ...), as (1, n, ...): a view, or with an index a copy."""
-        if self.index is None:
+        """Its rows of (B, T, ...), as (1, n, ...): a view, or of chosen tokens a copy."""
+        if self.tokens is None:
             return x if self.whole else x[self.b : self.b + 1, self.rows]
         if x.shape[0] == 1:
-            return x.index_select(1, self.index)
-        return x[self.index // x.shape[1], self.index % x.shape[1]][None]
+            return x.index_select(1, self.tokens)
+        return x[self.tokens // x.shape[1], self.tokens % x.shape[1]][None]
 
     def put(self, x: Tensor, rows: Tensor) -> None:
         """Write (1, n, ...) to its rows of (B, T, ...)."""
-        if self.index is None:
+        if self.tokens is None:
             self.of(x).copy_(rows)
         elif x.shape[0] == 1:
-            x.index_copy_(1, self.index, rows)
+            x.index_copy_(1, self.tokens, rows)
         else:
-            x[self.index // x.shape[1], self.index % x.shape[1]] = rows[0]
+            x[self.tokens // x.shape[1], self.tokens % x.shape[1]] = rows[0]
 
     def of_flat(self, x: Tensor) -> Tensor:
         """Its rows of what there is one per computed token."""
@@ -97,8 +97,12 @@ class Side(NamedTuple):
         backend.mm_(out[0], states[0], self.weight.T)
         return out if self.bias is None else out.add_(self.bias)
 
-    def bytes_per_row(self, backend: ModuleType) -> int:
-        """What one token's logits take where they are made, or copied, chunk by chunk."""
-        if self.weight is None:
-            return self.rows.shape[-1] * self.dtype.itemsize
-        return self.weight.shape[0] * backend.head_dtypes(self.dtype)[0].itemsize
+    @property
+    def columns(self) -> int:
+        """V, or what of it is here."""
+        return int(self.rows.shape[-1] if self.weight is None else self.weight.shape[0])
+
+    def bytes_per_entry(self, backend: ModuleType) -> int:
+        """What a logit takes where they are made, or copied, chunk by chunk."""
+        dtype = self.dtype if self.weight is None else backend.head_dtypes(self.dtype)[0]
+        return int(dtype.itemsize)

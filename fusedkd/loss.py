@@ -259,7 +259,7 @@ def _compute_sharded(
 ) -> tuple[Tensor, KDMetrics | None]:
     """The same for the part of the vocabulary that lies here."""
     student, teacher, _, vocab_size = sides
-    side_of("student", student), teacher_of(teacher)  # for their errors: shapes are the ranks' own
+    side_of("student", student, 0), teacher_of(teacher, 0)  # for their errors; a rank may have none
     for name, value in (("vocab_size", vocab_size), ("chunk_bytes", keywords["chunk_bytes"])):
         if value is not None:
             check_whole(name, value, 1)
@@ -267,6 +267,7 @@ def _compute_sharded(
     shards = parallel.shards(*sides, keywords["backend"], keywords["chunk_bytes"])
     here = {"student": shards.student, "teacher": shards.teacher, "shards": shards}
     run = {"backend": shards.backend, "chunk_bytes": shards.chunk_bytes}
+    run["chunk_columns"] = shards.chunk_columns
     return _compute(want_metrics, vocab_size=None, group=None, **{**keywords, **here, **run})
 
 

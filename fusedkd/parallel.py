@@ -31,6 +31,7 @@ class Shards(NamedTuple):
     vocab_size: int  # of all ranks
     backend: SpreadRows
     chunk_bytes: int
+    chunk_columns: int  # the widest rank's: every rank makes chunks of as many tokens
 
 
 class _Split(NamedTuple):
@@ -89,8 +90,8 @@ def shards(
         _here(teacher, split, groups[0], summed=False),
         size,
         SpreadRows(backend, device, groups[0], split.offset, live, rows),
-        # so that every rank makes chunks of as many tokens, however many columns it has
-        max(1, budget // split.widest) * max(1, split.columns),
+        budget,
+        split.widest,
     )
 
 

@@ -54,18 +54,18 @@ class Side:
         return None if self.tensor is None else self.tensor.dtype
 
 
-def teacher_of(value: Tensor | LMHead | SparseTeacher | None) -> Side:
+def teacher_of(value: Tensor | LMHead | SparseTeacher | None, fewest: int = 1) -> Side:
     """The teacher's side, which alone may be sparse, or nothing."""
     if value is None:
         return Side("teacher", None, None)
-    return _sparse(value) if isinstance(value, SparseTeacher) else side_of("teacher", value)
+    return _sparse(value) if isinstance(value, SparseTeacher) else side_of("teacher", value, fewest)
 
 
-def side_of(name: str, value: Tensor | LMHead) -> Side:
-    """The side called ``name``, "student" or "teacher"."""
+def side_of(name: str, value: Tensor | LMHead, fewest: int = 1) -> Side:
+    """The side called ``name``, "student" or "teacher", of no fewer columns than ``fewest``."""
     if isinstance(value, Tensor):
         check_logits(name, value)
-        if value.dim() < 1 or value.shape[-1] < 1:
+        if value.dim() < 1 or value.shape[-1] < fewest:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}: expected logits (..., V), vocabulary last."
             )
@@ -76,7 +76,7 @@ def side_of(name: str, value: Tensor | LMHead) -> Side:
             "LMHead(hidden, weight); as teacher also SparseTeacher(indices, log_probs). A "
             "transformers output has its logits in `.logits`."
         )
-    _check_head(name, value)
+    _check_head(name, value, fewest)
     transform = Transform(float(value.logit_scale), float(value.softcap or 0.0))
     return Side(name, value.hidden, value.weight.shape[0], value.weight, value.bias, transform)
 
@@ -103,7 +103,7 @@ def _sparse(teacher: SparseTeacher) -> Side:
     return Side("teacher", log_probs, None, indices=indices, tail=teacher.tail)
 
 
-def _check_head(name: str, head: LMHead) -> None:
+def _check_head(name: str, head: LMHead, fewest: int) -> None:
     hidden, weight, bias = head.hidden, head.weight, head.bias
     for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None and part == "bias":
@@ -121,7 +121,7 @@ def _check_head(name: str, head: LMHead) -> None:
             f"{name}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
             "expected (..., H) and (V, H), as in hidden @ weight.T. Transpose the weight?"
         )
-    if weight.shape[0] < 1 or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight.shape[0] < fewest or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}, bias "
             f"{None if bias is None else tuple(bias.shape)}: expected (V, H) and (V,), V > 0."

@@ -61,6 +61,7 @@ class LossSpec:
     tail: str | None = None  # what a SparseTeacher's remaining mass becomes; None: another teacher
     inplace: bool = False
     chunk_bytes: int | None = None
+    chunk_columns: int | None = None  # that a chunk's bytes are counted with; None: what is here
     num_counted: int | None = None  # tokens that count, where the caller knows
     backend: Any = None  # as fusedkd.backends.resolve takes it
     autocast: torch.dtype | None = None  # heads: the dtype to multiply in, where autocast is on

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("triton_rows", "contract", "precision")
+FILES = ("triton_rows", "contract", "precision", "counted")
 
 
 @pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")

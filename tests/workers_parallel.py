@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fusedkd import LMHead, SparseTeacher, divergences, kd_loss_and_metrics
+from fusedkd import LMHead, SparseTeacher, divergences, fp16, kd_loss_and_metrics
+
+fp16.SCRATCH_BYTES["cpu"] = 600  # so that these few rows are several chunks
 
 N, V, H = 9, 53, 6
 # how many columns each rank has: uneven, and with one that has none
@@ -82,6 +84,8 @@ def sides(case: Case) -> tuple[dict[str, Tensor], Any, Any]:
     """The whole tensors, and functions from them to the student and the teacher."""
     student, teacher, dtype, options = case
     x = tensors(dtype)
+    for name in ("s", "t", "hs", "ht"):  # of a token whose weight is 0
+        x[name][5] = torch.nan
     if "masked" in (student, teacher):
         for name in ("s", "t"):
             x[name][:, 11:30] = -torch.inf

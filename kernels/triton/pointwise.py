@@ -153,8 +153,8 @@ def alpha_beta(lp, lq, gap, p, q, a, b):
     return _alpha_beta(lp, lq, gap, a, b, a + b)
 
 
-# Near p = q the logarithm of the mixture cancels. Full rows make up for it by the number of entries,
-# the few of a sparse teacher are computed in fp64 (sparse.py).
+# Near p = q the logarithm of the mixture cancels. Full rows make up for it by the number of their
+# entries, the few of a sparse teacher are computed in fp64 (sparse.py).
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
 # --------------------------------------------------------------------------------------------------
