@@ -8,34 +8,15 @@ child process with ``TRITON_INTERPRET=1`` and ``FUSEDKD_TEST_BACKEND=triton`` fo
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from fusedkd import backends
 
-TESTS = Path(__file__).parent
 ONLY = os.environ.get("FUSEDKD_TEST_BACKEND")
-
-
-def _load_helper(name: str) -> None:
-    """Make tests/<name>.py importable under that name, without touching sys.path: the repository
-    root on it would hide Hugging Face's ``kernels``."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, TESTS / f"{name}.py")
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-
-
-_load_helper("oracle")
-_load_helper("test_kd_loss")  # its budget and its checks
-_load_helper("processes")
 
 
 def unavailable(name: str) -> str | None:
