@@ -63,6 +63,9 @@ def fused_loss(
     row_scale = weights
     if divisor is not None:
         row_scale = (weights / divisor).masked_fill(weights == 0, 0.0)
+        if spec.num_counted is not None:  # what underflows is no less counted
+            tiny = torch.finfo(weights.dtype).tiny
+            row_scale = row_scale.masked_fill((row_scale == 0) & (weights != 0), tiny)
     function = _FusedLoss if traced else _EagerLoss
     loss, *rest = function.apply(*inputs, labels, row_scale, spec, wanted)
     return loss, rest[0] if metrics else None
@@ -171,7 +174,8 @@ class _FusedLoss(torch.autograd.Function):
             scale = (row_scale * upstream.to(row_scale.dtype)).masked_fill(row_scale == 0, 0.0)
             wanted = ctx.wanted._replace(metrics=False)
             again = _Again.apply if in_functorch() else _Again.forward
-            grads = again(*tensors, scale, ctx.spec, wanted)
+            spec = dataclasses.replace(ctx.spec, num_counted=None)  # an upstream 0 counts no more
+            grads = again(*tensors, scale, spec, wanted)
             results = [x.to(dtype) for x, dtype in zip(grads, kept, strict=True)]
         else:
             grads = list(ctx.saved_tensors)

@@ -192,6 +192,25 @@ def test_the_number_may_come_from_the_host(backend: str, device: torch.device) -
         call.results(mask, False, "mean", num_counted=1.0, backend=backend)
 
 
+def test_the_number_is_of_tokens_not_of_upstream_gradients(
+    backend: str, device: torch.device
+) -> None:
+    """An upstream 0, and a weight that underflows with its divisor, change no number."""
+    hidden, weight, teacher = (torch.randn(*s, device=device) for s in ((4, 8), (30, 8), (4, 30)))
+    labels = torch.tensor([3, -100, 5, 7], device=device)
+    weights = torch.tensor([1.0, 1.0, 1e-30, 1.0], device=device)
+    upstream = torch.tensor([1.0, 1.0, 2.0, 0.0], device=device)
+    grads = []
+    for number in (None, 3):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        keywords = {"num_counted": number, "token_weights": weights, "backend": backend}
+        args = (LMHead(*leaves), teacher, labels)
+        kd_loss(*args, reduction="none", **keywords).backward(upstream)
+        kd_loss(*args, normalizer=1e20, **keywords).backward()
+        grads.append([x.grad for x in leaves])
+    assert_same_bits(*grads)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_where_a_graph_is_captured_all_are_multiplied(
     backend: str, device: torch.device, form: str, monkeypatch: pytest.MonkeyPatch
