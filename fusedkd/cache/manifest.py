@@ -32,7 +32,7 @@ from fusedkd.cache.files import check_plain, replace_file
 from fusedkd.cache.keys import sha256
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
-from fusedkd.spec import is_finite
+from fusedkd.checks import is_finite
 
 __all__ = ["INDEX", "NAME", "FileSum", "Manifest", "shard_name"]
 

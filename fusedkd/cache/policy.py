@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fusedkd.cache.errors import CacheError, short
+from fusedkd.checks import is_finite
 from fusedkd.divergences import Divergence
-from fusedkd.spec import is_finite
 
 __all__ = ["Policy", "linear_in_teacher"]
 
