@@ -133,8 +133,7 @@ class Problem:
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
-    """Random inputs; the teacher of dense cases agrees with the student in part, as it would. All
-    rows have labels in the tensors that are made; `with_case` takes them away."""
+    """Random inputs; the teacher of dense cases agrees with the student in part, as it would."""
     dtype, device = DTYPES[case.dtype], case.device
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -151,7 +151,7 @@ def _fill(row: Row, contestant: Contestant) -> None:
 
 
 class _Problems:
-    """One set of tensors for all cases that differ in rows, threads or loss only."""
+    """One set of tensors, all labelled, for all cases that differ in rows, threads or loss only."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
         self.most = max(case.n for case in cases)
@@ -161,7 +161,7 @@ class _Problems:
         sizes = (case.hidden_student, case.hidden_teacher) if case.form == "head" else ()
         key = (case.form, case.vocab, case.dtype, case.device, *sizes)
         if key not in self.made:
-            self.made[key] = make_problem(case.but(n=self.most))
+            self.made[key] = make_problem(case.but(n=self.most, counted=1.0))
         return self.made[key].with_case(case)
 
 

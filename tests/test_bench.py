@@ -136,6 +136,14 @@ def test_the_share_that_counts_is_that_of_the_labels(n: int, share: float):
     assert abs(case.n_counted - share * n) < 1
 
 
+def test_shares_of_one_group_do_not_share_their_labels():
+    """The first one's were those of all: whole calls were timed on a tenth of their rows."""
+    cases = [Case(n=20, vocab=11, counted=share) for share in (0.1, 1.0, 0.5)]
+    problems = runner._Problems(cases)
+    for case in cases:
+        assert (problems.of(case).labels != -100).sum() == case.n_counted
+
+
 @pytest.mark.parametrize(
     "changes",
     [
