@@ -54,6 +54,9 @@ class Gradients:
             return
         self.logits_dtype, self.dtype = backend.head_dtypes(side.dtype)
         self.accumulate = torch.promote_types(self.logits_dtype, torch.float32)
+        self.started = False  # whether the weight's holds a chunk
+        if wanted.weight:  # the largest first: no chunk takes the memory that the last call's left
+            self.d_weight = self._empty(weight.shape, self.accumulate)
         if wanted.hidden:
             self.d_rows = self._rows(self.accumulate)
         if wanted.bias:
@@ -129,11 +132,9 @@ class Gradients:
                 rows.div_(power)
             if scattered:
                 part.put(self.d_rows, rows)
-        if self.inputs.student_weight is not None and self.wanted.weight:
-            first = self.d_weight is None  # added up over chunks, at full precision
-            if self.d_weight is None:
-                self.d_weight = self._empty(self.inputs.student_weight.shape, self.accumulate)
-            mm_(self.d_weight, grad.T, states, accumulate=not first)
+        if self.d_weight is not None:  # added up over chunks, at full precision
+            mm_(self.d_weight, grad.T, states, accumulate=self.started)
+            self.started = True
 
     def _narrowed(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk in fp16 and its power: one for all rows, for the weight's gradient adds them up.
@@ -142,7 +143,7 @@ class Gradients:
         power = rows.amin() if len(rows) else rows.new_ones(())
         if self.powers is not None:
             power = torch.minimum(power, self.powers)
-            if self.d_weight is not None:
+            if self.started and self.d_weight is not None:
                 self.backend.scale_(self.d_weight, power / self.powers)
         self.powers = power
         return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power), power
