@@ -30,11 +30,16 @@ def counted(inputs: Inputs, row_scale: Tensor, spec: LossSpec) -> Tensor | None:
     heads = [x for x, weight in sides_of(inputs) if weight is not None]
     if not heads:
         return None
-    total = row_scale.numel()
+    total, number = row_scale.numel(), spec.num_counted
     index = None
-    if spec.num_counted != total and chosen(row_scale):
-        index = _nonzero(row_scale, spec.num_counted)
-        if index.numel() == total:
+    if chosen(row_scale):
+        if number is None:
+            index = row_scale.nonzero().squeeze(1)
+        else:
+            _check_number(row_scale, number)
+            if number != total:
+                index = torch.nonzero_static(row_scale, size=number).squeeze(1)
+        if index is not None and index.numel() == total:
             index = None
     if index is None and not all((1, total) in row_shapes(x) for x in heads):
         # of no common stride: gathered chunk by chunk, for reshaping would copy all of them
@@ -47,16 +52,12 @@ def chosen(row_scale: Tensor) -> bool:
     return not (row_scale.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _nonzero(row_scale: Tensor, number: int | None) -> Tensor:
-    if number is None:
-        return row_scale.nonzero().squeeze(1)
+def _check_number(row_scale: Tensor, number: int) -> None:
     actual = row_scale.count_nonzero()
-    if row_scale.device.type == "cpu":
-        if actual != number:
-            raise ValueError(
-                f"num_counted={number}, but {int(actual)} tokens count: expected the number of "
-                "those whose label is not ignore_index and whose weight is not 0, or None."
-            )
-    else:
+    if row_scale.device.type != "cpu":
         torch._assert_async(actual == number, "num_counted: another number of tokens counts")
-    return torch.nonzero_static(row_scale, size=number).squeeze(1)
+    elif actual != number:
+        raise ValueError(
+            f"num_counted={number}, but {int(actual)} tokens count: expected the number of "
+            "those whose label is not ignore_index and whose weight is not 0, or None."
+        )

@@ -186,8 +186,9 @@ def test_the_number_may_come_from_the_host(backend: str, device: torch.device) -
     count = int(mask.sum())
     assert_same_bits(call.results(mask, False, "mean", num_counted=count, backend=backend), want)
     if device.type == "cpu":  # a GPU asserts on the device
-        with pytest.raises(ValueError, match=rf"num_counted={count + 1}, but {count} tokens"):
-            call.results(mask, False, "mean", num_counted=count + 1, backend=backend)
+        for number in (count - 1, count + 1, N):
+            with pytest.raises(ValueError, match=rf"num_counted={number}, but {count} tokens"):
+                call.results(mask, False, "mean", num_counted=number, backend=backend)
     with pytest.raises(TypeError, match=r"num_counted=1\.0"):
         call.results(mask, False, "mean", num_counted=1.0, backend=backend)
 
