@@ -85,9 +85,9 @@ def _liger_triton(case: Case, problem: Problem) -> Forward:
 
 
 def _trl(case: Case, problem: Problem) -> Forward:
+    """As its trainer calls it: on a GPU with the rows that count, elsewhere with all of them."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    """As its trainer calls it: on a GPU with the rows that count, elsewhere with all of them."""
     beta, p = beta_of(case), problem
 
     def forward() -> Tensor:

@@ -143,7 +143,7 @@ class Gradients:
         power = rows.amin() if len(rows) else rows.new_ones(())
         if self.powers is not None:
             power = torch.minimum(power, self.powers)
-            if self.started and self.d_weight is not None:
+            if self.started:
                 self.backend.scale_(self.d_weight, power / self.powers)
         self.powers = power
         return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power), power

@@ -21,8 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for folder in (EXAMPLES, EXAMPLES.parent / "tests"):
-        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module
 
 

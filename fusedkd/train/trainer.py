@@ -212,8 +212,7 @@ class DistillationTrainer(FromHeads, Trainer):
 
     def _measures_this_step(self) -> bool:
         """Whether this training step's metrics are wanted: of those that are logged, or of all."""
-        steps = str(getattr(self.args.logging_strategy, "value", self.args.logging_strategy))
-        if self.args.metrics != "logging_steps" or steps != "steps":
+        if self.args.metrics != "logging_steps" or self.args.logging_strategy != "steps":
             return self.args.metrics != "none"
         step = self.state.global_step + 1
         first = step == 1 and self.args.logging_first_step
