@@ -50,7 +50,7 @@ test-slow: setup
 test-zero: setup
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
 		--target build/deepspeed deepspeed hjson msgpack py-cpuinfo einops
-	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/test_zero.py
+	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/train/test_zero.py
 
 AVX512 := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/avx512/lib FUSEDKD_CPU_ISA=avx512 \
 	FUSEDKD_TEST_BACKEND=cpu
@@ -60,13 +60,14 @@ test-avx512: setup
 	FUSEDKD_EMULATE_AVX512=1 $(BIN)/python setup.py -q build --build-base build/avx512 \
 		--build-lib build/avx512/lib --build-temp build/avx512/temp
 	$(AVX512) $(BIN)/python -c 'import fusedkd.kernels.cpu as cpu; assert cpu.instruction_set() == "avx512"'
-	$(AVX512) $(BIN)/pytest -n 2 tests/test_cpu_kernel.py tests/test_kd_loss.py tests/test_sparse.py \
-		tests/test_contract.py
+	$(AVX512) $(BIN)/pytest -n 2 tests/kernels/test_cpu_kernel.py tests/loss/test_kd_loss.py tests/loss/test_sparse.py \
+		tests/loss/test_contract.py
 
 SANITIZE_CPU := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib FUSEDKD_TEST_BACKEND=cpu \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)"
-SANITIZED := $(addprefix tests/test_,$(addsuffix .py,cpu_kernel kd_loss sparse contract precision))
+SANITIZED := tests/kernels/test_cpu_kernel.py \
+	$(addprefix tests/loss/test_,$(addsuffix .py,kd_loss sparse contract precision))
 # Any report ends the process. Python itself leaks, so leaks are not looked for.
 test-sanitize: setup
 	rm -rf build/sanitize/lib
@@ -91,11 +92,11 @@ wheel-test: setup
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
-	cd build/wheel && ../../$(BIN)/python ../../tests/wheel_check.py site
+	cd build/wheel && ../../$(BIN)/python ../../tests/support/wheel_check.py site
 
 # On the machine's own Python, torch and triton: nothing is installed but this checkout.
 # compute-sanitizer makes kernels 10 to 100 times slower: a few tests, each kernel once.
-SANITIZE := $(PYTHON) -m pytest -p no:cacheprovider tests/test_triton_rows.py \
+SANITIZE := $(PYTHON) -m pytest -p no:cacheprovider tests/kernels/test_triton_rows.py \
 	-k "test_around_a_tile or test_a_row_in_pieces or test_scale"
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: torch sees no GPU'"

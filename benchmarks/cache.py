@@ -26,7 +26,7 @@ from fusedkd import SparseTeacher, kd_loss
 from fusedkd.cache import Job, Layout, Policy, build
 from fusedkd.cache.layout import Answers
 from fusedkd.cache.writer import Plan, Writer, per_shard
-from fusedkd.train.teachers import LiveTeacher
+from fusedkd.teachers import LiveTeacher
 
 from .cache_demo import OnDemo, print_table, seconds
 

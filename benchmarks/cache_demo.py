@@ -19,9 +19,9 @@ from rich.table import Table
 from fusedkd import SparseTeacher, kd_loss
 from fusedkd.cache import Job, Layout, Policy, TeacherCache, build, verify
 from fusedkd.cache.keys import tokenizer_hash
-from fusedkd.train.demo import LOSSES, Setting, _Demo
-from fusedkd.train.teachers import LiveTeacher
-from fusedkd.train.watch import Watch
+from fusedkd.demo.experiment import LOSSES, Setting, _Demo
+from fusedkd.demo.watch import Watch
+from fusedkd.teachers import LiveTeacher
 
 __all__ = ["OnDemo", "print_table", "seconds"]
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
+from fusedkd.demo.watch import Watch
 from fusedkd.train import DistillationArguments, DistillationTrainer
 from fusedkd.train.term_set import own_parameters
-from fusedkd.train.watch import Watch
 
 from .evidence_plan import SMOKE, STUDENTS, Setting, Student, Text, make_teacher, make_text
 from .evidence_report import write_report

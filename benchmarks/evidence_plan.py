@@ -13,9 +13,9 @@ import yaml
 from datasets import Dataset
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, set_seed
 
-from fusedkd.train.demo_text import Corpus, corpus
-from fusedkd.train.masking import FrequencyMasking, count_tokens
-from fusedkd.train.student import StudentPlan, build_student
+from fusedkd.data.masking import FrequencyMasking, count_tokens
+from fusedkd.demo.corpus import Corpus, corpus
+from fusedkd.students.copy import StudentPlan, build_student
 
 __all__ = ["SMOKE", "STUDENTS", "Setting", "Student", "Text", "make_teacher", "make_text"]
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from fusedkd import kd_loss
-from fusedkd.train.heads import loss_in_forward, plain_head, tap
+from fusedkd.models.heads import loss_in_forward, plain_head, tap
 
 
 def main(steps: int = 6, micro_batches: int = 2, cpu: bool = False) -> list[float]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.calls import bind_call, number, split_call
+from fusedkd.values import bind_call, number, split_call
 
 __all__ = [
     "Divergence",

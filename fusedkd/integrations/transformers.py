@@ -24,9 +24,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fusedkd import LMHead, kd_loss
+from fusedkd.models.kinds import HeadOf, bare, frozen, is_causal, true_vocabulary
+from fusedkd.teachers import LiveTeacher
 from fusedkd.train.base import FromHeads
-from fusedkd.train.models import HeadOf, bare, frozen, is_causal, true_vocabulary
-from fusedkd.train.teachers import LiveTeacher
 
 __all__ = ["DistillationMixin"]
 

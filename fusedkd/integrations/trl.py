@@ -7,7 +7,7 @@ Replace the import, keep the rest (written for TRL 1.16)::
 The values are TRL's: no T^2, beta 0 forward KL and beta 1 reverse KL. What differs:
 
 * logits never exist, in any dtype, where the models have a plain head (see
-  :mod:`fusedkd.train.heads`); ``compute_loss(return_outputs=True)`` makes them, as it must;
+  :mod:`fusedkd.models.heads`); ``compute_loss(return_outputs=True)`` makes them, as it must;
 * one optimizer step gives one loss and one gradient, however it is cut into micro-batches and
   processes. TRL's gradients are averaged over processes of sums that are divided by all tokens;
 * completions that were generated in the step are counted, not the ones they replaced. GKD

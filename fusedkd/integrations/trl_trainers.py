@@ -14,9 +14,9 @@ from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
 from fusedkd import LMHead, kd_loss
 from fusedkd.integrations.elementwise import generalized_jsd
 from fusedkd.integrations.trl import chunked_divergence_loss, generalized_jsd_loss
+from fusedkd.models.kinds import HeadOf
+from fusedkd.teachers import LiveTeacher
 from fusedkd.train.base import FromHeads
-from fusedkd.train.models import HeadOf
-from fusedkd.train.teachers import LiveTeacher
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer"]
 

@@ -2,8 +2,8 @@
 fusedkd[train]``."""
 
 from fusedkd.divergences import make as parse_divergence
+from fusedkd.students.copy import StudentPlan, build_student
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.student import StudentPlan, build_student
 from fusedkd.train.trainer import DistillationTrainer
 
 __all__ = [

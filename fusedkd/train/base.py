@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedkd.train.heads import loss_in_forward, next_labels
-from fusedkd.train.models import HeadOf, bare, router_loss
+from fusedkd.models.heads import loss_in_forward, next_labels
+from fusedkd.models.kinds import HeadOf, bare, router_loss
 
 __all__ = ["FromHeads"]
 
@@ -75,8 +75,8 @@ class FromHeads:
         compute: Callable[[Any], tuple[Tensor, Any]],
         dense: bool,
     ) -> tuple[Tensor, Any, Any]:
-        """:func:`fusedkd.train.heads.loss_in_forward` of the student's head, or of its logits where
-        ``dense``."""
+        """:func:`fusedkd.models.heads.loss_in_forward` of the student's head, or of its logits
+        where ``dense``."""
         head = None if dense else self._student_head.of(model)
         return loss_in_forward(model, bare(model), head, inputs, compute)
 

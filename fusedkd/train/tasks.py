@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import AutoConfig, DataCollatorWithPadding, default_data_collator
 
+from fusedkd.data.labelled import load_examples
+from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.train.examples import load_examples
-from fusedkd.train.loading import load_blocks
-from fusedkd.train.masking import FrequencyMasking, count_tokens
-
-if TYPE_CHECKING:
-    from fusedkd.train.run import RunArguments
+from fusedkd.models.loading import load_blocks
+from fusedkd.train.arguments import RunArguments
 
 __all__ = ["TaskData", "prepare_data"]
 
@@ -28,7 +26,7 @@ class TaskData(NamedTuple):
 
 
 def prepare_data(task: str, run: RunArguments, tokenizer: Any, teacher: str | None) -> TaskData:
-    """The data of ``run`` for a task of :func:`fusedkd.train.loading.task_of`.
+    """The data of ``run`` for a task of :func:`fusedkd.models.loading.task_of`.
 
     Raises:
         UserError: missing, unreadable or unfit data, or a tokenizer without what the task needs.

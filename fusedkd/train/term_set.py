@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fusedkd.train.capture import Captured, capture, expose_attention
+from fusedkd.models.capture import Captured, capture, expose_attention
 from fusedkd.train.meter import Measured
 from fusedkd.train.terms import Term, parse_term
 

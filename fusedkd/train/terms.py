@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from fusedkd.calls import bind_call, split_call
 from fusedkd.features import (
     AttentionStates,
     attention_kl,
@@ -21,8 +20,9 @@ from fusedkd.features import (
     hidden_mse,
     relation_kl,
 )
-from fusedkd.train.capture import Captured
-from fusedkd.train.layers import depth, layer_pairs
+from fusedkd.models.capture import Captured
+from fusedkd.models.layers import depth, layer_pairs
+from fusedkd.values import bind_call, split_call
 
 __all__ = ["TERMS", "Term", "parse_term"]
 

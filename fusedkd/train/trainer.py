@@ -16,12 +16,12 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
+from fusedkd.models.kinds import HeadOf, bare, frozen, is_causal, is_compiled, true_vocabulary
+from fusedkd.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.base import FromHeads
 from fusedkd.train.meter import Measured, Meter
-from fusedkd.train.models import HeadOf, bare, frozen, is_causal, is_compiled, true_vocabulary
 from fusedkd.train.objective import Objective, Targets
-from fusedkd.train.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 
 __all__ = ["DistillationTrainer"]
@@ -36,7 +36,7 @@ class DistillationTrainer(FromHeads, Trainer):
     """Train ``model`` to match ``teacher``, with the loss of :func:`fusedkd.kd_loss`.
 
     Logits never exist: both models' output projections are entered with no rows, and the loss is
-    computed from their inputs (:mod:`fusedkd.train.heads`). That happens **inside the wrapped
+    computed from their inputs (:mod:`fusedkd.models.heads`). That happens **inside the wrapped
     model's forward**, and the loss leaves it as ``outputs["loss"]``: DDP, FSDP and ZeRO therefore
     see an ordinary model that returns an ordinary loss, gather the weights when it needs them and
     synchronise every gradient. A model without a plain head is run as it is and its dense logits

@@ -4,9 +4,9 @@ are in launches.py.
 The launcher (ops.py) and the ahead-of-time checks (benchmarks/resources.py) build their kernels
 here, so what is checked is what is launched.
 
-What is proven, and how: the results, in Triton's interpreter (tests/test_interpreter.py);
+What is proven, and how: the results, in Triton's interpreter (tests/loss/test_interpreter.py);
 registers, spills, calls and access widths, by compiling for sm_80, sm_90, sm_100 and gfx942
-(tests/test_resources.py). Nobody has seen these kernels run on a GPU: no time, no race, no
+(tests/kernels/test_resources.py). Nobody has seen these kernels run on a GPU: no time, no race, no
 hardware's rounding of exp2. What follows is arithmetic, for an H200 (see launches.py).
 
 Bytes per entry (bf16): 2 student + 2 teacher + 2 gradient = 6 if the later sweeps find the row in

@@ -1,0 +1,169 @@
+"""``fusedkd distill``: models and text from disk, a trainer, a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import set_seed
+
+from fusedkd.cache.files import replace_file
+from fusedkd.cache.keys import tokenizer_hash
+from fusedkd.cache.reader import TeacherCache
+from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
+from fusedkd.data.text import check_ids
+from fusedkd.errors import UserError, as_user_error
+from fusedkd.models.kinds import vocabulary_size
+from fusedkd.models.loading import (
+    load_model,
+    load_tokenizer,
+    refuse_cache,
+    required,
+    task_of,
+)
+from fusedkd.train.arguments import DistillationArguments, RunArguments
+from fusedkd.train.checkpoints import checkpoint_of
+from fusedkd.train.tasks import TaskData, prepare_data
+from fusedkd.train.term_set import own_parameters
+from fusedkd.train.trainer import DistillationTrainer
+
+__all__ = ["distill"]
+
+
+def distill(run: RunArguments, args: DistillationArguments) -> int:
+    """Train, save the student and its tokenizer to ``args.output_dir``, show a summary.
+
+    Raises:
+        UserError: a missing or wrong argument, model or file.
+    """
+    trainer, checkpoint = _prepare(run, args)
+    with what_is_asked(trainer):
+        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        if trainer.eval_dataset is not None:
+            metrics |= trainer.evaluate()
+        trainer.save_model()
+        trainer.save_state()
+    if trainer.is_world_process_zero():
+        _summary(trainer, metrics)
+    return 0
+
+
+def _prepare(
+    run: RunArguments, args: DistillationArguments
+) -> tuple[DistillationTrainer, str | None]:
+    """Everything that can be wrong, in the order in which it is cheap to find out; and the
+    checkpoint to go on from."""
+    cached = _cache(run)
+    teacher = None if cached else required("teacher", run.teacher)
+    student = required("student", run.student)
+    if not run.data:
+        raise UserError("--data is missing: expected files or folders of text.")
+    check_flags(args)
+    check_output(Path(args.output_dir or "."))
+    checkpoint = _checkpoint(args)
+    task = _task(teacher, student)
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    tokenizer = load_tokenizer(run.tokenizer, **models)
+    if cached is not None:
+        refuse_cache(task)
+        cached.check_tokenizer(tokenizer_hash(tokenizer))
+    data = prepare_data(task, run, tokenizer, teacher)
+    with as_user_error(f"--seed {args.seed}"):
+        set_seed(args.seed)  # before random weights are drawn
+    random = run.student_init == "random"
+    student_model = load_model("student", student, task, run.student_dtype, random, **data.student)
+    teacher_side = cached or load_model("teacher", str(teacher), task, run.teacher_dtype)
+    if data.test is None:
+        args.eval_strategy = "no"  # type: ignore[assignment]
+    with as_user_error():
+        trainer = DistillationTrainer(
+            student_model,
+            teacher_side,
+            args,
+            train_dataset=data.train,
+            eval_dataset=data.test,
+            processing_class=tokenizer,
+            data_collator=data.collator,
+        )
+    _check_data(data, task, [student_model] + ([] if cached else [teacher_side]))
+    return trainer, checkpoint
+
+
+def _check_data(data: TaskData, task: str, readers: list[Any]) -> None:
+    """After the trainer's checks: a vocabulary that does not fit explains ids that do not."""
+    smallest = min(map(vocabulary_size, readers))
+    for name, rows in (("data", data.train), ("eval_data", data.test)):
+        with as_user_error(f"--{name}"):
+            if rows is not None:
+                check_ids(rows, smallest, labels=task == "causal")
+
+
+def _task(teacher: str | None, student: str) -> str:
+    """What the student learns to do. Any student can become a classifier."""
+    ours = task_of("student", student)
+    theirs = ours if teacher is None else task_of("teacher", teacher)
+    if theirs != ours and theirs != "classification":
+        raise UserError(f"the student is a {ours} model, the teacher a {theirs} one: expected one.")
+    return theirs
+
+
+def _cache(run: RunArguments) -> TeacherCache | None:
+    if run.teacher_cache is None:
+        return None
+    if run.teacher is not None:
+        raise UserError(
+            "--teacher and --teacher_cache: expected one of them; a cache needs no model."
+        )
+    with as_user_error(f"--teacher_cache {run.teacher_cache}"):
+        return TeacherCache(Path(run.teacher_cache).expanduser())
+
+
+def _checkpoint(args: DistillationArguments) -> str | None:
+    return checkpoint_of(
+        Path(args.output_dir or "."),
+        args.resume_from_checkpoint,
+        optimizer=not getattr(args, "save_only_model", False),
+    )
+
+
+ROWS = {
+    "train_runtime": ("training, seconds", ",.0f"),
+    "train_loss": ("training loss, mean", ".4f"),
+    "eval_loss": ("held-out cross-entropy, nats per token", ".4f"),
+    "eval_perplexity": ("held-out perplexity", ",.2f"),
+    "eval_kd": ("held-out divergence from the teacher", ".4f"),
+    "eval_top1_agreement": ("held-out agreement with the teacher", ".2%"),
+    "eval_student_accuracy": ("held-out accuracy, student", ".2%"),
+    "eval_teacher_accuracy": ("held-out accuracy, teacher", ".2%"),
+}
+
+
+def _teacher(teacher: nn.Module | TeacherCache) -> str:
+    if isinstance(teacher, TeacherCache):
+        return f"{teacher.manifest.teacher}, {teacher.layout.policy}, from {teacher.folder}"
+    return f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
+
+
+def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
+    args = trainer.args
+    table = Table(show_header=False, title="Distilled")
+    parameters = own_parameters(trainer.model)
+    table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
+    table.add_row("teacher", _teacher(trainer.teacher))
+    table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")
+    for text in args.terms:
+        table.add_row("", f"+ {text}")
+    table.add_row("steps", f"{trainer.state.global_step:,}")
+    for name, (label, form) in ROWS.items():
+        if name in metrics:
+            table.add_row(label, format(metrics[name], form))
+    for name in trainer.terms.terms:
+        if f"eval_{name}" in metrics:
+            table.add_row(f"held-out {name}", f"{metrics[f'eval_{name}']:.4f}")
+    Console(markup=False, emoji=False).print(table)  # names may have brackets
+    path = Path(args.output_dir or ".") / "distillation.json"
+    replace_file(path, (json.dumps(metrics, indent=2) + "\n").encode())

@@ -1,0 +1,148 @@
+"""``fusedkd cache``: a teacher and text from disk, run into a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from fusedkd.cache.build import Job, build
+from fusedkd.cache.keys import tokenizer_hash, weight_hash
+from fusedkd.cache.layout import Layout
+from fusedkd.cache.policy import Policy
+from fusedkd.errors import UserError, as_user_error
+from fusedkd.models.kinds import vocabulary_size
+from fusedkd.models.loading import (
+    load_blocks,
+    load_model,
+    load_tokenizer,
+    refuse_cache,
+    required,
+    task_of,
+)
+from fusedkd.teachers import LiveTeacher
+
+__all__ = ["CacheArguments", "make_cache"]
+
+
+@dataclass(frozen=True)
+class CacheArguments:
+    """The flags of ``fusedkd cache``, under their names."""
+
+    teacher: str | None
+    output: Path
+    data: list[str]
+    eval_data: list[str]
+    eval_share: float
+    block_size: int
+    tokenizer: str | None
+    teacher_dtype: str
+    vocab_size: int | None
+    device: str | None
+    batch_size: int
+    shard_mb: float
+    policy: Policy
+    temperatures: tuple[float, ...]
+
+
+def make_cache(args: CacheArguments) -> None:
+    """Run the teacher over the data, or over what is missing of it.
+
+    Raises:
+        UserError: a missing or wrong argument, model or file.
+    """
+    console = Console(markup=False, emoji=False)  # names may have brackets
+    name = required("teacher", args.teacher)
+    device = _device(args.device)
+    refuse_cache(task_of("teacher", name))
+    tokenizer = load_tokenizer(args.tokenizer, teacher=name)
+    train, test = load_blocks(
+        args.data, args.eval_data, args.eval_share, tokenizer, args.block_size
+    )
+    model = load_model("teacher", name, "causal", args.teacher_dtype)
+    if model.config.is_encoder_decoder:
+        raise UserError("--teacher is an encoder-decoder: a cache is for decoders.")
+    job = _job(args, name, model, tokenizer, _Blocks(train, test))
+    _say(console, job)
+    run = LiveTeacher(model.eval().requires_grad_(False).to(device))
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("tokens", total=sum(map(len, job.sequences)))
+        build(
+            args.output,
+            job,
+            lambda ids: run({"input_ids": ids.to(device)}),
+            lambda tokens: bar.advance(task, tokens),
+        )
+    size = sum(path.stat().st_size for path in args.output.iterdir())
+    console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
+
+
+def _device(name: str | None) -> torch.device:
+    """
+    Raises:
+        UserError: torch cannot compute there.
+    """
+    found = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    with as_user_error(
+        f"--device {found}: expected one that torch has here, such as cpu", Exception
+    ):
+        device = torch.device(found)
+        torch.zeros(1, device=device).add(1).cpu()
+    return device
+
+
+def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Blocks) -> Job:
+    columns = vocabulary_size(model)
+    size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
+    if not 2 <= size <= columns:
+        raise UserError(
+            f"--vocab-size {size}: expected 2 to {columns}, the columns of the teacher's logits."
+        )
+    facts = {
+        "teacher": name,
+        "teacher_hash": weight_hash(model.state_dict().items()),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "padded_vocab_size": columns,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    layout = Layout(args.policy, size, args.temperatures)
+    return Job(sequences, layout, facts, args.batch_size, int(args.shard_mb * 2**20))
+
+
+def _say(console: Console, job: Job) -> None:
+    tokens, size = sum(map(len, job.sequences)), job.layout.most_bytes_per_token
+    fixed = job.layout.policy.kind == "top" and job.layout.policy.top_p is None
+    console.print(
+        f"{len(job.sequences):,} sequences, {tokens:,} tokens, {job.layout.policy}: "
+        f"{'about' if fixed else 'at most'} {size:.1f} bytes per token, "
+        f"{tokens * size / 1e6:,.1f} MB in {job.facts['dtype']} from {job.facts['teacher']}"
+    )
+
+
+class _Blocks(Sequence[np.ndarray]):
+    """The blocks of data sets one after the other, as arrays that are made when they are asked
+    for."""
+
+    def __init__(self, *parts: Dataset | None) -> None:
+        there = [part.select_columns("input_ids") for part in parts if part is not None]
+        self.rows = concatenate_datasets(there).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.rows[place]["input_ids"]

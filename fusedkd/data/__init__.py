@@ -1,0 +1,1 @@
+"""Data on disk to batches. Reading is ``datasets``' work."""

@@ -1,0 +1,1 @@
+"""What is known of transformers models: their heads, kinds and layers, and how they are loaded."""

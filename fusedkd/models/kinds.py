@@ -1,0 +1,222 @@
+"""What the trainer has to know about the two models before they meet."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from fusedkd.models.heads import NoPlainHead, PlainHead, is_partitioned, plain_head
+
+__all__ = [
+    "HeadOf",
+    "bare",
+    "frozen",
+    "is_causal",
+    "is_classifier",
+    "is_compiled",
+    "plain_head_or_none",
+    "router_loss",
+    "true_vocabulary",
+    "vocabulary_size",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def is_causal(model: Any) -> bool:
+    """Whether position n predicts token n + 1, as in every decoder; not in masked or
+    encoder-decoder models, nor in classifiers."""
+    masked = _base(model) in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return not masked and not is_classifier(model) and not model.config.is_encoder_decoder
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether the model gives one distribution per sequence, over classes."""
+    return _base(model) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
+def _base(model: Any) -> str:
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+    return type(model).__name__
+
+
+def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
+    trained = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in trained for parameter in teacher.parameters()):
+        raise ValueError(
+            "teacher and student share parameters, so training one would change the other: load "
+            "the teacher separately, or copy.deepcopy it."
+        )
+    teacher.eval().requires_grad_(False)
+    if any(map(is_partitioned, teacher.parameters())):  # by from_pretrained, under ZeRO-3
+        import deepspeed
+
+        # only for its hooks, which gather each layer as it runs
+        dtype = next(teacher.parameters()).dtype
+        config = {
+            "zero_optimization": {"stage": 3},
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        }
+        deepspeed.initialize(model=teacher, config=config)
+        return teacher
+    placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+    return teacher if placed else teacher.to(device)
+
+
+def bare(model: nn.Module) -> Any:
+    """The model out of what wraps it for several processes, and of what compiled it."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _output_embedding(model: Any) -> nn.Module | None:
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile has the model, what wraps it or its head. Dynamo does not guard on
+    hooks: a compiled forward keeps those of its first step."""
+    while isinstance(model, nn.Module):
+        called = [x for x in (model, _output_embedding(model)) if x is not None]
+        if any(hasattr(x, "_orig_mod") or x._compiled_call_impl is not None for x in called):
+            return True
+        model = getattr(model, "module", None)
+    return False
+
+
+def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
+    """The model's plain head; where there is none a warning says why."""
+    inner = bare(model)
+    if is_classifier(inner):  # a few classes: dense logits are nothing to warn about
+        return None
+    try:
+        if is_compiled(model):
+            raise NoPlainHead("torch_compile traces past hooks")
+        return plain_head(inner)
+    except NoPlainHead as reason:
+        logger.warning(
+            "%s %s: dense logits are used, because %s.", role, type(inner).__name__, reason
+        )
+        return None
+
+
+class HeadOf:
+    """The plain head of a model, if it has one: looked for anew whenever the model is another
+    (``model_init``), its output embedding is (``resize_token_embeddings``), or it was compiled.
+
+    Args:
+        role: "student" or "teacher", for warnings.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.found: PlainHead | None = None
+        self._seen: tuple[Any, Any, bool] = (None, None, False)
+
+    def look(self, model: nn.Module) -> None:
+        """Look at ``model`` before its first step; not where ZeRO-3 has it in parts, which cannot
+        run before DeepSpeed has wrapped it."""
+        if not any(map(is_partitioned, model.parameters())):
+            self.of(model)
+
+    def of(self, model: nn.Module) -> PlainHead | None:
+        """The head of ``model``, which may be wrapped."""
+        inner = bare(model)
+        embedding = _output_embedding(inner)
+        # which FSDP may have wrapped since
+        seen = (inner, None if embedding is None else bare(embedding), is_compiled(model))
+        if any(now is not before for now, before in zip(seen, self._seen, strict=True)):
+            self.found, self._seen = plain_head_or_none(model, self.role), seen
+        return self.found
+
+
+_ROUTERS = {  # the names of a coefficient, and what it weighs
+    ("router_aux_loss_coef", "aux_loss_coef"): ("aux_loss", "encoder_aux_loss", "decoder_aux_loss"),
+    ("router_z_loss_coef",): ("encoder_z_loss", "decoder_z_loss"),
+}
+
+
+def router_loss(model: Any, outputs: Any) -> Any:
+    """What a mixture of experts with ``output_router_logits`` adds to its own loss, so that tokens
+    spread over its experts: a mean over the batch, weighted; 0.0 where it adds nothing.
+
+    Raises:
+        ValueError: the model makes it together with its own cross-entropy only.
+    """
+    found = {
+        names: [x for part in parts if (x := getattr(outputs, part, None)) is not None]
+        for names, parts in _ROUTERS.items()
+    }
+    if not any(found.values()):
+        if getattr(outputs, "decoder_router_logits", None) is not None:
+            raise ValueError(
+                f"output_router_logits=True: {type(model).__name__} gives no loss of its routers "
+                "without its own cross-entropy: expected output_router_logits=False in its config."
+            )
+        return 0.0
+    # TRL sets the config's, after the model has read it
+    places = (model.config.get_text_config(), model)
+    total = 0.0
+    for names, parts in found.items():
+        given = [getattr(place, name, None) for place in places for name in names]
+        total = total + next((x for x in given if x is not None), 0.0) * sum(parts)
+    return total
+
+
+_PADDING = 512  # tables are padded to multiples of 64-512; more is another vocabulary
+
+
+def vocabulary_size(model: Any) -> int:
+    """The rows of the model's embedding, as its config says."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: Any) -> int | None:
+    """How many columns of both models' logits are real; None: all of them.
+
+    Checkpoints of one family pad the same vocabulary to different sizes (Qwen2.5: 151,936 columns
+    up to 3B and 152,064 above, for 151,665 tokens). The number is, in this order: as given; the
+    tokenizer's, if there is one; the smaller of the two, if they differ by no more than padding
+    can.
+    """
+    if is_classifier(student):
+        _check_classes(student, teacher)
+        return None
+    sizes = [vocabulary_size(model) for model in (student, teacher)]
+    if given is not None and given > min(sizes):
+        raise ValueError(
+            f"vocab_size={given}: expected at most {min(sizes)}, the entries that both have "
+            f"(student {sizes[0]}, teacher {sizes[1]})."
+        )
+    if given is not None or sizes[0] == sizes[1]:
+        return given
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        if len(tokenizer) <= min(sizes):
+            return len(tokenizer)
+    elif abs(sizes[0] - sizes[1]) <= _PADDING:
+        return min(sizes)
+    raise ValueError(
+        f"the student's vocabulary has {sizes[0]:,} entries and the teacher's {sizes[1]:,}, which "
+        "is more than padding explains: distillation by token needs one tokenizer. If it is one, "
+        "pass vocab_size=<number of its tokens>."
+    )
+
+
+def _check_classes(student: Any, teacher: Any) -> None:
+    ours, theirs = (getattr(model.config, "id2label", None) for model in (student, teacher))
+    if not is_classifier(teacher) or ours != theirs:
+        raise ValueError(
+            f"the student classifies into {ours}, the teacher ({type(teacher).__name__}) into "
+            f"{theirs}: expected one set of classes; set the student's id2label to the teacher's."
+        )

@@ -1,0 +1,6 @@
+"""The teacher's side of the loss, as the trainer calls it: with a batch."""
+
+from fusedkd.teachers.cached import CachedTeacher
+from fusedkd.teachers.live import LiveTeacher
+
+__all__ = ["CachedTeacher", "LiveTeacher"]

@@ -1,0 +1,130 @@
+"""A teacher that ran before: a cache as a function from a batch to its distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fusedkd import SparseTeacher
+from fusedkd.cache.keys import tokenizer_hash
+from fusedkd.cache.reader import TeacherCache
+from fusedkd.divergences import Divergence
+from fusedkd.models.kinds import vocabulary_size
+
+__all__ = ["CachedTeacher"]
+
+_INDICES, _LOG_PROBS = "teacher_indices", "teacher_log_probs"
+
+
+class CachedTeacher:
+    """A cache as a function from a batch to a :class:`fusedkd.SparseTeacher`.
+
+    The answers are looked up where the batch is made (:meth:`collator`), so in the data loader's
+    workers if it has some, and travel to the device with the rest of it.
+
+    Args:
+        cache: see there.
+        divergence, temperature: of the loss; the temperature is the teacher's.
+        tail: what becomes of the mass outside the entries that were kept. Draws have none.
+
+    Raises:
+        CacheError: the cache cannot serve this loss.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, divergence: Divergence, temperature: float, tail: str
+    ) -> None:
+        cache.check_loss(divergence, temperature)
+        self.cache, self.temperature = cache, temperature
+        self.tail = "drop" if cache.sampled else tail
+
+    def __call__(self, inputs: dict[str, Any]) -> SparseTeacher:
+        """Take the answers out of the batch."""
+        if _INDICES not in inputs:
+            raise ValueError(
+                "the batch has no answers of the teacher: make it with trainer.data_collator, "
+                "which looks them up in the cache."
+            )
+        return SparseTeacher(inputs.pop(_INDICES), inputs.pop(_LOG_PROBS), self.tail)
+
+    def collator(self, collate: Callable[..., Any]) -> Callable[..., Any]:
+        """``collate``, with the teacher's answers added to the batch."""
+        return _Collator(collate, self.cache, self.temperature)
+
+    def vocabulary(self, student: Any, given: int | None) -> int | None:
+        """How many of the student's columns are real; None: all of them.
+
+        Raises:
+            ValueError: the student has fewer than the teacher, or ``given`` is another number.
+        """
+        size = self.cache.manifest.vocab_size
+        columns = vocabulary_size(student)
+        if given not in (None, size):
+            raise ValueError(f"vocab_size={given}: the cache {self.cache.folder} has {size:,}.")
+        if columns < size:
+            raise ValueError(
+                f"the student's vocabulary has {columns:,} entries and the one of the cache "
+                f"{self.cache.folder} {size:,}: distillation by token needs one tokenizer."
+            )
+        return None if columns == size else size
+
+    def check(self, tokenizer: Any, **datasets: Any) -> None:
+        """Compare the tokenizer, and look up every sequence of those data sets that are on disk or
+        in memory.
+
+        Raises:
+            CacheError: another tokenizer, or sequences that are not in the cache.
+        """
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            self.cache.check_tokenizer(tokenizer_hash(tokenizer))
+        for name, data in datasets.items():
+            for part in data.values() if isinstance(data, dict) else [data]:
+                if isinstance(part, Dataset) and "position_ids" not in part.column_names:
+                    self.cache.check_rows(name, _sequences(part))
+
+
+def _sequences(data: Dataset) -> Iterator[np.ndarray]:
+    names = [name for name in ("input_ids", "attention_mask") if name in data.column_names]
+    for row in data.select_columns(names).with_format("numpy"):
+        mask = row.get("attention_mask")
+        yield row["input_ids"] if mask is None else row["input_ids"][mask != 0]
+
+
+class _Collator:
+    """Picklable, for data loaders that start their workers afresh."""
+
+    def __init__(self, collate: Callable[..., Any], cache: TeacherCache, t: float) -> None:
+        self.collate, self.cache, self.temperature = collate, cache, t
+
+    def __call__(self, features: Any) -> Any:
+        batch = self.collate(features)
+        ids = batch["input_ids"].numpy()
+        pieces = [(row, span) for row in range(len(ids)) for span in _spans(batch, row)]
+        found = [self.cache.get(ids[row, span], self.temperature) for row, span in pieces]
+        width = max((target.ids.shape[1] for target in found), default=0)
+        indices = np.full((*ids.shape, width), -1, np.int32)
+        log_probs = np.full((*ids.shape, width), -np.inf, np.float32)
+        for (row, span), target in zip(pieces, found, strict=True):
+            indices[row, span, : target.ids.shape[1]] = target.ids
+            log_probs[row, span, : target.ids.shape[1]] = target.log_probs
+        batch[_INDICES] = torch.from_numpy(indices)
+        batch[_LOG_PROBS] = torch.from_numpy(log_probs)
+        return batch
+
+
+def _spans(batch: Any, row: int) -> list[np.ndarray]:
+    """The positions of each sequence in a row: without padding, and apart where several were
+    packed into one row, which their position ids tell."""
+    mask = batch.get("attention_mask")
+    length = batch["input_ids"].shape[1]
+    there = np.arange(length) if mask is None else mask[row].numpy().nonzero()[0]
+    positions = batch.get("position_ids")
+    if positions is None:
+        return [there]
+    starts = (positions[row].numpy()[there] == 0).nonzero()[0]
+    return [part for part in np.split(there, starts) if len(part)]

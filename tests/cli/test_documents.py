@@ -1,0 +1,149 @@
+"""What README, CONTRIBUTING and docs show runs, and the files that they name exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from fusedkd.benchmarks import cache, end_to_end, resources
+from words import WORDS, V, bert, llama, rows, tokenizer
+
+from fusedkd import LMHead, cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.M | re.S)
+BLOCKS = [
+    pytest.param(language, text, id=f"{path.name}-{i}")
+    for path in DOCUMENTS
+    for i, (language, text) in enumerate(FENCE.findall(path.read_text()))
+]
+PROSE = "\n".join(FENCE.sub("", path.read_text()) for path in DOCUMENTS)
+QUOTED = {" ".join(text.split()) for text in re.findall(r"`([^`]+)`", PROSE)}
+COMMANDS = sorted(c for c in QUOTED if re.match(r"(make|fusedkd|python|pip|pytest) ", c))
+
+# What makes a command small enough for a test. Of some only the help: what they do with files that
+# a document does not show is tested where these are made.
+SMALL = {
+    "fusedkd distill": "--max_steps 1 --use_cpu true --block_size 8 --report_to none"
+    " --per_device_train_batch_size 2 --disable_tqdm true",
+    "fusedkd cache": "--block-size 8 --top-k 4",
+    "fusedkd bench": "--n 4 --vocab 100 --repeats 1 --budget 0.1 --providers fusedkd",
+    "fusedkd bench --end-to-end": "--memory-limit 0.001",
+    "fusedkd doctor": "",
+    "fusedkd student": "",
+    "python -m benchmarks.resources": "",
+    "python -m fusedkd.benchmarks.cache": "--only size",
+    "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
+}
+HELP = "fusedkd (distill|distill --config|cache|cache info|cache verify|student)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader stands: a checkout, with models and text beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "words.txt").write_text(" ".join(WORDS * 8))
+    narrow = {**bert().config.to_dict(), "num_attention_heads": 12}
+    deep = tf.BertConfig(**{**narrow, "num_hidden_layers": 12})
+    models = {"teacher": llama(), "student": llama(), "bert": tf.BertForMaskedLM(deep)}
+    models["narrow"] = tf.BertForMaskedLM(tf.BertConfig(**narrow))
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def taken_for_granted(snippet: str) -> dict[str, Any]:
+    student, teacher = llama(), llama()
+    hidden = torch.randn(2, 2, 5, student.config.hidden_size)
+    head = LMHead(hidden[0].clone().requires_grad_(), student.lm_head.weight)
+    return {
+        "student_logits": torch.randn(2, 5, V, requires_grad=True),
+        "teacher_logits": torch.randn(2, 5, V),
+        "labels": torch.randint(V, (2, 5)),
+        "student_model": student,
+        "teacher_model": teacher,
+        "student_hidden": hidden[0].clone().requires_grad_(),
+        "teacher_hidden": hidden[1],
+        "student": student if "Trainer(" in snippet else head,
+        "teacher": teacher,
+        "data": rows(4),
+        "collator": tf.DataCollatorForLanguageModeling(tokenizer(), mlm=False),
+    }
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return
+    known = max((start for start in SMALL if command.startswith(start)), key=len, default=None)
+    assert known, f"{command}: say in SMALL how a test can run it"
+    words += shlex.split(SMALL[known])
+    if words[0] == "fusedkd":
+        assert cli.main(words[1:]) == 0
+    else:
+        module = words[2] if words[2].startswith("fusedkd") else f"fusedkd.{words[2]}"
+        monkeypatch.setattr("sys.argv", words[2:])
+        assert not importlib.import_module(module).main()
+
+
+@pytest.mark.parametrize("language, text", BLOCKS)
+def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if language == "python":
+        names = taken_for_granted(text)
+        exec(text, names)
+        assert torch.isfinite(names.get("loss", torch.zeros(())))
+    elif language == "yaml":
+        (folder / "own.yaml").write_text(text)
+        files = "--teacher bert --student narrow --data text/ --output_dir out"
+        run(f"fusedkd distill --config own.yaml {files}", monkeypatch)
+    elif re.match(r"fusedkd/ ", text):  # where things are
+        for name in re.findall(r"([\w/]+\.py)\b", text):
+            assert any(ROOT.glob(f"*/**/{name}")), name
+    else:
+        for command in text.splitlines():
+            run(command, monkeypatch)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cache, "LARGE", 300)
+    monkeypatch.setattr(end_to_end, "VOCABULARIES", (300,))
+    monkeypatch.setattr(
+        end_to_end,
+        "_child",
+        lambda step: end_to_end._measure(replace(step, batch=1, length=8, steps=3)),
+    )
+    every = list(resources.jobs(["sm_90"], ["bf16"], ["plain"]))
+    monkeypatch.setattr(resources, "jobs", lambda *axes: every[:1])
+    if re.fullmatch(HELP, command):
+        with pytest.raises(SystemExit) as done:
+            cli.main([*command.removesuffix(" --config").split()[1:], "--help"])
+        assert done.value.code == 0
+    else:
+        run(command, monkeypatch)
+
+
+def test_files_that_are_named_exist() -> None:
+    names = {n for n in QUOTED if re.fullmatch(r"[\w./-]+\.(py|md|yaml|png|json|txt)", n)}
+    for name in names - {"outputs/demo/report.md"}:  # what `make demo` makes
+        assert any(ROOT.glob(f"*/**/{name}")) or (ROOT / name).exists(), name
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"

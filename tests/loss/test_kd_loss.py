@@ -1,0 +1,99 @@
+"""Hundreds of random calls against the oracle: loss, metrics and every gradient, on each backend.
+
+The budget is the error of the same formula in eager PyTorch at fp32, plus rounding to the output's
+dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from budget import check, plain_case
+from oracle import DTYPES, random_case, sparse_case
+
+from fusedkd import backends, divergences
+
+SEEDS = int(os.environ.get("FUSEDKD_TEST_SEEDS", "300"))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_call(backend: str, device: torch.device, seed: int) -> None:
+    """Any form, dtype, layout and keyword."""
+    check(random_case(seed, device), backend, metrics=seed % 3 == 0)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_sparse_call(backend: str, device: torch.device, seed: int) -> None:
+    few = backend == "triton" and device.type == "cpu"
+    check(sparse_case(seed, device, 6 if few else 12), backend, metrics=seed % 3 == 0)
+
+
+WIDTHS = (1023, 1024, 1025, 2049, 4095, 4096, 4097, 8191, 8193, 16385, 50257)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", WIDTHS)
+def test_widths_around_block_sizes(
+    backend: str, device: torch.device, v: int, dtype: torch.dtype
+) -> None:
+    """Rows below, at and above what a kernel holds at once; odd ones are misaligned from row 1."""
+    if backend == "triton" and device.type == "cpu" and v > 9000 and dtype != torch.bfloat16:
+        pytest.skip("slow in the interpreter; bf16 covers these widths")
+    which = divergences.names()[WIDTHS.index(v) % len(divergences.names())]
+    check(plain_case(v, device, 3, v, dtype, divergence=which), backend, metrics=True)
+
+
+@pytest.mark.parametrize("name", divergences.names())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_divergence_alone(
+    backend: str, device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    """No divergence depends on the luck of the random calls."""
+    check(plain_case(1, device, 5, 131, dtype, divergence=name), backend)
+    check(plain_case(2, device, 4, 64, dtype, divergence=name, ce_weight=0.0), backend)
+
+
+@pytest.mark.parametrize("name", divergences.names())
+def test_many_small_tokens(backend: str, device: torch.device, name: str) -> None:
+    """More rows than threads or programs, in several chunks of work."""
+    n = 70 if backend == "triton" and device.type == "cpu" else 700
+    check(plain_case(3, device, n, 19, torch.float32, divergence=name), backend)
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_backend_is_tested(name: str, request: pytest.FixtureRequest) -> None:
+    """Says why a backend has no tests here."""
+    conftest = request.config.pluginmanager.get_plugin(
+        str(Path(__file__).parents[1] / "conftest.py")
+    )
+    if reason := conftest.unavailable(name):
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs in this process, on the GPU")
+@pytest.mark.slow
+def test_triton_in_its_interpreter() -> None:
+    """Triton's share of these files, in one child that sets TRITON_INTERPRET before it starts."""
+    here = Path(__file__).parent
+    settings = {"TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
+    settings["FUSEDKD_TEST_SEEDS"] = os.environ.get("FUSEDKD_TEST_TRITON_SEEDS", "60")
+    environment = {**os.environ, **settings}
+    probe = "from fusedkd.backends import load; print(load('triton').unavailable())"
+    found = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, cwd=here, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    if (reason := found.stdout.strip()) != "None":
+        pytest.skip(f"triton: {reason}")
+    files = [here / f"test_{name}.py" for name in ("kd_loss", "contract", "sparse", "precision")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *map(str, files)], env=environment, cwd=here, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
