@@ -26,11 +26,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusedkd.kernels.triton import config, launches, programs, sparse, sparse_ops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedkd import divergences
+from fusedkd.kernels.triton import config, launches, programs, sparse, sparse_ops
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -24,13 +24,13 @@ from unittest import mock
 
 import torch
 import triton
-from fusedkd.kernels.triton import config, launches, ops
-from fusedkd.kernels.triton.launches import Entry
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from fusedkd import divergences, kd_loss
+from fusedkd.kernels.triton import config, launches, ops
+from fusedkd.kernels.triton.launches import Entry
 
 from . import resources
 from .results import write_atomically

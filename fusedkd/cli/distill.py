@@ -15,8 +15,10 @@ from fusedkd.cache.files import replace_file
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
+from fusedkd.data.arguments import DataArguments
 from fusedkd.data.text import check_ids
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
     load_model,
@@ -25,7 +27,7 @@ from fusedkd.models.loading import (
     required,
     task_of,
 )
-from fusedkd.train.arguments import DistillationArguments, RunArguments
+from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
 from fusedkd.train.tasks import TaskData, prepare_data
 from fusedkd.train.term_set import own_parameters
@@ -34,13 +36,13 @@ from fusedkd.train.trainer import DistillationTrainer
 __all__ = ["distill"]
 
 
-def distill(run: RunArguments, args: DistillationArguments) -> int:
+def distill(models: ModelArguments, data: DataArguments, args: DistillationArguments) -> int:
     """Train, save the student and its tokenizer to ``args.output_dir``, show a summary.
 
     Raises:
         UserError: a missing or wrong argument, model or file.
     """
-    trainer, checkpoint = _prepare(run, args)
+    trainer, checkpoint = _prepare(models, data, args)
     with what_is_asked(trainer):
         metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
         if trainer.eval_dataset is not None:
@@ -53,30 +55,32 @@ def distill(run: RunArguments, args: DistillationArguments) -> int:
 
 
 def _prepare(
-    run: RunArguments, args: DistillationArguments
+    models: ModelArguments, flags: DataArguments, args: DistillationArguments
 ) -> tuple[DistillationTrainer, str | None]:
     """Everything that can be wrong, in the order in which it is cheap to find out; and the
     checkpoint to go on from."""
-    cached = _cache(run)
-    teacher = None if cached else required("teacher", run.teacher)
-    student = required("student", run.student)
-    if not run.data:
+    cached = _cache(models)
+    teacher = None if cached else required("teacher", models.teacher)
+    student = required("student", models.student)
+    if not flags.data:
         raise UserError("--data is missing: expected files or folders of text.")
     check_flags(args)
     check_output(Path(args.output_dir or "."))
     checkpoint = _checkpoint(args)
     task = _task(teacher, student)
-    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    tokenizer = load_tokenizer(run.tokenizer, **models)
+    named = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    tokenizer = load_tokenizer(models.tokenizer, **named)
     if cached is not None:
         refuse_cache(task)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
-    data = prepare_data(task, run, tokenizer, teacher)
+    data = prepare_data(task, flags, tokenizer, teacher)
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
-    random = run.student_init == "random"
-    student_model = load_model("student", student, task, run.student_dtype, random, **data.student)
-    teacher_side = cached or load_model("teacher", str(teacher), task, run.teacher_dtype)
+    random = models.student_init == "random"
+    student_model = load_model(
+        "student", student, task, models.student_dtype, random, **data.student
+    )
+    teacher_side = cached or load_model("teacher", str(teacher), task, models.teacher_dtype)
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
     with as_user_error():
@@ -111,15 +115,15 @@ def _task(teacher: str | None, student: str) -> str:
     return theirs
 
 
-def _cache(run: RunArguments) -> TeacherCache | None:
-    if run.teacher_cache is None:
+def _cache(models: ModelArguments) -> TeacherCache | None:
+    if models.teacher_cache is None:
         return None
-    if run.teacher is not None:
+    if models.teacher is not None:
         raise UserError(
             "--teacher and --teacher_cache: expected one of them; a cache needs no model."
         )
-    with as_user_error(f"--teacher_cache {run.teacher_cache}"):
-        return TeacherCache(Path(run.teacher_cache).expanduser())
+    with as_user_error(f"--teacher_cache {models.teacher_cache}"):
+        return TeacherCache(Path(models.teacher_cache).expanduser())
 
 
 def _checkpoint(args: DistillationArguments) -> str | None:

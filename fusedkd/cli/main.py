@@ -130,13 +130,15 @@ def _distill(argv: list[str]) -> int:
         from transformers import HfArgumentParser, TrainingArguments
 
         from fusedkd.cli.distill import distill
-        from fusedkd.train.arguments import DistillationArguments, RunArguments
+        from fusedkd.data.arguments import DataArguments
+        from fusedkd.models.arguments import ModelArguments
+        from fusedkd.train.arguments import DistillationArguments
 
     class Flags(OneSentence, HfArgumentParser):  # type: ignore[misc]
         pass
 
     parser = Flags(
-        (RunArguments, DistillationArguments),  # type: ignore[arg-type]
+        (ModelArguments, DataArguments, DistillationArguments),  # type: ignore[arg-type]
         prog="fusedkd distill",
         usage="fusedkd distill [--config FILE.yaml] [flags]",
         description=DISTILL,
@@ -154,7 +156,7 @@ def _distill(argv: list[str]) -> int:
     words = [*given, *rest]
     try:
         with as_user_error():
-            run, args, _, unknown = parser.parse_args_into_dataclasses(
+            models, data, args, _, unknown = parser.parse_args_into_dataclasses(
                 words, return_remaining_strings=True, look_for_args_file=False
             )
     except UserError as error:
@@ -164,7 +166,7 @@ def _distill(argv: list[str]) -> int:
         raise
     if unknown:
         parser.refuse(unknown[0])
-    return distill(run, args)
+    return distill(models, data, args)
 
 
 def _student(argv: list[str]) -> int:

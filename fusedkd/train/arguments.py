@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 
 from fusedkd import backends, divergences
 from fusedkd.logits import TAILS
-from fusedkd.models.loading import DTYPES
 from fusedkd.spec import LossSpec
 from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
@@ -201,68 +200,3 @@ class DistillationArguments(TrainingArguments):
             "chunk_bytes": self.chunk_bytes,
             "backend": self.backend,
         }
-
-
-@dataclass
-class RunArguments:
-    """What is distilled from what, on which text."""
-
-    teacher: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the teacher."}
-    )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder that `fusedkd cache` wrote, instead of --teacher."},
-    )
-    student: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the student to start from."}
-    )
-    data: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Text (.txt .md .py), .jsonl, .json or .parquet files, or folders of them. "
-            "Rows have a column text, messages or input_ids; for a classifier text, label and "
-            "perhaps text_pair. stdlib: the sources of Python's standard library."
-        },
-    )
-    eval_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "The same, to evaluate on (default: --eval_share of the data)."},
-    )
-    eval_share: float = field(
-        default=0.02, metadata={"help": "Share of the documents put aside for evaluation; 0: none."}
-    )
-    block_size: int = field(default=512, metadata={"help": "Tokens per training example."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or hub name (default: the student's or teacher's)."}
-    )
-    student_init: str = field(
-        default="weights",
-        metadata={"help": "weights: as saved. random: only the student's config is used."},
-    )
-    mlm_probability: float = field(
-        default=0.15,
-        metadata={"help": "Masked models: share of the tokens that is masked; 0: none."},
-    )
-    mlm_smoothing: float = field(
-        default=0.7,
-        metadata={"help": "They are drawn by count^-this, rare ones more often; 0: uniformly."},
-    )
-    student_dtype: str = field(
-        default="float32",
-        metadata={"help": f"Of the trained weights: {', '.join(DTYPES)}. --bf16 computes in bf16."},
-    )
-    teacher_dtype: str = field(
-        default="auto", metadata={"help": f"{', '.join(DTYPES)} (auto: as saved)."}
-    )
-
-    def __post_init__(self) -> None:
-        choices: dict[str, tuple[str, ...]] = {"student_init": ("weights", "random")}
-        choices |= {"student_dtype": DTYPES, "teacher_dtype": DTYPES}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"--{name} {value}: expected one of {', '.join(known)}.")
-        if self.block_size < 2:
-            raise ValueError(f"--block_size {self.block_size}: expected at least 2 tokens.")
-        if not 0 <= self.eval_share < 1:
-            raise ValueError(f"--eval_share {self.eval_share}: expected a share from 0 to below 1.")

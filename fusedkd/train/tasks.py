@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import AutoConfig, DataCollatorWithPadding, default_data_collator
 
+from fusedkd.data.arguments import DataArguments
 from fusedkd.data.labelled import load_examples
 from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.loading import load_blocks
-from fusedkd.train.arguments import RunArguments
 
 __all__ = ["TaskData", "prepare_data"]
 
@@ -25,22 +25,24 @@ class TaskData(NamedTuple):
     student: dict[str, Any]
 
 
-def prepare_data(task: str, run: RunArguments, tokenizer: Any, teacher: str | None) -> TaskData:
-    """The data of ``run`` for a task of :func:`fusedkd.models.loading.task_of`.
+def prepare_data(task: str, flags: DataArguments, tokenizer: Any, teacher: str | None) -> TaskData:
+    """The data of ``flags`` for a task of :func:`fusedkd.models.loading.task_of`.
 
     Raises:
         UserError: missing, unreadable or unfit data, or a tokenizer without what the task needs.
     """
     if task == "classification":
-        return _classification(run, tokenizer, str(teacher))
-    train, test = load_blocks(run.data, run.eval_data, run.eval_share, tokenizer, run.block_size)
+        return _classification(flags, tokenizer, str(teacher))
+    train, test = load_blocks(
+        flags.data, flags.eval_data, flags.eval_share, tokenizer, flags.block_size
+    )
     if task == "causal":
         return TaskData(train, test, default_data_collator, {})
     with as_user_error():
         counts = count_tokens(
             train.select_columns("input_ids").with_format("numpy"), len(tokenizer)
         )
-        collator = FrequencyMasking(tokenizer, counts, run.mlm_probability, run.mlm_smoothing)
+        collator = FrequencyMasking(tokenizer, counts, flags.mlm_probability, flags.mlm_smoothing)
     return TaskData(train.remove_columns("labels"), _without_labels(test), collator, {})
 
 
@@ -48,17 +50,17 @@ def _without_labels(data: Dataset | None) -> Dataset | None:
     return None if data is None else data.remove_columns("labels")
 
 
-def _classification(run: RunArguments, tokenizer: Any, teacher: str) -> TaskData:
+def _classification(flags: DataArguments, tokenizer: Any, teacher: str) -> TaskData:
     if tokenizer.pad_token_id is None:
         raise UserError("the tokenizer has no padding token, which batches of sequences need.")
     classes = AutoConfig.from_pretrained(teacher)
     with as_user_error("--data"):
         train, test = load_examples(
-            run.data,
-            run.eval_data,
-            run.eval_share,
+            flags.data,
+            flags.eval_data,
+            flags.eval_share,
             tokenizer,
-            run.block_size,
+            flags.block_size,
             classes.label2id,
         )
     student = {"id2label": classes.id2label, "label2id": classes.label2id}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fusedkd import divergences
 from fusedkd.benchmarks import __main__ as command
 from fusedkd.benchmarks import providers as bench_providers
 from fusedkd.benchmarks import runner, suites
@@ -21,8 +23,6 @@ from fusedkd.benchmarks.options import AXES, PROVIDERS
 from fusedkd.benchmarks.providers import OURS, Provider, providers
 from fusedkd.benchmarks.results import BarResult
 from fusedkd.benchmarks.timing import spread
-
-from fusedkd import divergences
 
 SMALL = ["--n", "4", "8", "16", "--vocab", "300", "--repeats", "3", "--budget", "1"]
 

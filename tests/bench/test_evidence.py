@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from fusedkd.benchmarks.evidence import _Evidence
 from fusedkd.benchmarks.evidence_plan import SMOKE, STUDENTS, make_text
 from fusedkd.benchmarks.evidence_report import write_report

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusedkd.benchmarks import hosts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

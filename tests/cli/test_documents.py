@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from fusedkd.benchmarks import cache, end_to_end, resources
 from words import WORDS, V, bert, llama, rows, tokenizer
 
 from fusedkd import LMHead, cli
+from fusedkd.benchmarks import cache, end_to_end, resources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,12 +21,12 @@ from byte_llama import (
     tokenizer,
 )
 from datasets import Dataset
-from fusedkd.kernels import cpu
 from torch import Tensor
 from trl.experimental import gkd, gold
 from trl.trainer import distillation_trainer
 
 from fusedkd.integrations import trl as ours
+from fusedkd.kernels import cpu
 
 BETAS = [0.0, 0.3, 1.0]
 

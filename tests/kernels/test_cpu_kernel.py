@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fusedkd.benchmarks.memory import free_to_take
-from fusedkd.kernels import cpu, reference
-from fusedkd.kernels.cpu import products
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd import divergences, kd_loss
+from fusedkd.benchmarks.memory import free_to_take
+from fusedkd.kernels import cpu, reference
+from fusedkd.kernels.cpu import products
 from fusedkd.spec import LossSpec, Transform
 
 if reason := cpu.unavailable():

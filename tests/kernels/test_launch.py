@@ -20,11 +20,11 @@ triton = pytest.importorskip("triton", reason="triton is for Linux")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's process launches nothing", allow_module_level=True)
 
-from fusedkd.benchmarks import resources
-from fusedkd.kernels.triton import config, ops, sparse_ops
 from triton.runtime import driver as active
 
 from fusedkd import SparseTeacher, divergences
+from fusedkd.benchmarks import resources
+from fusedkd.kernels.triton import config, ops, sparse_ops
 from fusedkd.sparse import canonical
 from fusedkd.spec import LossSpec
 

@@ -16,11 +16,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's process compiles nothing", allow_module_level=True)
 
 import triton.language as tl
-from fusedkd.benchmarks import resources
-from fusedkd.kernels.triton import config, ops, programs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from fusedkd.benchmarks import resources
+from fusedkd.kernels.triton import config, ops, programs
 
 
 def _id(job: resources.Job) -> str:

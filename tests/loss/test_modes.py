@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fusedkd.kernels import cpu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusedkd import LMHead, SparseTeacher, kd_loss, kd_loss_and_metrics
 from fusedkd.integrations import liger
+from fusedkd.kernels import cpu
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("dense", "head", "sparse", "head and sparse")

@@ -9,10 +9,10 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr
 sys.path.insert(0, str(site))
 
 import torch  # noqa: E402
-from fusedkd.kernels import cpu  # noqa: E402
 
 import fusedkd  # noqa: E402
 from fusedkd import LMHead, kd_loss  # noqa: E402
+from fusedkd.kernels import cpu  # noqa: E402
 
 assert Path(fusedkd.__file__).is_relative_to(site), fusedkd.__file__
 assert Path(cpu.__file__).is_relative_to(site), cpu.__file__
