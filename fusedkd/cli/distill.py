@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from rich.table import Table
 from torch import nn
 from transformers import set_seed
 
-from fusedkd.cache.files import replace_file
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.text import check_ids
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
@@ -170,4 +169,4 @@ def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
             table.add_row(f"held-out {name}", f"{metrics[f'eval_{name}']:.4f}")
     Console(markup=False, emoji=False).print(table)  # names may have brackets
     path = Path(args.output_dir or ".") / "distillation.json"
-    replace_file(path, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(path, metrics)
