@@ -159,12 +159,12 @@ class OnDemo:
         }
         losses: list[float] = []
         for name, side in sides.items():
-            student, loss = (
-                self.demo.model(*self.setting.student),
-                {**LOSSES["kd"], "temperature": temperature},
-            )
-            watch = self._distil(
-                name, student, side, steps, loss, evaluations=self.setting.evaluations
+            watch = self.learn(
+                *(name, self.demo.model(*self.setting.student)),
+                steps=steps,
+                teacher=side,
+                loss={**LOSSES["kd"], "temperature": temperature},
+                evaluations=self.setting.evaluations,
             )
             losses.append(watch.curve[-1][2])
             change = f"{losses[-1] / losses[0] - 1:+.2%}"
