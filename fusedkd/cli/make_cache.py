@@ -21,10 +21,10 @@ from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
     load_blocks,
-    load_model,
     load_tokenizer,
     required,
 )
+from fusedkd.models.saved import SavedModel
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.tasks import saved_task
 
@@ -60,16 +60,17 @@ def make_cache(args: CacheArguments) -> None:
     console = Console(markup=False, emoji=False)  # names may have brackets
     name = required("teacher", args.teacher)
     device = _device(args.device)
-    task = saved_task("teacher", name)
+    saved = SavedModel("teacher", name, args.teacher_dtype)
+    task = saved_task(saved)
     if task is None:
         raise UserError(f"--teacher {name}: its config names no architecture of transformers.")
     if task.no_cache:
         raise UserError(task.no_cache)
-    tokenizer = load_tokenizer(args.tokenizer, teacher=name)
+    tokenizer = load_tokenizer(args.tokenizer, teacher=saved)
     train, test = load_blocks(
         args.data, args.eval_data, args.eval_share, tokenizer, args.block_size
     )
-    model = load_model("teacher", name, task.auto, args.teacher_dtype)
+    model = saved.load(task.auto)
     job = _job(args, name, model, tokenizer, _Blocks(train, test))
     _say(console, job)
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))
