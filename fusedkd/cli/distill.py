@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +15,8 @@ from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.text import check_ids
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.arguments import ModelArguments
-from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
     load_model,
     load_tokenizer,
@@ -29,7 +26,8 @@ from fusedkd.models.loading import (
 )
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
-from fusedkd.train.tasks import TaskData, prepare_data
+from fusedkd.train.fits import check_fits, check_prompts
+from fusedkd.train.tasks import prepare_data
 from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
 
@@ -63,7 +61,9 @@ def _prepare(
     teacher = None if cached else required("teacher", models.teacher)
     student = required("student", models.student)
     if not flags.data:
-        raise UserError("--data is missing: expected files or folders of text.")
+        raise UserError("--data is missing: expected files, folders or names of data sets.")
+    if flags.data_streaming and args.max_steps < 1:
+        raise UserError("--data_streaming: a stream's length is not known: expected --max_steps.")
     check_flags(args)
     check_output(Path(args.output_dir or "."))
     checkpoint = _checkpoint(args)
@@ -74,6 +74,7 @@ def _prepare(
         refuse_cache(task)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
     data = prepare_data(task, flags, tokenizer, teacher)
+    check_prompts(data.train, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
     random = models.student_init == "random"
@@ -93,17 +94,13 @@ def _prepare(
             processing_class=tokenizer,
             data_collator=data.collator,
         )
-    _check_data(data, task, [student_model] + ([] if cached else [teacher_side]))
+    # after the trainer's checks: a vocabulary that does not fit explains ids that do not
+    readers = {"student": student_model} | ({} if cached else {"teacher": teacher_side})
+    for name in ("train_dataset", "eval_dataset"):
+        with as_user_error("--data" if name == "train_dataset" else "--eval_data"):
+            rows = check_fits(getattr(trainer, name), readers, flags, labels=task == "causal")
+            setattr(trainer, name, rows)
     return trainer, checkpoint
-
-
-def _check_data(data: TaskData, task: str, readers: list[Any]) -> None:
-    """After the trainer's checks: a vocabulary that does not fit explains ids that do not."""
-    smallest = min(map(vocabulary_size, readers))
-    for name, rows in (("data", data.train), ("eval_data", data.test)):
-        with as_user_error(f"--{name}"):
-            if rows is not None:
-                check_ids(rows, smallest, labels=task == "causal")
 
 
 def _task(teacher: str | None, student: str) -> str:

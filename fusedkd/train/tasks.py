@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from transformers import AutoConfig, DataCollatorWithPadding, default_data_collator
+from transformers import AutoConfig, DataCollatorWithPadding
 
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.labelled import load_examples
+from fusedkd.data.loading import load_rows, say
 from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.models.loading import load_blocks
 
 __all__ = ["TaskData", "prepare_data"]
 
@@ -33,17 +33,18 @@ def prepare_data(task: str, flags: DataArguments, tokenizer: Any, teacher: str |
     """
     if task == "classification":
         return _classification(flags, tokenizer, str(teacher))
-    train, test = load_blocks(
-        flags.data, flags.eval_data, flags.eval_share, tokenizer, flags.block_size
-    )
+    if task == "masked" and flags.packing == "flatten":
+        raise UserError("--packing flatten: expected none or blocks for a masked model.")
+    train, test, collator, _, summary = load_rows(flags, tokenizer)
+    say(summary)
     if task == "causal":
-        return TaskData(train, test, default_data_collator, {})
+        return TaskData(train, test, collator, {})
     with as_user_error():
         counts = count_tokens(
             train.select_columns("input_ids").with_format("numpy"), len(tokenizer)
         )
-        collator = FrequencyMasking(tokenizer, counts, flags.mlm_probability, flags.mlm_smoothing)
-    return TaskData(train.remove_columns("labels"), _without_labels(test), collator, {})
+        masking = FrequencyMasking(tokenizer, counts, flags.mlm_probability, flags.mlm_smoothing)
+    return TaskData(train.remove_columns("labels"), _without_labels(test), masking, {})
 
 
 def _without_labels(data: Dataset | None) -> Dataset | None:
@@ -58,7 +59,7 @@ def _classification(flags: DataArguments, tokenizer: Any, teacher: str) -> TaskD
         train, test = load_examples(
             flags.data,
             flags.eval_data,
-            flags.eval_share,
+            flags.eval_share or 0.0,
             tokenizer,
             flags.block_size,
             classes.label2id,
