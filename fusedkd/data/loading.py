@@ -105,9 +105,8 @@ def load_rows(flags: DataArguments, tokenizer: Any, packing: str | None = None) 
 def say(summary: Summary) -> None:
     """Print it, in the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
-        Console(markup=False, emoji=False, highlight=False).print(
-            f"data: {summary}", soft_wrap=True
-        )
+        console = Console(markup=False, emoji=False, highlight=False)
+        console.print(f"data: {summary}", soft_wrap=True)
 
 
 def _documents(flags: DataArguments, names: list[str], weights: list[float] | None) -> list[Part]:

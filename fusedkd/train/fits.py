@@ -47,7 +47,7 @@ def check_fits(rows: Any, models: dict[str, Any], flags: DataArguments, labels: 
     smallest = min(map(vocabulary_size, models.values()))
     if isinstance(rows, IterableDataset):
         return rows.map(_checked, batched=True, fn_kwargs={"vocabulary": smallest})
-    check_ids(rows, smallest, labels)
+    check_ids(rows, smallest, labels and "labels" in names)
     return rows
 
 
