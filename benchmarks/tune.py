@@ -29,11 +29,11 @@ from rich.progress import track
 from rich.table import Table
 
 from fusedkd import divergences, kd_loss
+from fusedkd.files import replace_file
 from fusedkd.kernels.triton import config, device, launches
 from fusedkd.kernels.triton.launches import Entry
 
 from . import resources
-from .results import write_atomically
 
 WARPS, UNROLLS, STAGES, PIECES = (4, 8, 16), (1, 2), (1, 2, 3), (4096, 8192, 16384)
 GAIN = 0.03  # less is noise, and no reason to change a line that has one
@@ -167,7 +167,7 @@ def main() -> None:
                 f"{' and '.join(args.divergences)}, bf16, {today} (benchmarks/tune.py). {old.why}"
             )
             text = rewritten(path.read_text(), index, replace(best, why=why))
-            write_atomically(path, text.encode())
+            replace_file(path, text)
     console.print(shown)
     if args.write:
         console.print("Now: make test (resources, interpreter), ruff format, and read the reasons.")

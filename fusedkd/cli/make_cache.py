@@ -23,11 +23,10 @@ from fusedkd.models.loading import (
     load_blocks,
     load_model,
     load_tokenizer,
-    refuse_cache,
     required,
-    task_of,
 )
 from fusedkd.teachers import LiveTeacher
+from fusedkd.train.tasks import saved_task
 
 __all__ = ["CacheArguments", "make_cache"]
 
@@ -61,14 +60,16 @@ def make_cache(args: CacheArguments) -> None:
     console = Console(markup=False, emoji=False)  # names may have brackets
     name = required("teacher", args.teacher)
     device = _device(args.device)
-    refuse_cache(task_of("teacher", name))
+    task = saved_task("teacher", name)
+    if task is None:
+        raise UserError(f"--teacher {name}: its config names no architecture of transformers.")
+    if task.no_cache:
+        raise UserError(task.no_cache)
     tokenizer = load_tokenizer(args.tokenizer, teacher=name)
     train, test = load_blocks(
         args.data, args.eval_data, args.eval_share, tokenizer, args.block_size
     )
-    model = load_model("teacher", name, "causal", args.teacher_dtype)
-    if model.config.is_encoder_decoder:
-        raise UserError("--teacher is an encoder-decoder: a cache is for decoders.")
+    model = load_model("teacher", name, task.auto, args.teacher_dtype)
     job = _job(args, name, model, tokenizer, _Blocks(train, test))
     _say(console, job)
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))
@@ -80,12 +81,12 @@ def make_cache(args: CacheArguments) -> None:
         console=console,
     )
     with bar:
-        task = bar.add_task("tokens", total=sum(map(len, job.sequences)))
+        shown = bar.add_task("tokens", total=sum(map(len, job.sequences)))
         build(
             args.output,
             job,
             lambda ids: run({"input_ids": ids.to(device)}),
-            lambda tokens: bar.advance(task, tokens),
+            lambda tokens: bar.advance(shown, tokens),
         )
     size = sum(path.stat().st_size for path in args.output.iterdir())
     console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")

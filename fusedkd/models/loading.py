@@ -8,14 +8,9 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from fusedkd.data.text import load_documents, pack, split
 from fusedkd.errors import UserError, as_user_error
@@ -28,16 +23,9 @@ __all__ = [
     "load_tokenizer",
     "read_config",
     "read_model",
-    "refuse_cache",
     "required",
-    "task_of",
 ]
 
-AUTO: dict[str, Any] = {
-    "causal": AutoModelForCausalLM,
-    "masked": AutoModelForMaskedLM,
-    "classification": AutoModelForSequenceClassification,
-}
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 PICKLED = """\
 its weights are pickles, which can run any program as they are opened, so they are not opened: \
@@ -58,15 +46,6 @@ def required(name: str, value: str | None) -> str:
     return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
-def task_of(role: str, name: str) -> str:
-    """What a saved model does: "causal", "masked" or "classification"."""
-    names = architectures(read_config(role, name))
-    for ending, task in (("MaskedLM", "masked"), ("SequenceClassification", "classification")):
-        if any(ending in name for name in names):
-            return task
-    return "causal"
-
-
 def read_config(role: str, name: str, **changes: Any) -> Any:
     """Of a saved model. No program that comes with a model is run.
 
@@ -83,33 +62,20 @@ def architectures(config: Any) -> list[str]:
     return [str(name) for name in found] if isinstance(found, list | tuple) else []
 
 
-def refuse_cache(task: str) -> None:
-    """A cache finds sequences by their ids, and holds what comes next.
-
-    Raises:
-        UserError: a masked model, which sees other ids in every epoch, or a classifier.
-    """
-    if task == "masked":
-        raise UserError(
-            "a masked language model cannot have a teacher cache: masks are drawn anew in every "
-            "epoch, so the teacher never sees the same sequence twice. Use --teacher."
-        )
-    if task == "classification":
-        raise UserError("a classifier cannot have a teacher cache: use --teacher.")
-
-
 def load_model(
-    role: str, name: str, task: str, dtype: str, random: bool = False, **config: Any
+    role: str, name: str, auto: str, dtype: str, random: bool = False, **config: Any
 ) -> Any:
-    """A saved model, or one of its config with random weights; ``config`` overrides its own."""
+    """A saved model as transformers' ``auto`` class makes it, or one of its config with random
+    weights; ``config`` overrides its own."""
     if dtype not in DTYPES:
         raise UserError(f"--{role}_dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    loader = getattr(transformers, auto)
     if not random:
-        return read_model(role, name, AUTO[task], dtype=kind, **config)
+        return read_model(role, name, loader, dtype=kind, **config)
     changed = read_config(role, name, **config)
     with as_user_error(f"--{role} {name} cannot be made", Exception):
-        return AUTO[task].from_config(changed, dtype=torch.float32 if dtype == "auto" else kind)
+        return loader.from_config(changed, dtype=torch.float32 if dtype == "auto" else kind)
 
 
 def read_model(role: str, name: str, kind: Any, **how: Any) -> Any:

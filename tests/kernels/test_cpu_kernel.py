@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd import divergences, kd_loss
-from fusedkd.benchmarks.memory import free_to_take
+from fusedkd.benchmarks.peak import free_to_take
 from fusedkd.kernels import RowCall, cpu, reference
 from fusedkd.kernels.cpu import products
 from fusedkd.spec import LossSpec, Transform
@@ -674,7 +674,7 @@ def test_what_is_kept_goes_before_an_error_comes() -> None:
         pytest.skip("this system has no /proc/self/status")
     script = """
 import resource, torch
-from fusedkd.benchmarks.memory import status_bytes
+from fusedkd.benchmarks.peak import status_bytes
 from fusedkd.kernels import cpu
 
 def large(n):
