@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,22 @@ from rich.table import Table
 from torch import nn
 from transformers import set_seed
 
-from fusedkd.cache.files import replace_file
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.text import check_ids
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
-from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
     load_tokenizer,
 )
 from fusedkd.models.saved import SavedModel
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
+from fusedkd.train.fits import check_fits, check_prompts
 from fusedkd.train.students import make_student
-from fusedkd.train.tasks import Task, TaskData, saved_task, task_named
+from fusedkd.train.tasks import Task, saved_task, task_named
 from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
 
@@ -61,7 +59,9 @@ def _prepare(
     teacher = None if cached else models.side("teacher")
     student = models.side("student")
     if not flags.data:
-        raise UserError("--data is missing: expected files or folders of text.")
+        raise UserError("--data is missing: expected files, folders or names of data sets.")
+    if flags.data_streaming and args.max_steps < 1:
+        raise UserError("--data_streaming: a stream's length is not known: expected --max_steps.")
     check_flags(args)
     check_output(Path(args.output_dir or "."))
     checkpoint = _checkpoint(args)
@@ -73,6 +73,7 @@ def _prepare(
             raise UserError(task.no_cache)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
+    check_prompts(data.train, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
     student_model = make_student(models, task, args, data.student)
@@ -89,17 +90,13 @@ def _prepare(
             processing_class=tokenizer,
             data_collator=data.collator,
         )
-    _check_data(data, task, [student_model] + ([] if cached else [teacher_side]))
+    # after the trainer's checks: a vocabulary that does not fit explains ids that do not
+    readers = {"student": student_model} | ({} if cached else {"teacher": teacher_side})
+    for name in ("train_dataset", "eval_dataset"):
+        with as_user_error("--data" if name == "train_dataset" else "--eval_data"):
+            rows = check_fits(getattr(trainer, name), readers, flags, task.over_tokens)
+            setattr(trainer, name, rows)
     return trainer, checkpoint
-
-
-def _check_data(data: TaskData, task: Task, readers: list[Any]) -> None:
-    """After the trainer's checks: a vocabulary that does not fit explains ids that do not."""
-    smallest = min(map(vocabulary_size, readers))
-    for name, rows in (("data", data.train), ("eval_data", data.test)):
-        with as_user_error(f"--{name}"):
-            if rows is not None:
-                check_ids(rows, smallest, labels=task.over_tokens and "labels" in rows.column_names)
 
 
 def _task(teacher: SavedModel | None, student: SavedModel) -> Task:
@@ -177,4 +174,4 @@ def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
             table.add_row(f"held-out {name}", f"{metrics[f'eval_{name}']:.4f}")
     Console(markup=False, emoji=False).print(table)  # names may have brackets
     path = Path(args.output_dir or ".") / "distillation.json"
-    replace_file(path, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_json(path, metrics)

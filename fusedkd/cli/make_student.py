@@ -9,8 +9,8 @@ import transformers
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 
-from fusedkd.cache.files import is_vacant, new_folder
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.files import is_vacant, new_folder
 from fusedkd.models.loading import architectures, load_tokenizer, read_config, read_model, required
 from fusedkd.models.saved import SavedModel
 from fusedkd.students.copy import StudentPlan, build_student

@@ -160,8 +160,8 @@ _PADDING = 512  # tables are padded to multiples of 64-512; more is another voca
 
 def own_positions(model: Any, side: Any, length: int) -> Any:
     """A model's answers (B, P + L, ...) without those at the P virtual tokens that peft's prompt
-    tuning puts before ``length`` others."""
-    model = bare(model)
+    tuning puts before ``length`` others. A cache has none."""
+    model = bare(model) if isinstance(model, nn.Module) else model
     if not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return side
     if isinstance(side, LMHead):

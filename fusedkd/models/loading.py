@@ -1,24 +1,21 @@
-"""Models, tokenizers and text from disk, for every command that needs them."""
+"""Models and tokenizers from disk, for every command that needs them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
-from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
-from fusedkd.data.text import load_documents, pack, split
 from fusedkd.errors import UserError, as_user_error
 
 __all__ = [
     "DTYPES",
     "architectures",
-    "load_blocks",
     "load_tokenizer",
     "read_config",
     "read_model",
@@ -147,30 +144,3 @@ def load_tokenizer(given: str | None, **models: Any) -> Any:
                     "vocabulary; if you know better, say which with --tokenizer."
                 )
     return next(iter(found.values()))
-
-
-def load_blocks(
-    data: Sequence[str],
-    eval_data: Sequence[str],
-    eval_share: float,
-    tokenizer: Any,
-    block_size: int,
-) -> tuple[Dataset, Dataset | None]:
-    """Blocks of tokens to train and to evaluate on, the latter from ``eval_data`` or from a share
-    of the documents. The same arguments give the same blocks, which a teacher's cache counts on.
-
-    Raises:
-        UserError: missing, unreadable or empty data.
-    """
-    if not data:
-        raise UserError("--data is missing: expected files or folders of text.")
-    with as_user_error("--data", Exception):
-        documents = load_documents(data)
-    with as_user_error("--eval_data", Exception):
-        held_out = load_documents(eval_data) if eval_data else None
-    if held_out is None:
-        documents, held_out = split(documents, eval_share)
-    with as_user_error("--data", Exception):
-        train = pack(documents, tokenizer, block_size)
-    with as_user_error("--eval_data", Exception):
-        return train, None if held_out is None else pack(held_out, tokenizer, block_size)

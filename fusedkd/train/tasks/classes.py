@@ -83,7 +83,7 @@ class SequenceClassification(Task):
         label2id = {label: number for number, label in teacher.id2label.items()}
         with as_user_error("--data"):
             train, test = load_examples(
-                *(flags.data, flags.eval_data, flags.eval_share),
+                *(flags.data, flags.eval_data, flags.eval_share or 0.0),
                 *(tokenizer, flags.block_size, label2id),
             )
         student = {"id2label": teacher.id2label, "label2id": label2id}

@@ -1,7 +1,7 @@
 """The teacher cache, measured: ``python -m fusedkd.benchmarks.cache``.
 
 Times the loss against few entries, and writing beside a large teacher; then trains the demo's
-teacher for a while (cache_demo.py), caches the demo's data, and prints bytes per token, the error
+teacher for a while (trained.py), caches the demo's data, and prints bytes per token, the error
 of the gradient against the full teacher, the speed of reading and writing, and what a student
 learns from the cache beside one that learns from the teacher itself. About twelve minutes on two
 cores.
@@ -28,7 +28,7 @@ from fusedkd.cache.layout import Answers
 from fusedkd.cache.writer import Plan, Writer, per_shard
 from fusedkd.teachers import LiveTeacher
 
-from .cache_demo import OnDemo, print_table, seconds
+from .trained import OnDemo, print_table, seconds
 
 LARGE = 151_936
 PARTS = ("rows", "size", "large", "speed", "learning")
@@ -83,7 +83,7 @@ def _rows(console: Console, rounds: int = 25) -> None:
     for _ in range(rounds):  # by turns: a machine that slows down slows down both
         for name, side in sides.items():
             times[name].append(seconds(partial(step, side), 1))
-    medians = {name: 1e3 * statistics.median(found[2:]) for name, found in times.items()}
+    medians = {name: 1e3 * statistics.median(each[2:]) for name, each in times.items()}
     rows: list[tuple[Any, ...]] = [("teacher", "ms", "of all logits")]
     rows += [(name, ms, f"{ms / medians['all logits']:.2f}") for name, ms in medians.items()]
     print_table(console, f"Forward KL and cross-entropy, {n} x {LARGE:,}, bf16, T = 2", *rows)

@@ -6,9 +6,9 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -19,11 +19,8 @@ from rich.table import Table
 from fusedkd import SparseTeacher, kd_loss
 from fusedkd.cache import Job, Layout, Policy, TeacherCache, build, verify
 from fusedkd.cache.keys import tokenizer_hash
-from fusedkd.demo.experiment import LOSSES, Setting, _Demo
-from fusedkd.demo.watch import Watch
+from fusedkd.demo.run import LOSSES, Demo, Setting
 from fusedkd.teachers import LiveTeacher
-
-__all__ = ["OnDemo", "print_table", "seconds"]
 
 
 class OnDemo:
@@ -34,7 +31,8 @@ class OnDemo:
         self.console, self.work, self.setting = console, work, Setting()
         size = self.setting
         text = size.corpus()
-        self.demo = _Demo(size, text, 0, time.monotonic() + 3600, work, console)
+        self.demo = Demo(size, text, work, console)
+        self.learn = partial(self.demo.experiment.train, data=text.transfer)
         self.teacher = self.demo.model(*size.teacher)
         run = self.demo.train("teacher", self.teacher, steps)
         console.print(f"teacher: {steps} steps, held-out loss {run.eval_loss:.3f}")
@@ -87,9 +85,10 @@ class OnDemo:
             name = f"the same, cached: {policy}, {len(temperatures)} T"
             rows.append((name, 1e6 * both, 1 / both, f"{both / forward:.2f} of the forward"))
         student = self.demo.model(*self.setting.student)
-        watch = Watch("student", self.console)
-        self.demo.trainer("kd", student, self.teacher, 12, watch, evaluate=False).train()
-        step = watch.seconds_per_step / (self.setting.batch * self.setting.block)
+        step = self.learn(
+            "student", student, steps=12, teacher=self.teacher, loss=LOSSES["kd"]
+        ).seconds_per_step
+        step /= self.setting.batch * self.setting.block
         rows.append(("student's training step, live teacher", 1e6 * step, 1 / step, ""))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -160,10 +159,13 @@ class OnDemo:
         }
         losses: list[float] = []
         for name, side in sides.items():
-            student, watch = self.demo.model(*self.setting.student), Watch(name, self.console)
-            changed = {**LOSSES, "kd": {**LOSSES["kd"], "temperature": temperature}}
-            with mock.patch.dict(LOSSES, changed):
-                self.demo.trainer("kd", student, side, steps, watch).train()
+            watch = self.learn(
+                *(name, self.demo.model(*self.setting.student)),
+                steps=steps,
+                teacher=side,
+                loss={**LOSSES["kd"], "temperature": temperature},
+                evaluations=self.setting.evaluations,
+            )
             losses.append(watch.curve[-1][2])
             change = f"{losses[-1] / losses[0] - 1:+.2%}"
             rows.append((name, losses[-1], change, 1e3 * watch.seconds_per_step))

@@ -21,16 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from transformers import Trainer, TrainingArguments, default_data_collator
-from transformers.trainer_callback import PrinterCallback
 
-from fusedkd.demo.watch import Watch
-from fusedkd.train import DistillationArguments, DistillationTrainer
+from fusedkd.demo.experiment import Experiment
+from fusedkd.files import write_json
 from fusedkd.train.term_set import own_parameters
 
-from .evidence_plan import SMOKE, STUDENTS, Setting, Student, Text, make_teacher, make_text
-from .evidence_report import write_report
-from .results import write_atomically
+from .plan import SMOKE, STUDENTS, Setting, Student, Text, make_teacher, make_text
+from .report import write_report
 
 PROBE_STEPS = 8
 TEACHERS_SHARE = 0.3  # of the time; evaluations and loading take about a tenth
@@ -62,12 +59,14 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     size = SMOKE if args.smoke else Setting()
     size = size if args.seeds is None else replace(size, seeds=args.seeds)
-    evidence = _Evidence(size, make_text(size), args.output, 60 * args.minutes)
+    evidence = Evidence(size, make_text(size), args.output, 60 * args.minutes)
     evidence.run()
     write_report(args.output, evidence.results, size.__dict__)
 
 
-class _Evidence:
+class Evidence:
+    """Teachers, then students, each result noted in the folder when it is there."""
+
     def __init__(self, size: Setting, text: Text, folder: Path, seconds: float) -> None:
         self.size, self.text, self.folder, self.seconds = size, text, folder, seconds
         self.console = Console()
@@ -93,8 +92,7 @@ class _Evidence:
 
     def note(self, key: str, value: Any) -> None:
         self.results[key] = value
-        content = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.folder / "results.json", content.encode())
+        write_json(self.folder / "results.json", self.results)
 
     def learnt(self, kind: str) -> bool:
         """Whether the teacher knows more than how frequent tokens are."""
@@ -124,12 +122,13 @@ class _Evidence:
         if path.is_dir():
             return type(model).from_pretrained(path).eval()
         seconds = TEACHERS_SHARE * self.seconds / 2
-        cost = self.train(kind, model, None, None, "unlimited", PROBE_STEPS, 0).seconds_per_step
-        steps = max(PROBE_STEPS, int(seconds / cost))
+        train, data = self.experiment(kind).train, self.text.train[kind]["unlimited"]
+        probe = train(f"{kind}, measuring", model, data, PROBE_STEPS)
+        steps = max(PROBE_STEPS, int(seconds / probe.seconds_per_step))
         model = make_teacher(kind, self.size, self.text.tokenizer)
-        watch = self.train(kind, model, None, None, "unlimited", steps, 0, evaluations=8)
-        found = self.judge(kind, model, model)
-        self.note(f"teacher/{kind}", {**found, "steps": steps, "curve": watch.curve})
+        watch = train(f"{kind} teacher", model, data, steps, evaluations=8)
+        judged = self.judge(kind, model, model)
+        self.note(f"teacher/{kind}", {**judged, "steps": steps, "curve": watch.curve})
         model.save_pretrained(path)
         return model.eval()
 
@@ -148,10 +147,14 @@ class _Evidence:
         return steps
 
     def probe(self, student: Student, loss: Any) -> float:
-        teacher = self.teachers[student.kind]
+        teacher, data = self.teachers[student.kind], self.text.train[student.kind]["limited"]
         model = student.build(teacher, self.size, 0)
-        watch = self.train(student.kind, model, teacher, loss, "limited", PROBE_STEPS, 0)
-        return watch.seconds_per_step
+        name = f"{student.kind}, measuring"
+        return (
+            self.experiment(student.kind)
+            .train(name, model, data, PROBE_STEPS, teacher=teacher, loss=loss)
+            .seconds_per_step
+        )
 
     def student(self, job: Job, steps: int) -> dict[str, Any]:
         student = STUDENTS[job.student]
@@ -165,76 +168,38 @@ class _Evidence:
             steps = max(steps, round(steps * kd["seconds"] / plain["seconds"]))
         seconds = 0.0
         if job.variant != "init":
-            watch = self.train(student.kind, model, teacher, loss, job.text, steps, job.seed)
-            seconds = watch.seconds
-        found = self.judge(student.kind, model, teacher)
+            name, data = f"{student.kind}, {job.text}", self.text.train[student.kind][job.text]
+            experiment = self.experiment(student.kind, job.seed)
+            seconds = experiment.train(name, model, data, steps, teacher=teacher, loss=loss).seconds
+        judged = self.judge(student.kind, model, teacher)
         if job.variant == "init":  # training changes no speed
-            found |= self.speed(self.size.block_of(student.kind), model=model, teacher=teacher)
-        return {**found, "steps": steps if seconds else 0, "seconds": seconds}
+            judged |= self.speed(self.size.block_of(student.kind), model=model, teacher=teacher)
+        return {**judged, "steps": steps if seconds else 0, "seconds": seconds}
 
     # ---- both ----
 
-    def train(
-        self, kind: str, model: Any, teacher: Any, loss: Any, text: str, steps: int, seed: int,
-        evaluations: int = 0,
-    ) -> Watch:  # fmt: skip
-        """With a loss: distilled from ``teacher``; without: what its own forward calls loss."""
-        watch = Watch(f"{kind}, {text}", self.console)
-        common: dict[str, Any] = self.common(kind, steps, seed) | {
-            "eval_strategy": "steps" if evaluations else "no",
-            "eval_steps": max(1, steps // max(evaluations, 1)),
-        }
-        data = {
-            "train_dataset": self.text.train[kind][text],
-            "eval_dataset": self.text.held_out[kind],
-            "data_collator": _Collator(self.text.masking()),
-            "callbacks": [watch],
-        }
-        if loss is None:
-            trainer: Trainer = Trainer(model, TrainingArguments(**common), **data)
-        else:
-            trainer = DistillationTrainer(
-                model, teacher, DistillationArguments(**common, **loss), **data
-            )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return watch
-
-    def common(self, kind: str, steps: int, seed: int) -> dict[str, Any]:
-        return {
-            "output_dir": str(self.folder / "work"),
-            "max_steps": steps,
-            "per_device_train_batch_size": self.size.batch_of(kind),
-            "per_device_eval_batch_size": 4 * self.size.batch_of(kind),
-            "learning_rate": self.size.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.05,
-            "weight_decay": 0.01,
-            "seed": seed,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-
     def judge(self, kind: str, model: Any, teacher: Any) -> dict[str, Any]:
         """Held-out cross-entropy, agreement and accuracies; size."""
-        copy = type(teacher)(teacher.config)  # a teacher may judge itself: nothing is shared
-        copy.load_state_dict(teacher.state_dict())
-        args = DistillationArguments(**self.common(kind, 1, 0))
-        judge = DistillationTrainer(
-            model, copy, args, eval_dataset=self.text.held_out[kind],
-            data_collator=default_data_collator,
-        )  # fmt: skip
-        judge.remove_callback(PrinterCallback)
-        found = judge.evaluate()
+        metrics = self.experiment(kind).judge(model, teacher)
         return {
-            "ce": found["eval_loss"],
-            "agreement": found["eval_top1_agreement"],
-            "accuracy": found["eval_student_accuracy"],
+            "ce": metrics["eval_loss"],
+            "agreement": metrics["eval_top1_agreement"],
+            "accuracy": metrics["eval_student_accuracy"],
             "parameters": own_parameters(model),
         }
+
+    def experiment(self, kind: str, seed: int = 0) -> Experiment:
+        """Trainings of one kind of model; ``seed`` is of the data's order and the masks."""
+        size = self.size
+        options = {"learning_rate": size.learning_rate, "weight_decay": 0.01, "seed": seed}
+        return Experiment(
+            self.folder / "work",
+            self.console,
+            self.text.held_out[kind],
+            size.batch_of(kind),
+            options,
+            self.text.collate,
+        )
 
     def speed(self, block: int, **models: Any) -> dict[str, float]:
         """Of one block at batch 1, both models in turn: medians of 40 forwards after 3."""
@@ -245,7 +210,7 @@ class _Evidence:
                     began = time.perf_counter()
                     model.eval()(ids)
                     times[name].append(1e3 * (time.perf_counter() - began))
-        ms = {name: statistics.median(seen[3:]) for name, seen in times.items()}
+        ms = {name: statistics.median(forwards[3:]) for name, forwards in times.items()}
         return {"inference_ms": ms["model"], "speedup": ms["teacher"] / ms["model"]}
 
     def facts(self) -> dict[str, Any]:
@@ -258,17 +223,3 @@ class _Evidence:
                 for name, blocks in self.text.train["causal"].items()
             },
         }
-
-
-class _Collator:
-    """Masks what has no labels; causal rows have theirs, held-out ones were masked once."""
-
-    def __init__(self, masking: Any) -> None:
-        self.masking = masking
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        return default_data_collator(rows) if "labels" in rows[0] else self.masking(rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,8 +12,6 @@ from torch import Tensor
 from fusedkd import divergences
 from fusedkd.divergences import Divergence
 
-__all__ = ["DTYPES", "IGNORE", "Case", "Problem", "make_problem", "native_dtype"]
-
 IGNORE = -100
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

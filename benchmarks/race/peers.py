@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cases import IGNORE, Case, Problem
+from .case import IGNORE, Case, Problem
 from .formulas import mean_of_counted
-from .providers import Forward, Provider, beta_of, gkd_missing
-
-__all__ = ["PEERS"]
+from .provider import Forward, Provider, beta_of, gkd_missing
 
 
 @cache

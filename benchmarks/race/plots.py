@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .providers import FLOOR, OURS
-from .results import Report, Row, write_atomically
+from fusedkd.files import write_figure
 
-__all__ = ["plot_all"]
+from .provider import FLOOR, OURS
+from .results import Report, Row
 
 COLOURS = {
     OURS: "#d1495b",
@@ -28,25 +27,27 @@ COLOURS = {
 }
 
 
+# Growth: the plot's name, the field of `Case`, its label, what is drawn and its label.
+LINES: tuple[tuple[str, str, str, Callable[[Row], float | None], str], ...] = (
+    ("time_vs_vocab", "vocab", "vocabulary", lambda r: r.total_ms, "forward + backward, ms"),
+    (
+        *("memory_vs_n", "n", "tokens"),
+        *(lambda r: r.peak_bytes / 2**30 if r.peak_bytes else None, "peak extra memory, GiB"),
+    ),
+)
+
+
 def plot_all(report: Report, folder: Path) -> list[Path]:
     """Every plot that the report has data for."""
-    drawn = [
-        (name, figure)
-        for name, draw in {
-            "speed": _speed,
-            "time_vs_vocab": _by_vocab,
-            "memory_vs_n": _by_n,
-        }.items()
-        if (figure := draw(report)) is not None
-    ]
-    return [_save(figure, folder / f"{name}.png") for name, figure in drawn]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    write_atomically(path, buffer.getvalue())
-    return path
+    figures = {"speed": _speed(report)}
+    for name, axis, label, value, quantity in LINES:
+        figures[name] = figure = _lines(report, axis, value)
+        if figure is not None:
+            figure.axes[0].set(xlabel=label, ylabel=quantity)
+    drawn = {folder / f"{name}.png": figure for name, figure in figures.items() if figure}
+    for path, figure in drawn.items():
+        write_figure(path, figure, dpi=150)
+    return list(drawn)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -103,26 +104,6 @@ def _one_bar(axes: Any, y: float, row: Row) -> None:
     flag = "" if row.verdict in ("ok", None) else f", {row.verdict}"
     size = f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
     axes.text(times * 1.03, y, f"{row.provider} {size}x{flag}", va="center", fontsize=7)
-
-
-def _by_vocab(report: Report) -> Any:
-    figure = _lines(report, "vocab", lambda r: r.total_ms)
-    if figure is None:
-        return None
-    axes = figure.axes[0]
-    axes.set_xlabel("vocabulary")
-    axes.set_ylabel("forward + backward, ms")
-    return figure
-
-
-def _by_n(report: Report) -> Any:
-    figure = _lines(report, "n", lambda r: r.peak_bytes / 2**30 if r.peak_bytes else None)
-    if figure is None:
-        return None
-    axes = figure.axes[0]
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("peak extra memory, GiB")
-    return figure
 
 
 def _lines(report: Report, axis: str, value: Callable[[Row], float | None]) -> Any:

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import Case, Problem, make_problem
+from .case import Case, Problem, make_problem
 from .check import Truth, refuse_if_wrong
+from .formulas import is_independent
 from .memory import peak_extra
-from .providers import FLOOR, Provider, providers
+from .provider import FLOOR, OURS, Provider
+from .providers import PROVIDERS
 from .results import BarResult, GroupResult, Row
 from .timing import Contestant, race, spread
 
-__all__ = ["Bar", "Effort", "Group", "Measured", "restricted", "run_group", "ticks"]
+OWN_FORMULA = (
+    "no formula in benchmarks/race/formulas.py, so eager is fusedkd's Divergence.value under "
+    "autograd, and so is the truth, at fp64"
+)
 
 
 class Measured:
@@ -72,11 +77,11 @@ def ticks(group: Group, effort: Effort) -> int:
 
 
 def run_group(group: Group, effort: Effort, tick: Callable[[], None]) -> GroupResult:
-    known = providers()
-    pairs = [(case, known[name]) for case in group.cases for name in group.providers]
+    pairs = [(case, PROVIDERS[name]) for case in group.cases for name in group.providers]
     rows = [Row(dataclasses.asdict(case), case.label, p.name) for case, p in pairs]
     for row, (case, provider) in zip(rows, pairs, strict=True):
         row.reason = provider.reason_missing(case)
+        row.note = None if is_independent(case) else f"{case.divergence}: {OWN_FORMULA}"
     ready = [(row, *pair) for row, pair in zip(rows, pairs, strict=True) if row.reason is None]
     if group.timed:
         _race(group, ready, effort, tick)
@@ -129,7 +134,7 @@ def _check(ready: Ready, problems: _Problems, tick: Callable[[], None]) -> None:
             try:
                 verdicts[key, provider.name] = truths[key].check(provider)
             except Exception as error:  # a peer's crash is its row's result
-                if provider.name == "fusedkd":
+                if provider.name == OURS:
                     raise
                 row.reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
                 continue

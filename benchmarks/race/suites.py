@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 from fusedkd import divergences
 
-from .cases import DTYPES, Case, native_dtype
-from .providers import FLOOR, OURS
+from .case import DTYPES, Case, native_dtype
+from .provider import FLOOR, OURS
 from .runner import Bar, Group, Measured
-
-__all__ = ["headline", "quick"]
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 

@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 import yaml
 from datasets import Dataset
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    default_data_collator,
+    set_seed,
+)
 
 from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.demo.corpus import Corpus, corpus
 from fusedkd.students.copy import StudentPlan, build_student
 
-__all__ = ["SMOKE", "STUDENTS", "Setting", "Student", "Text", "make_teacher", "make_text"]
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LOSS = ("divergence", "temperature", "kd_weight", "kd_tokens", "ce_weight", "terms", "schedules")
 
 
@@ -67,6 +72,10 @@ class Text:
     counts: np.ndarray
     bytes_per_token: float
 
+    def collate(self, rows: list[dict[str, Any]]) -> Any:
+        """Masks what has no labels; causal rows have theirs, held-out ones were masked once."""
+        return default_data_collator(rows) if "labels" in rows[0] else self.masking()(rows)
+
     def masking(self) -> FrequencyMasking:
         """Uniform also for DistilBERT, whose release draws rare tokens more often: what a student
         learns of frequencies would be held against it where it is judged."""
@@ -80,8 +89,8 @@ class Text:
     def unigram(self, kind: str) -> float:
         """Cross-entropy of the training tokens' frequencies: what can be had without context."""
         labels = np.asarray(self.held_out[kind]["labels"])
-        seen = self.counts + 1.0  # no token is impossible
-        return float(-np.log(seen / seen.sum())[labels[labels != -100]].mean())
+        counts = self.counts + 1.0  # no token is impossible
+        return float(-np.log(counts / counts.sum())[labels[labels != -100]].mean())
 
 
 def make_text(size: Setting) -> Text:

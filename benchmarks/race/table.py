@@ -5,10 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .providers import FLOOR, OURS
+from .provider import FLOOR, OURS
 from .results import BarResult, GroupResult, Report, Row
-
-__all__ = ["bar_line", "print_group", "print_machine", "print_summary"]
 
 
 def print_machine(console: Console, report: Report) -> None:
@@ -125,6 +123,7 @@ def _notes(group: GroupResult) -> list[str]:
     """Who is missing and why, and whose answer is off: once each."""
     notes = [f"{r.provider}: {r.reason}" for r in group.rows if r.reason]
     notes += [f"{r.provider}: memory: {r.memory_reason}" for r in group.rows if r.memory_reason]
+    notes += [row.note for row in group.rows if row.note]
     for row in group.rows:
         if row.verdict and row.verdict != "ok":
             worst = max(row.loss_error or 0.0, row.grad_error or 0.0)

@@ -6,9 +6,12 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-__all__ = ["AXES", "parse"]
+from fusedkd import divergences
+
+from .case import Case
+from .providers import PROVIDERS
 
 EXAMPLES = """\
 examples:
@@ -28,26 +31,6 @@ against fp64 before it is timed; if fusedkd's own is wrong, nothing is timed and
 Times are medians of interleaved rounds. "floor" is the least the machine could take: for logits,
 moving the bytes (two tensors read, one written); for heads, the bare matrix products.
 """
-
-# The options that choose cases. Their defaults are those of `Case`; None: not given.
-AXES = (
-    *("form", "divergence", "n", "vocab", "dtype", "temperature", "kd_weight", "ce_weight"),
-    *(
-        "mode",
-        "frozen",
-        "counted",
-        "reduction",
-        "hidden_student",
-        "hidden_teacher",
-        "chunk_bytes",
-        "threads",
-    ),
-)
-
-PROVIDERS = (
-    *("fusedkd", "eager", "compile", "torchtune", "gkd"),
-    *("liger", "liger-triton", "trl", "cce", "torch-lce", "floor"),
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,8 +66,6 @@ _weight = _checked(float, lambda x: 0 <= x < float("inf"), "a number of at least
 
 
 def _divergence(text: str) -> str:
-    from fusedkd import divergences
-
     try:
         divergences.make(text)
     except ValueError as error:
@@ -126,32 +107,37 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_axes(group: argparse._ArgumentGroup) -> None:
-    def add(name: str, kind: Callable[[str], object], default: object, text: str) -> None:
-        group.add_argument(
-            name, type=kind, nargs="+", metavar="X", help=f"{text} (default {default})"
-        )
+# The options that choose cases, all of them fields of `Case`: what is taken, and what it is.
+AXES: dict[str, tuple[Any, str]] = {
+    "form": (("dense", "head"), "logits, or LMHead"),
+    "divergence": (_divergence, 'name or "name(number)"'),
+    "n": (_count, "tokens"),
+    "vocab": (_count, "32000, 50257, 128256, 151936, 262144 are those of models"),
+    "dtype": (("bf16", "fp16", "fp32"), "of the inputs"),
+    "temperature": (_positive, "of both sides"),
+    "kd_weight": (_weight, "of the divergence; 0 leaves cross-entropy alone"),
+    "ce_weight": (_weight, "of the cross-entropy"),
+    "mode": (("train", "eval"), "with gradients or not"),
+    "frozen": (True, "LMHead without a weight gradient"),
+    "counted": (_share, "share of the tokens with a label; the others are ignored"),
+    "reduction": (("mean", "none"), "none: fusedkd's loss per token"),
+    "hidden_student": (_count, "LMHead: the student's width"),
+    "hidden_teacher": (_count, "LMHead: the teacher's width"),
+    "chunk_bytes": (_count, "LMHead: fusedkd's budget for logits; by the device"),
+    "threads": (_count, "CPU threads; as torch chooses"),
+}
 
-    group.add_argument("--form", nargs="+", choices=["dense", "head"], help="logits, or LMHead")
-    add("--divergence", _divergence, "forward_kl", 'name or "name(number)"')
-    add("--n", _count, 512, "tokens")
-    add("--vocab", _count, 151936, "32000, 50257, 128256, 151936, 262144 are those of models")
-    group.add_argument("--dtype", nargs="+", choices=["bf16", "fp16", "fp32"], help="of the inputs")
-    add("--temperature", _positive, 2.0, "of both sides")
-    add("--kd-weight", _weight, 1.0, "of the divergence; 0 leaves cross-entropy alone")
-    add("--ce-weight", _weight, 1.0, "of the cross-entropy")
-    group.add_argument("--mode", nargs="+", choices=["train", "eval"], help="with gradients or not")
-    group.add_argument(
-        "--frozen", action="store_const", const=[True], help="LMHead without a weight gradient"
-    )
-    add("--counted", _share, 1.0, "share of the tokens with a label; the others are ignored")
-    group.add_argument(
-        "--reduction", nargs="+", choices=["mean", "none"], help="none: fusedkd's loss per token"
-    )
-    add("--hidden-student", _count, 896, "LMHead: the student's width")
-    add("--hidden-teacher", _count, 1536, "LMHead: the teacher's width")
-    add("--chunk-bytes", _count, "by device", "LMHead: fusedkd's budget for logits")
-    add("--threads", _count, "torch's", "CPU threads")
+
+def _add_axes(group: argparse._ArgumentGroup) -> None:
+    for name, (values, text) in AXES.items():
+        flag, default = "--" + name.replace("_", "-"), getattr(Case(), name)
+        if values is True:
+            group.add_argument(flag, action="store_const", const=[True], help=text)
+        elif isinstance(values, tuple):
+            group.add_argument(flag, nargs="+", choices=values, help=f"{text} ({default})")
+        else:
+            text += "" if default is None else f" ({default})"
+            group.add_argument(flag, type=values, nargs="+", metavar="X", help=text)
     group.add_argument("--memory", action="store_true", help="peak extra memory of every row too")
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .evidence_plan import STUDENTS
-from .results import machine, write_atomically
+from fusedkd.demo.report import markdown_table
+from fusedkd.files import replace_file, write_figure
 
-__all__ = ["write_report"]
+from ..machine import machine
+from .plan import STUDENTS
 
 VARIANTS = {
     "init": "initialisation alone",
@@ -74,15 +74,15 @@ def write_report(folder: Path, results: Mapping[str, Any], size: Mapping[str, An
     """``report.md`` and ``evidence.png``."""
     seeds = _Seeds(results)
     parts = ["# Does it help?", "", READING, "", "## Beside the papers", ""]
-    parts += [_table(BESIDE, [row for name in PAPERS if (row := _beside(seeds, name))]), ""]
+    parts += [markdown_table(BESIDE, [row for name in PAPERS if (row := _beside(seeds, name))]), ""]
     for text in ("unlimited", "limited"):
         tokens = results["facts"]["tokens"][text]
         parts += [f"## {text.capitalize()} text: {tokens:,} tokens", ""]
-        cells = [found for name in STUDENTS if (found := _cells(seeds, name, text))]
-        parts += [_table(HEADINGS, [[found[h] for h in HEADINGS] for found in cells]), ""]
-    parts += ["## What each part is worth", "", _table(ABLATION, _ablations(seeds)), ""]
+        students = [cells for name in STUDENTS if (cells := _cells(seeds, name, text))]
+        parts += [markdown_table(HEADINGS, [[c[h] for h in HEADINGS] for c in students]), ""]
+    parts += ["## What each part is worth", "", markdown_table(ABLATION, _ablations(seeds)), ""]
     parts += ["![cross-entropy of every seed](evidence.png)", "", "## How", "", _how(results, size)]
-    write_atomically(folder / "report.md", ("\n".join(parts) + "\n").encode())
+    replace_file(folder / "report.md", "\n".join(parts) + "\n")
     _plot(folder / "evidence.png", seeds)
 
 
@@ -158,13 +158,8 @@ def _spread(values: list[float], form: str = ".3f") -> str:
     return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
-def _table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _how(results: Mapping[str, Any], size: Mapping[str, Any]) -> str:
-    curves, info = [], machine("cpu", None)
+    curves, info = [], machine("cpu")
     for kind in ("causal", "masked"):
         teacher = results[f"teacher/{kind}"]
         points = [point[2] for point in teacher["curve"]]
@@ -213,6 +208,4 @@ def _plot(path: Path, seeds: _Seeds) -> None:
             axes.set_title(f"{name}, {text}", fontsize=9)
     for axes in grid[:, 0]:
         axes.set_ylabel("held-out CE, nats per token")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_atomically(path, buffer.getvalue())
+    write_figure(path, figure)

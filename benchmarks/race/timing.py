@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .cases import Case, Problem
+from .case import Case, Problem
 from .check import gradients
-from .providers import Forward
-
-__all__ = ["Contestant", "Sample", "race", "spread"]
+from .provider import Forward
 
 MIN_SAMPLE = 2e-3  # seconds: shorter steps are repeated within one sample
 MIN_ROUNDS = 3

@@ -1,6 +1,7 @@
 """The losses in plain torch, as people write them: the eager peer, and at fp64 the truth.
 
-Nothing here comes from fusedkd, so that agreeing with it means something.
+Nothing here comes from fusedkd, so that agreeing with it means something; see is_independent for
+the exception.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cases import IGNORE, Case
-
-__all__ = ["POINTWISE", "gkd_jsd", "mean_of_counted", "plain_loss", "torchtune_loss"]
+from .case import IGNORE, Case
 
 
 def _forward_kl(lp: Tensor, lq: Tensor) -> Tensor:
@@ -73,14 +72,28 @@ def plain_loss(s: Tensor, t: Tensor, labels: Tensor, case: Case, dtype: torch.dt
     s, t = s.to(dtype), t.to(dtype)
     loss = torch.zeros((), dtype=dtype, device=s.device)
     if case.kd_weight:
-        name, params = case.name_and_params
         lp = F.log_softmax(t / case.temperature, dim=-1)
         lq = F.log_softmax(s / case.temperature, dim=-1)
-        rows = POINTWISE[name](lp, lq, *params).sum(-1)
+        rows = _pointwise(case)(lp, lq).sum(-1)
         loss = case.kd_scale * mean_of_counted(rows, labels)
     if case.ce_weight:
         loss = loss + case.ce_weight * F.cross_entropy(s, labels)
     return loss
+
+
+def _pointwise(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """(lp, lq) -> each entry's contribution."""
+    divergence = case.divergence_object
+    formula = POINTWISE.get(divergence.name)
+    if formula is None:
+        return divergence.value
+    return lambda lp, lq: formula(lp, lq, *divergence.params)
+
+
+def is_independent(case: Case) -> bool:
+    """Whether the truth of a case owes nothing to fusedkd: a divergence without a formula above is
+    held to its own ``Divergence.value``, differentiated by autograd."""
+    return not case.kd_weight or case.divergence_object.name in POINTWISE
 
 
 def mean_of_counted(rows: Tensor, labels: Tensor) -> Tensor:
