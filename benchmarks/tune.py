@@ -30,7 +30,7 @@ from rich.table import Table
 
 from fusedkd import divergences, kd_loss
 from fusedkd.files import replace_file
-from fusedkd.kernels.triton import config, launches, ops
+from fusedkd.kernels.triton import config, device, launches
 from fusedkd.kernels.triton.launches import Entry
 
 from . import resources
@@ -85,9 +85,9 @@ def time_of(
 
 def step_of(rows: int, vocab: int) -> Callable[[str], None]:
     """Loss and gradient of a call, given a divergence."""
-    device = "cpu" if ops.INTERPRETED else "cuda"
-    student, teacher = (torch.randn(rows, vocab, device=device).bfloat16() for _ in range(2))
-    labels = torch.randint(vocab, (rows,), device=device)
+    where = "cpu" if device.INTERPRETED else "cuda"
+    student, teacher = (torch.randn(rows, vocab, device=where).bfloat16() for _ in range(2))
+    labels = torch.randint(vocab, (rows,), device=where)
     student.requires_grad_()
 
     def step(name: str) -> None:

@@ -27,9 +27,10 @@ class SparseRows(NamedTuple):
     indices: Tensor  # (N, K) int32, ascending; PADDING behind all others
     log_probs: Tensor  # (N, K + 1) fp64; the last one is the tail's
     rounding: float  # a tail below this counts as 0 where the student has none
+    tail: str  # "bucket", "renormalize" or "drop"; of the latter two nothing is left but the ids
 
     def part(self, rows: slice) -> SparseRows:
-        return SparseRows(self.indices[rows], self.log_probs[rows], self.rounding)
+        return self._replace(indices=self.indices[rows], log_probs=self.log_probs[rows])
 
 
 def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossSpec) -> SparseRows:
@@ -44,7 +45,8 @@ def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossS
             than 1, nothing to renormalise, a divergence that is infinite for this ``tail``. On a
             GPU all but the last are one device-side assertion: no synchronisation.
     """
-    _check_tail(spec.divergence, spec.tail)
+    tail = spec.tail or "drop"
+    _check_tail(spec.divergence, tail)
     shape = (row_scale.numel(), indices.shape[-1])
     raw = indices.reshape(shape)
     dropped = (row_scale == 0)[:, None]
@@ -59,18 +61,18 @@ def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossS
     p = lp.exp()
     total, spread = p.sum(-1), torch.linalg.vecdot(p, lp.clamp(min=-1e3)).abs()  # 0 log 0 is 0
     excess = total > 1 + EXCESS + torch.finfo(log_probs.dtype).eps * spread
-    empty = (total == 0) & (row_scale != 0) if spec.tail == "renormalize" else total < 0
+    empty = (total == 0) & (row_scale != 0) if tail == "renormalize" else total < 0
     _check(outside, twice, excess, empty, raw, ids, total, spec)
 
     last = torch.full_like(total, -INF)
-    if spec.tail == "bucket":
+    if tail == "bucket":
         lost = spread * torch.finfo(row_scale.dtype).eps / 2
         last = torch.where(total < 1, 1 - total, lost).log()
-    elif spec.tail == "renormalize":
+    elif tail == "renormalize":
         lp = torch.where(lp == -INF, lp, lp - total.log()[:, None])
     # The sum's rounding is at most eps / 2 * spread, and spread <= log V < 16.
     rounding = 8 * torch.finfo(log_probs.dtype).eps
-    return SparseRows(ids, torch.cat([lp, last[:, None]], -1), rounding)
+    return SparseRows(ids, torch.cat([lp, last[:, None]], -1), rounding, tail)
 
 
 def _ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ def _check(
 
 
 @functools.cache
-def _check_tail(divergence: Divergence, tail: str | None) -> None:
+def _check_tail(divergence: Divergence, tail: str) -> None:
     """Refuse a divergence whose own formula is infinite at p = 0 < q where there are such entries.
 
     Every f of :mod:`fusedkd.divergences` is finite there for all q or for none.
