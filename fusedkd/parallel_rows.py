@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd.backends import Rows
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
-from fusedkd.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
 __all__ = ["COPIES", "SpreadRows"]
@@ -156,7 +156,7 @@ class _Piece:
 
     @property
     def bucket(self) -> bool:
-        return self.spec.tail == "bucket"
+        return self.entries is not None and self.entries.rows.tail == "bucket"
 
     def _statistics(self) -> None:
         """Maxima, then sums of exponentials. The student's at its temperature and at 1."""

@@ -31,14 +31,14 @@ reductions or autograd; it turns rows of logits into rows of loss and gradient.
 
 ``sparse_rows(student, teacher, labels, row_scale, spec, grad, metrics) -> (loss, metric_rows)``
 
-The same for a teacher of K entries per row. ``teacher`` is a :class:`fusedkd.sparse.SparseRows`
-that has been checked, sorted and completed:
+The same for a teacher of K entries per row. ``teacher`` is a
+:class:`fusedkd.distributions.sparse.SparseRows` that has been checked, sorted and completed:
 
 * ``indices`` (N, K) int32 ids below ``spec.vocab_size``, ascending and distinct in a row, behind
-  them ``fusedkd.sparse.PADDING``; contiguous, K may be 0.
+  them ``fusedkd.distributions.sparse.PADDING``; contiguous, K may be 0.
 * ``log_probs`` (N, K + 1) log p in fp64, -inf at padding. The last column is the tail's, -inf
-  unless ``spec.tail`` is "bucket". Gaps are formed in fp64.
-* With ``spec.tail`` "bucket", D compares K + 1 categories: the ids, and all else, of which q has
+  unless ``tail`` is "bucket". Gaps are formed in fp64.
+* With ``tail`` "bucket", D compares K + 1 categories: the ids, and all else, of which q has
   the sum over the entries that are no ids (without cancellation, however small) and p the last
   column. That category's d D / d log q goes to the entries outside in proportion to their q. Where
   the student has no entry above -inf outside the ids, a tail with p <= ``rounding`` counts as 0.

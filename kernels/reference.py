@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, empty
 from torch.nn import functional as F
 
-from fusedkd.sparse import SparseRows
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
 __all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]
@@ -61,7 +61,7 @@ def sparse_rows(
     inside = nothing.scatter(-1, columns, 0.0)[:, :-1] == 0
 
     def compare(lq: Tensor) -> tuple[Tensor, Tensor]:
-        if spec.tail != "bucket":
+        if teacher.tail != "bucket":
             return spread, lq
         known = torch.cat([lq, nothing[:, :1]], -1).gather(-1, columns)
         rest = torch.where(inside, -math.inf, lq)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.sparse import SparseRows
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS, LossSpec
 
 from .products import head_dtypes, mm_
@@ -111,7 +111,7 @@ def sparse_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """See :mod:`fusedkd.kernels`."""
     _check(spec.divergence.name)
-    own = (float(spec.tail == "bucket"), teacher.rounding)
+    own = (float(teacher.tail == "bucket"), teacher.rounding)
     ends, results = _arguments(labels, row_scale, spec, own, grad, metrics)
     _ops().sparse_rows.default(student, teacher.indices, teacher.log_probs, *ends)
     return results

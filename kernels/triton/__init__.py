@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, empty
 
-from fusedkd.sparse import SparseRows
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.spec import LossSpec
 
 __all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "sparse_rows", "unavailable"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.sparse import SparseRows
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec
 
 from . import config, ops, pointwise, sparse
@@ -54,8 +54,8 @@ def sparse_rows(
         **_numbers(student, student if grad is None else grad, spec),
     }
     with ops._device(student):
-        for stage in stages(variant, launch, spec.tail == "bucket"):
-            known = _constants(variant, launch, stage, spec.tail == "bucket")
+        for stage in stages(variant, launch, teacher.tail == "bucket"):
+            known = _constants(variant, launch, stage, teacher.tail == "bucket")
             # Without a gradient the last stage is left with one loss per row.
             programs = 1 if stage == "gradient" and grad is None else launch.pieces
             sparse.sparse_kernel[n, programs](
