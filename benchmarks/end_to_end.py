@@ -1,32 +1,33 @@
 """A whole training step: a small Llama student under a Llama teacher, with fusedkd and with logits;
 and of `DistillationTrainer` on chat data, where a quarter of the tokens counts.
 
-Each measurement is a process of its own, for its memory's sake. Run as a module it is that process.
+Each measurement is a process of its own, for its memory's sake.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
-import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .memory import child_command, reset_peak, status_bytes
-from .timing import spread
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-if TYPE_CHECKING:
-    import torch
-    from rich.console import Console
-    from transformers import LlamaForCausalLM
+from fusedkd import LMHead, kd_loss
+from fusedkd.train import DistillationArguments, DistillationTrainer
 
-__all__ = ["print_steps", "run"]
+from .child import ChildFailed, in_child
+from .peak import peak, reset_peak
+from .race.case import DTYPES, IGNORE, Case, native_dtype
+from .race.formulas import plain_loss
+from .race.timing import spread
 
-TIMEOUT = 240
+TIMEOUT = 240  # seconds
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,19 @@ def run(options: Namespace, console: Console) -> list[dict[str, Any]]:
         chat = Step("trainer", vocab, length=512, steps=7, device=device)
         for step in (*kinds, chat, replace(chat, counted=CHAT)):
             with console.status(f"end to end: {step.loss}, vocabulary {vocab:,}"):
-                results.append(_child(step))
+                results.append(_in_child(step))
     return results
 
 
-def _child(step: Step) -> dict[str, Any]:
-    command, environment = child_command("end_to_end", json.dumps(asdict(step)))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    if done.returncode:
-        tail = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"--end-to-end: the step {step} ended with: {tail[:200]}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+def _in_child(step: Step) -> dict[str, Any]:
+    try:
+        answer: dict[str, Any] = in_child(measure, asdict(step), timeout=TIMEOUT)
+    except ChildFailed as error:
+        raise ValueError(f"--end-to-end: the step {step}: {error}") from error
     return answer
 
 
 def print_steps(console: Console, results: list[dict[str, Any]], limit: float) -> None:
-    from rich.table import Table
-
-    from .cases import native_dtype
-
     table = Table(title="A training step, end to end")
     heads = ["vocabulary", "loss", "tokens", "counted", "step ms", "tokens/s", "peak memory"]
     for head in [*heads, f"largest batch in {limit:g} GiB"]:
@@ -102,15 +97,7 @@ def _batch(result: dict[str, Any]) -> str:
     return f"{result['largest_batch']} x {result['length']}{more}"
 
 
-# ----------------------------------------------------------------------------------------------
-# the child
-
-
 def _llama(layers: int, width: int, step: Step) -> LlamaForCausalLM:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from .cases import DTYPES, native_dtype
-
     config = LlamaConfig(
         vocab_size=step.vocab,
         hidden_size=width,
@@ -125,13 +112,6 @@ def _llama(layers: int, width: int, step: Step) -> LlamaForCausalLM:
 
 def _losses(step: Step) -> Callable[..., torch.Tensor]:
     """(student, teacher, ids) -> loss, from hidden states and heads or from full logits."""
-    import torch
-
-    from fusedkd import LMHead, kd_loss
-
-    from .cases import Case
-    from .formulas import plain_loss
-
     case = Case(n=step.batch * step.length, vocab=step.vocab)
 
     def fused(s: LlamaForCausalLM, t: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -154,8 +134,6 @@ class _Trainer:
     """The models and their optimizer; what a step takes."""
 
     def __init__(self, step: Step) -> None:
-        import torch
-
         torch.manual_seed(0)
         self.step = step
         self.student, self.teacher = _llama(4, 256, step), _llama(6, 512, step)
@@ -164,8 +142,6 @@ class _Trainer:
         self.time(1)  # optimizer state and the runtime's own memory are there afterwards
 
     def time(self, batch: int) -> float:
-        import torch
-
         step = self.step
         ids = torch.randint(0, step.vocab, (batch, step.length), device=step.device)
         begin = time.perf_counter()
@@ -177,9 +153,9 @@ class _Trainer:
         return (time.perf_counter() - begin) * 1e3
 
     def peak(self, batch: int) -> int:
-        before = _reset(self.step)
+        before = reset_peak(self.step.device)
         self.time(batch)
-        return _peak(self.step) - before
+        return peak(self.step.device) - before
 
 
 def _largest(trainer: _Trainer, limit: int) -> int:
@@ -202,35 +178,30 @@ def _largest(trainer: _Trainer, limit: int) -> int:
     return max((batch for batch, size in peaks.items() if size <= limit), default=0)
 
 
+class _Clock(TrainerCallback):
+    """Milliseconds of each step, and the peak memory of the last one."""
+
+    def __init__(self, step: Step) -> None:
+        self.device, self.times, self.bytes = step.device, list[float](), 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps - 1:
+            self.before = reset_peak(self.device)
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.times.append((time.perf_counter() - self.begin) * 1e3)
+        if state.global_step == state.max_steps:
+            self.bytes = peak(self.device) - self.before
+
+
 def _host_steps(step: Step) -> tuple[list[float], int]:
     """Milliseconds of each step of a `DistillationTrainer` as its users start it, and peak memory.
     A warm-up step comes before, the one whose memory is measured last."""
-    import tempfile
-
-    import torch
-    import transformers
-
-    from fusedkd.train import DistillationArguments, DistillationTrainer
-
-    from .cases import IGNORE, native_dtype
-
     torch.manual_seed(0)
-    steps, times, peaks = step.steps + 2, [], [0]
-
-    class Clock(transformers.TrainerCallback):
-        begin = 0.0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == steps - 1:
-                peaks[0] = _reset(step)
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if step.device == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - self.begin) * 1e3)
-            peaks.append(_peak(step) - peaks[0])
-
+    steps, clock = step.steps + 2, _Clock(step)
     ids = torch.randint(0, step.vocab, (steps * step.batch, step.length))
     labels = ids.clone()
     labels[:, : step.length - round(step.counted * step.length)] = IGNORE  # the answer comes last
@@ -249,53 +220,28 @@ def _host_steps(step: Step) -> tuple[list[float], int]:
             save_strategy="no",
             disable_tqdm=True,
         )
-        trainer = DistillationTrainer(
-            *(_llama(4, 256, step), _llama(6, 512, step), arguments),
-            train_dataset=rows,
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    return times[1:-1], peaks[-1]
+        models = _llama(4, 256, step), _llama(6, 512, step)
+        DistillationTrainer(*models, arguments, train_dataset=rows, callbacks=[clock]).train()
+    return clock.times[1:-1], clock.bytes
 
 
-def _measure(step: Step) -> dict[str, Any]:
-    largest = None
+def measure(fields: dict[str, Any]) -> dict[str, Any]:
+    """A :class:`Step`'s fields and what was measured of it, in the process that is measured."""
+    step, largest = Step(**fields), None
     if step.loss == "trainer":
-        times, peak = _host_steps(step)
+        times, most = _host_steps(step)
     else:
         trainer = _Trainer(step)
-        peak = trainer.peak(step.batch)
+        most = trainer.peak(step.batch)
         times = [trainer.time(step.batch) for _ in range(step.steps)]
         largest = _largest(trainer, step.limit) if step.limit else None
     median, low, high = spread(times)
     return {
-        **asdict(step),
+        **fields,
         "step_ms": median,
         "step_p10_ms": low,
         "step_p90_ms": high,
         "tokens_per_s": step.batch * step.length / median * 1e3,
-        "peak_bytes": peak,
+        "peak_bytes": most,
         "largest_batch": largest,
     }
-
-
-def _reset(step: Step) -> int:
-    import torch
-
-    if step.device == "cpu":
-        return reset_peak()
-    torch.cuda.reset_peak_memory_stats()
-    return int(torch.cuda.memory_allocated())
-
-
-def _peak(step: Step) -> int:
-    import torch
-
-    cpu = step.device == "cpu"
-    return status_bytes("VmHWM") if cpu else int(torch.cuda.max_memory_allocated())
-
-
-if __name__ == "__main__":
-    with contextlib.redirect_stdout(sys.stderr):  # what the trainer logs
-        answer = _measure(Step(**json.loads(sys.argv[1])))
-    print(json.dumps(answer))

@@ -10,9 +10,6 @@ peak resident set over what was resident before. The numbers of the two must agr
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +19,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from .memory import child_command, reset_peak, status_bytes
-
-__all__ = ["HOSTS", "main"]
+from .child import in_child
+from .peak import peak, reset_peak
 
 HIDDEN = 256  # of both models: the vocabulary is what is measured
 Step = Callable[[], Tensor]  # makes the loss
-TIMEOUT = 900
+TIMEOUT = 900  # seconds
 
 
 def _liger(after: bool, n: int, v: int) -> Step:
@@ -137,7 +133,8 @@ HOSTS: dict[str, Callable[[bool, int, int], Step]] = {
 }
 
 
-def _measure(host: str, after: bool, n: int, v: int) -> dict[str, float]:
+def measure(host: str, after: bool, n: int, v: int) -> dict[str, float]:
+    """One step on ``n`` tokens of a vocabulary of ``v``: its loss, seconds, and bytes at most."""
     HOSTS[host](after, 8, 1000)().backward()
     step = HOSTS[host](after, n, v)
     if host.startswith("Liger") and not after:
@@ -146,21 +143,7 @@ def _measure(host: str, after: bool, n: int, v: int) -> dict[str, float]:
     loss = step()
     loss.backward()
     seconds = time.perf_counter() - start
-    return {
-        "loss": float(loss.detach()),
-        "seconds": seconds,
-        "bytes": status_bytes("VmHWM") - before,
-    }
-
-
-def _in_fresh_process(*call: Any) -> dict[str, float]:
-    command, environment = child_command("hosts", json.dumps(call))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    if done.returncode:
-        host, after = call[:2]
-        sys.exit(f"{host}, after={after}:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return {"loss": float(loss.detach()), "seconds": seconds, "bytes": peak() - before}
 
 
 COLUMNS = (("loss", 1, ".6g"), ("seconds", 1, ".2f"), ("bytes", 2**30, ".2f"))
@@ -171,20 +154,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--hosts", nargs="*", default=list(HOSTS), choices=HOSTS)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     print("| host | loss | seconds | GiB |\n|---|---|---|---|")
-    for host in given.hosts:
-        size = (given.tokens, given.vocabulary)
-        found = [_in_fresh_process(host, after, *size) for after in (False, True)]
+    for host in options.hosts:
+        size = (options.tokens, options.vocabulary)
+        pair = [in_child(measure, host, after, *size, timeout=TIMEOUT) for after in (False, True)]
         cells = [
-            " → ".join(f"{x[name] / scale:{digits}}" for x in found)
+            " → ".join(f"{x[name] / scale:{digits}}" for x in pair)
             for name, scale, digits in COLUMNS
         ]
         print(f"| {' | '.join([host, *cells])} |", flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2 and sys.argv[1].startswith("["):
-        print(json.dumps(_measure(*json.loads(sys.argv[1]))))
-    else:
-        main()
+    main()

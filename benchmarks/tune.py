@@ -29,11 +29,11 @@ from rich.progress import track
 from rich.table import Table
 
 from fusedkd import divergences, kd_loss
-from fusedkd.kernels.triton import config, launches, ops
+from fusedkd.files import replace_file
+from fusedkd.kernels.triton import config, device, launches
 from fusedkd.kernels.triton.launches import Entry
 
 from . import resources
-from .results import write_atomically
 
 WARPS, UNROLLS, STAGES, PIECES = (4, 8, 16), (1, 2), (1, 2, 3), (4096, 8192, 16384)
 GAIN = 0.03  # less is noise, and no reason to change a line that has one
@@ -85,9 +85,9 @@ def time_of(
 
 def step_of(rows: int, vocab: int) -> Callable[[str], None]:
     """Loss and gradient of a call, given a divergence."""
-    device = "cpu" if ops.INTERPRETED else "cuda"
-    student, teacher = (torch.randn(rows, vocab, device=device).bfloat16() for _ in range(2))
-    labels = torch.randint(vocab, (rows,), device=device)
+    where = "cpu" if device.INTERPRETED else "cuda"
+    student, teacher = (torch.randn(rows, vocab, device=where).bfloat16() for _ in range(2))
+    labels = torch.randint(vocab, (rows,), device=where)
     student.requires_grad_()
 
     def step(name: str) -> None:
@@ -167,7 +167,7 @@ def main() -> None:
                 f"{' and '.join(args.divergences)}, bf16, {today} (benchmarks/tune.py). {old.why}"
             )
             text = rewritten(path.read_text(), index, replace(best, why=why))
-            write_atomically(path, text.encode())
+            replace_file(path, text)
     console.print(shown)
     if args.write:
         console.print("Now: make test (resources, interpreter), ruff format, and read the reasons.")

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMES", "Rows", "check_name", "load", "resolve"]
+__all__ = ["NAMES", "CustomRows", "check_name", "load", "resolve"]
 
 NAMES = ("triton", "cpu", "reference")
 
 
-class Rows:
+class CustomRows:
     """Base of a backend that computes its own rows; all else is done by another backend.
 
-    An instance may stand wherever a backend's name may. Subclasses define ``rows`` and perhaps
-    ``sparse_rows`` as :mod:`fusedkd.kernels` describes them, and inherit the loop over chunks, the
-    products, the reductions and autograd.
+    An instance may stand wherever a backend's name may. Subclasses define ``rows`` as
+    :mod:`fusedkd.kernels` describes it, and inherit the loop over chunks, the products, the
+    reductions and autograd.
     """
 
     def __init__(self, name: str | None, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Rows:
         return getattr(self.inner, attribute)
 
 
-def resolve(name: str | Rows | None, device: torch.device) -> Any:
+def resolve(name: str | CustomRows | None, device: torch.device) -> Any:
     """The backend module called ``name``, or the one for ``device`` when it is None.
 
     Raises:
@@ -41,7 +41,7 @@ def resolve(name: str | Rows | None, device: torch.device) -> Any:
         RuntimeError: the backend asked for (or the only fast one for a GPU) does not work here;
         says why.
     """
-    if isinstance(name, Rows):
+    if isinstance(name, CustomRows):
         return name
     if name is None:
         return _for_device(device.type)
@@ -53,9 +53,9 @@ def resolve(name: str | Rows | None, device: torch.device) -> Any:
     return _working(name)
 
 
-def check_name(name: str | Rows | None) -> None:
+def check_name(name: str | CustomRows | None) -> None:
     """Raise unless there is a backend called ``name``; None goes by device."""
-    if name is None or isinstance(name, Rows):
+    if name is None or isinstance(name, CustomRows):
         return
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(

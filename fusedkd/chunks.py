@@ -13,6 +13,7 @@ from fusedkd.counted import chosen, counted, sides_of
 from fusedkd.distributions.sparse import SparseRows, canonical
 from fusedkd.gradients import Gradients
 from fusedkd.inputs import Chunk, Inputs, Plan, Side
+from fusedkd.kernels import RowCall
 from fusedkd.spec import LossSpec
 from fusedkd.strides import check_in_place, row_shapes
 
@@ -62,19 +63,22 @@ def run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
             own = own.masked_fill((part.of_flat(scale) == 0).view(1, -1, 1), 0.0)
         s = student.logits(backend, own)
         grad = grads.buffer(s, part)
-        label_rows = None if labels is None else part.of_flat(labels)
-        rest = (label_rows, part.of_flat(scale), spec, grad, wanted.metrics)
-        if entries is not None:
-            t = None
-            loss, statistics = backend.sparse_rows(s, entries.part(part.flat), *rest)
-        else:  # no teacher: what a term of weight 0 reads may be anything
-            t = s if teacher is None else teacher.logits(backend, teacher.states(part))
-            loss, statistics = backend.rows(s, t, *rest)
-        losses.append(loss)
-        if statistics is not None:
-            metric_sums.append(statistics.sum(0))
+        rows = backend.rows(
+            RowCall(
+                student=s,
+                teacher=_teacher_rows(teacher, entries, backend, part),
+                labels=None if labels is None else part.of_flat(labels),
+                row_scale=part.of_flat(scale),
+                spec=spec,
+                grad=grad,
+                metrics=wanted.metrics,
+            )
+        )
+        losses.append(rows.loss)
+        if rows.metrics is not None:
+            metric_sums.append(rows.metrics.sum(0))
         grads.add(grad, own, part)
-        del own, s, t, grad, rest  # before the next chunk is made: else two are held at a time
+        del own, s, grad, rows  # before the next chunk is made: else two are held at a time
     if inplace and some:
         student.rows.masked_fill_((row_scale == 0).view(*student.rows.shape[:2], 1), 0.0)
     loss = losses[0] if len(losses) == 1 else torch.cat(losses)
@@ -84,6 +88,15 @@ def run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
         loss = torch.zeros_like(row_scale).index_copy_(0, index, loss)
     result = [loss, torch.stack(metric_sums).sum(0)] if wanted.metrics else [loss]
     return result + grads.results()
+
+
+def _teacher_rows(
+    teacher: Side | None, entries: SparseRows | None, backend: ModuleType, part: Chunk
+) -> Tensor | SparseRows | None:
+    """A chunk's, as a RowCall takes them."""
+    if entries is not None:
+        return entries.part(part.flat)
+    return None if teacher is None else teacher.logits(backend, teacher.states(part))
 
 
 def _per_token(

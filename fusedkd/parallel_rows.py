@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedkd.backends import Rows
+from fusedkd.backends import CustomRows
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
-from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
+from fusedkd.kernels import METRICS, RowCall, Rows
+from fusedkd.spec import LossSpec, Transform
 
 __all__ = ["COPIES", "SpreadRows"]
 
@@ -30,7 +31,7 @@ class _Entries(NamedTuple):
     rows: SparseRows  # all of them
 
 
-class SpreadRows(Rows):
+class SpreadRows(CustomRows):
     """The rows of :mod:`fusedkd.kernels` where each rank of ``group`` has columns from ``offset``
     on, of which the first ``live`` count."""
 
@@ -40,44 +41,13 @@ class SpreadRows(Rows):
         super().__init__(name, device)
         self.group, self.offset, self.live, self.step = group, offset, live, step
 
-    def rows(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        row_scale: Tensor,
-        spec: LossSpec,
-        grad: Tensor | None,
-        metrics: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :mod:`fusedkd.kernels`."""
-        return self._pieces(student, teacher[0], labels, row_scale, spec, grad, metrics)
-
-    def sparse_rows(
-        self,
-        student: Tensor,
-        teacher: SparseRows,
-        labels: Tensor | None,
-        row_scale: Tensor,
-        spec: LossSpec,
-        grad: Tensor | None,
-        metrics: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :mod:`fusedkd.kernels`."""
-        return self._pieces(student, teacher, labels, row_scale, spec, grad, metrics)
-
-    def _pieces(  # the loop over chunks hands over one b of (B, T, C) at a time
-        self,
-        student: Tensor,
-        teacher: Tensor | SparseRows,
-        labels: Tensor | None,
-        row_scale: Tensor,
-        spec: LossSpec,
-        grad: Tensor | None,
-        metrics: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def rows(self, call: RowCall) -> Rows:
+        # the loop over chunks hands over one b of (B, T, C) at a time
+        student, teacher, labels, row_scale, spec, grad, metrics = call
+        if not isinstance(teacher, SparseRows):
+            teacher = call.teacher_logits[0]
         loss = torch.zeros_like(row_scale)
-        found = row_scale.new_zeros(len(row_scale), len(METRIC_COLUMNS))
+        found = row_scale.new_zeros(len(row_scale), len(METRICS))
         sparse = isinstance(teacher, SparseRows)
         step = max(1, self.step // 2) if sparse else self.step  # which is in fp64
         for start in range(0, len(row_scale), step):
@@ -93,7 +63,7 @@ class SpreadRows(Rows):
                 made = piece.gradient()
                 grad[0, rows] = 0
                 grad[0, rows, : self.live] = made[:, : self.live].to(grad.dtype)
-        return loss, found if metrics else None
+        return Rows(loss, found if metrics else None)
 
     def columns(self, x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
         """Those of (n, C) that count here; where there are none, one without probability."""

@@ -1,51 +1,36 @@
-"""The backends, and the contract between them and :mod:`fusedkd.autograd`.
+"""The contract between :mod:`fusedkd.autograd` and the backends: rows in, losses and gradients out.
 
-A backend is a sub-package or module here with seven functions. It knows nothing of chunks,
-reductions or autograd; it turns rows of logits into rows of loss and gradient.
+A backend is a module (or package) here. It knows nothing of heads, chunks, reductions or autograd.
+One verb is all that a loss needs, on rows that are whole:
 
-``rows(student, teacher, labels, row_scale, spec, grad, metrics) -> (loss, metric_rows)``
+    ``rows(call: RowCall) -> Rows``
 
-* ``student`` (B, T, C), ``teacher`` (B, T, C'): raw logits (before ``spec.student_transform`` and
-  ``spec.teacher_transform``), each fp64, fp32, bf16 or fp16 on its own, last stride 1, the other
-  strides arbitrary (0 for expanded, anything for sliced). Row n = b T + t. Only the first
-  ``spec.vocab_size`` columns count.
-* ``labels`` (N,) int64 contiguous with N = B T, or None: then there is no cross-entropy and
-  ``spec.ce_weight`` is 0. In range wherever ``row_scale`` is not 0; anything elsewhere.
-* ``row_scale`` (N,) contiguous, in the accumulation type (fp64 if either side's logits are fp64,
-  else fp32): weight of the token over the normaliser. Exactly 0 marks a row that does not count:
-  nothing of it is read, its loss, metrics and gradient are 0 even if it holds NaN.
-* ``spec``: a :class:`fusedkd.spec.LossSpec`. Per row, with p the teacher's softmax at
-  ``teacher_temperature`` and q the student's at ``temperature``, both after the transforms: ``loss
-  = row_scale * (kd_scale * D(p, q) + ce_weight * CE)``, where a term whose factor is 0 is left out
-  (0 * inf does not arise) and CE is torch's, at T = 1, with ``label_smoothing`` over ``vocab_size``
-  entries.
-* ``grad`` (B, T, C) or None (no gradient wanted, and none is computed): receives d loss / d
-  student, rounded once to its own dtype; 0 in padding columns, dropped rows and where the student's
-  logit is -inf. Last stride 1. May be the student tensor itself.
-* ``metrics``: whether to compute ``metric_rows`` (N, 7), columns ``fusedkd.spec.METRIC_COLUMNS``:
-  raw divergence, raw CE, entropies of p and q in nats, arg-max agreement and accuracies as 0 / 1
-  (first index wins a tie). CE and the accuracies are NaN without labels. 0 in dropped rows. None
-  when not asked for.
-* Returns ``loss`` (N,) in the accumulation type. Arithmetic is in the accumulation type throughout.
-  Bitwise repeatable, no host synchronisation, no recompilation for other numbers in ``spec``.
+**A row.** With p the teacher's softmax at ``spec.teacher_temperature`` and q the student's at
+``spec.temperature``, both after the transforms of ``spec`` and over ``spec.vocab_size`` entries,
 
-``sparse_rows(student, teacher, labels, row_scale, spec, grad, metrics) -> (loss, metric_rows)``
+    loss = row_scale * (kd_scale * D(p, q) + ce_weight * CE)
 
-The same for a teacher of K entries per row. ``teacher`` is a
-:class:`fusedkd.distributions.sparse.SparseRows` that has been checked, sorted and completed:
+A term whose factor is 0 is left out (0 * inf does not arise). CE is torch's, at T = 1, with
+``label_smoothing``. Rows of ``row_scale`` 0 do not count: nothing of them is read, their loss,
+metrics and gradient are 0 even if they hold NaN. The gradient is d loss / d student, rounded once
+to its own dtype; 0 in padding columns, in rows that do not count and where the student's logit is
+-inf. The edges (-inf, q = 0 < p) are written down in :mod:`fusedkd.divergences`.
 
-* ``indices`` (N, K) int32 ids below ``spec.vocab_size``, ascending and distinct in a row, behind
-  them ``fusedkd.distributions.sparse.PADDING``; contiguous, K may be 0.
-* ``log_probs`` (N, K + 1) log p in fp64, -inf at padding. The last column is the tail's, -inf
-  unless ``tail`` is "bucket". Gaps are formed in fp64.
-* With ``tail`` "bucket", D compares K + 1 categories: the ids, and all else, of which q has
-  the sum over the entries that are no ids (without cancellation, however small) and p the last
-  column. That category's d D / d log q goes to the entries outside in proportion to their q. Where
-  the student has no entry above -inf outside the ids, a tail with p <= ``rounding`` counts as 0.
-* Otherwise D compares the whole vocabulary, with p = 0 at entries that are no ids; f is finite
-  there.
-* Metrics: the teacher's entropy is that of its K or K + 1 numbers p; its top is the first largest
-  of the K; none, which agrees with nothing, where all are -inf.
+**A sparse teacher** has K entries a row, checked, sorted and completed by
+:func:`~fusedkd.distributions.sparse.canonical`. With the tail "bucket", D compares K + 1
+categories: the ids, and all else, of which q has the sum over the entries that are no ids (without
+cancellation, however small) and p the last column; that category's d D / d log q goes to the
+entries outside in proportion to their q, and where the student has none above -inf there, a tail
+with p <= ``rounding`` counts as 0. With the other tails D compares the whole vocabulary, with p = 0
+at entries that are no ids; f is finite there. The teacher's entropy is that of its K or K + 1
+numbers p; its top is the first largest of the K, or none, which agrees with nothing, where all are
+-inf.
+
+**Arithmetic** is in the type of ``row_scale`` (fp64 if either side's logits are fp64, else fp32) or
+wider; gaps to a sparse teacher are formed in fp64. Bitwise repeatable, no host synchronisation on a
+GPU, and no compilation for other numbers in ``spec``.
+
+Beside rows a backend has what a head's chunks are made with:
 
 ``scale_(grad, factor, out=None)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by
 ``factor`` (a 0-d tensor, or (N,) contiguous, one per row), touching no memory where the factor is
@@ -63,6 +48,52 @@ head's chunk of logits and its gradient are held. Logits wider than ``dtype`` ke
 from being computed on rounded numbers.
 
 ``unavailable() -> str | None``: why this backend cannot run here, or None when it can.
-
-Numerical semantics at the edges are written down in :mod:`fusedkd.divergences`.
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fusedkd.distributions.sparse import SparseRows
+from fusedkd.spec import METRIC_COLUMNS as METRICS
+from fusedkd.spec import LossSpec
+
+__all__ = ["METRICS", "RowCall", "Rows"]
+
+
+class RowCall(NamedTuple):
+    """N = B T rows; row n = b T + t. A tuple, for small calls feel what a dataclass costs."""
+
+    # (B, T, C) raw logits, before the transforms, each side fp64, fp32, bf16 or fp16 on its own;
+    # last stride 1, the others arbitrary (0 for expanded). Columns from spec.vocab_size on: padding
+    student: Tensor
+    teacher: Tensor | SparseRows | None  # (B, T, C'), as the student's; None: kd_scale is 0
+    # (N,) int64 contiguous, in range wherever row_scale is not 0; None: ce_weight is 0
+    labels: Tensor | None
+    row_scale: Tensor  # (N,) contiguous: weight of the token over the normaliser
+    spec: LossSpec
+    grad: Tensor | None  # (B, T, C), last stride 1, perhaps the student; None: no gradient wanted
+    metrics: bool  # whether to compute them
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """A dense teacher's. Without one the student's: a term of weight 0 may read anything."""
+        assert not isinstance(self.teacher, SparseRows)
+        return self.student if self.teacher is None else self.teacher
+
+    def results(self) -> Rows:
+        """Memory for them, to be written to."""
+        shape = (self.row_scale.numel(), len(METRICS))
+        metrics = self.row_scale.new_empty(shape) if self.metrics else None
+        return Rows(self.row_scale.new_empty(shape[:1]), metrics)
+
+
+class Rows(NamedTuple):
+    """What a backend returns, in the type of ``row_scale``."""
+
+    loss: Tensor  # (N,)
+    # (N, len(METRICS)): raw divergence, raw CE, entropies of p and q in nats, arg-max agreement and
+    # accuracies as 0 or 1 (the first index wins a tie). CE and accuracies are NaN without labels
+    metrics: Tensor | None

@@ -207,7 +207,7 @@ def _demo(argv: list[str]) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny run that only shows it works")
     args = parser.parse_args(argv)
     with as_user_error("fusedkd demo needs `pip install fusedkd[train]`"):
-        from fusedkd.demo.experiment import run_demo
+        from fusedkd.demo.run import run_demo
 
     run_demo(args.output, seed=args.seed, minutes=args.minutes, smoke=args.smoke)
     return 0

@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from fusedkd.data.stdlib import stdlib_texts
 from fusedkd.data.text import pack
 
-__all__ = ["Corpus", "corpus"]
-
 END = "<|endoftext|>"
 
 

@@ -1,256 +1,85 @@
-"""``fusedkd demo``: a whole distillation on real text, small enough for two cores.
-
-The setting is the one in which distillation pays in practice: the teacher has read much text, the
-student gets a small transfer set and passes over it several times. The same student, from the same
-initialisation, is trained for as many steps without distillation, with Hinton's mix and with one
-more divergence; and once more without distillation for as long as Hinton's mix took. Distilled
-runs go through DistillationTrainer; the others through transformers' own Trainer, so that they
-pay for nothing that they do not use.
-"""
+"""Trainings of small models on one text, judged on one set of held-out blocks."""
 
 from __future__ import annotations
 
-import tempfile
-import time
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from rich.console import Console
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-from fusedkd.demo.corpus import Corpus, corpus
-from fusedkd.demo.report import Run, save_student, write_report
 from fusedkd.demo.watch import Watch
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.trainer import DistillationTrainer
 
-__all__ = ["run_demo"]
-
 
 @dataclass(frozen=True)
-class Setting:
-    """Sizes. The steps are an upper bound: a slow or busy machine does as many as fit its time."""
+class Experiment:
+    """What its trainings share: ``batch`` rows a step, ``options`` of TrainingArguments."""
 
-    teacher_bytes: int = 6_000_000
-    transfer_tokens: int = 150_000
-    held_out_blocks: int = 192
-    vocabulary: int = 2048
-    block: int = 128
-    batch: int = 8
-    teacher: tuple[int, int] = (128, 4)  # width, layers
-    student: tuple[int, int] = (96, 3)
-    teacher_steps: int = 900
-    student_steps: int = 450
-    teacher_share: float = 0.42  # of the time
-    evaluations: int = 5  # per run
-    learning_rate: float = 3e-3
-
-    def corpus(self) -> Corpus:
-        """The text to learn from and to be judged on."""
-        return corpus(
-            teacher_bytes=self.teacher_bytes,
-            transfer_tokens=self.transfer_tokens,
-            held_out_blocks=self.held_out_blocks,
-            vocabulary=self.vocabulary,
-            block=self.block,
-        )
-
-
-SMOKE = Setting(
-    teacher_bytes=100_000,
-    transfer_tokens=2_000,
-    held_out_blocks=8,
-    vocabulary=300,
-    block=32,
-    batch=4,
-    teacher=(32, 1),
-    student=(32, 1),
-    teacher_steps=12,
-    student_steps=6,
-    evaluations=2,
-)
-
-# Hinton et al. 2015 with "a considerably lower weight" on the labels; DistiLLM, section 3.1.
-# What is trained how
-LOSSES: dict[str, dict[str, Any]] = {
-    "kd": {"divergence": "forward_kl", "temperature": 2.0, "kd_weight": 0.8, "ce_weight": 0.2},
-    "skew": {"divergence": "skew_forward_kl(lam=0.1)"},
-}
-PROBE_STEPS = 6
-
-
-def run_demo(output: Path, *, seed: int = 0, minutes: float = 5.0, smoke: bool = False) -> None:
-    """Train teacher and students; write ``student/``, ``report.json`` and ``.md``, ``curves.png``.
-
-    Args:
-        output: the folder to write to; files there are replaced, each at once.
-        minutes: about how long it may take. With enough of it, and on any one machine, the numbers
-            depend on ``seed`` alone; with less, there are fewer steps, and the report says so.
-        smoke: a tiny run that shows that everything works, and nothing else.
-    """
-    began = time.monotonic()
-    deadline = began + 60 * minutes
-    setting, console = SMOKE if smoke else Setting(), Console()
-    output.mkdir(parents=True, exist_ok=True)
-    console.print("[bold]Text[/]: the Python standard library's sources, split by file")
-    disable_progress_bars()
-    try:
-        text = setting.corpus()
-    finally:
-        enable_progress_bars()
-    with tempfile.TemporaryDirectory() as work:
-        demo = _Demo(setting, text, seed, deadline, Path(work), console)
-        results, student = demo.run()
-    save_student(output / "student", student, text.tokenizer)
-    facts = {
-        "seed": seed,
-        "bytes_per_token": text.bytes_per_token,
-        "vocabulary": len(text.tokenizer),
-        "transfer_tokens": len(text.transfer) * setting.block,
-        "held_out_tokens": len(text.held_out) * setting.block,
-        "shortened": results["plain"].steps < setting.student_steps
-        or results["teacher"].steps < setting.teacher_steps,
-        "total_seconds": round(time.monotonic() - began, 1),
-    }
-    write_report(output, results, facts, console)
-
-
-@dataclass
-class _Demo:
-    setting: Setting
-    text: Corpus
-    seed: int
-    deadline: float  # of time.monotonic()
     work: Path
     console: Console
+    held_out: Dataset
+    batch: int
+    options: dict[str, Any] = field(default_factory=dict)
+    collator: Callable[[list[Any]], Any] = default_data_collator
 
-    def run(self) -> tuple[dict[str, Run], LlamaForCausalLM]:
-        """All trainings by name, and the student of Hinton's mix."""
-        size = self.setting
-        self.say("Teacher", self.text.teacher, "each at most once")
-        teacher = self.model(*size.teacher)
-        budget = size.teacher_share * (self.deadline - time.monotonic())
-        steps = self.fitting(size.teacher_steps, budget, [(size.teacher, None, 1)])
-        results = {"teacher": self.train("teacher", teacher, steps)}
-        teacher.eval()
-        self.say("Students", self.text.transfer, "over and over")
-        left = self.deadline - time.monotonic()
-        # plain; both losses; and plain once more, for as long as a distilled one
-        plan = [(size.student, None, 1), (size.student, teacher, 3)]
-        steps = self.fitting(size.student_steps, left, plan)
-        for name in ("plain", *LOSSES):
-            student = self.model(*size.student)
-            results[name] = self.train(name, student, steps, teacher)
-            if name == "kd":
-                kept = student
-        longer = max(1.0, results["kd"].train_seconds / results["plain"].train_seconds)
-        student = self.model(*size.student)
-        name = "plain_equal_time"
-        results[name] = self.train(name, student, round(longer * steps), teacher)
-        return results, kept
+    def train(
+        self, name: str, model: Any, data: Dataset, steps: int, *, teacher: Any = None,
+        loss: dict[str, Any] | None = None, evaluations: int = 0,
+    ) -> Watch:  # fmt: skip
+        """Train for ``steps``, evaluating about ``evaluations`` times, the last time at the end.
 
-    def say(self, who: str, blocks: Any, how: str) -> None:
-        tokens = len(blocks) * self.setting.block
-        self.console.print(f"[bold]{who}[/]: {tokens:,} tokens to learn from, {how}")
-
-    def model(self, width: int, layers: int) -> LlamaForCausalLM:
-        """The same weights on every call with the same sizes."""
-        set_seed(self.seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(self.text.tokenizer),
-                hidden_size=width,
-                intermediate_size=8 * width // 3,
-                num_hidden_layers=layers,
-                num_attention_heads=width // 32,
-                num_key_value_heads=width // 32,
-                max_position_embeddings=self.setting.block,
-                bos_token_id=self.text.tokenizer.bos_token_id,
-                eos_token_id=self.text.tokenizer.eos_token_id,
-            )
-        )
-
-    def fitting(self, steps: int, seconds: float, runs: list[tuple[Any, Any, int]]) -> int:
-        """``steps``, or as many as ``runs`` (sizes, teacher, how many of them) can do in time."""
-        cost = 0.0
-        for sizes, teacher, times in runs:
-            model = self.model(*sizes)
-            watch = Watch("measuring", self.console)
-            name = "plain" if teacher is None else "kd"
-            self.trainer(name, model, teacher, PROBE_STEPS, watch, evaluate=False).train()
-            cost += times * watch.seconds_per_step
-        # a tenth for evaluating, and for a machine that gets busier
-        return max(self.setting.evaluations, min(steps, int(0.9 * seconds / cost)))
-
-    def train(self, name: str, model: Any, steps: int, teacher: Any = None) -> Run:
+        Args:
+            loss: arguments of DistillationTrainer, which distils from ``teacher``. None: what the
+                model's forward calls loss, by transformers' own Trainer, so that it pays for
+                nothing that it does not use.
+        """
         watch = Watch(name, self.console)
-        trainer = self.trainer(name, model, teacher, steps, watch)
-        trainer.train()
-        agreement = None
-        if teacher is not None:
-            judge = self.trainer("kd", model, teacher, 1, Watch("judging", self.console))
-            agreement = judge.evaluate()["eval_top1_agreement"]
-        return Run(
-            eval_loss=watch.curve[-1][2],
-            agreement=agreement,
-            parameters=model.num_parameters(),
-            train_seconds=watch.seconds,
-            steps=steps,
-            tokens=steps * self.setting.batch * self.setting.block,
-            curve=watch.curve,
-        )
-
-    def trainer(
-        self,
-        name: str,
-        model: Any,
-        teacher: Any,
-        steps: int,
-        watch: Watch,
-        evaluate: bool = True,
-    ) -> Trainer:
-        size, loss = self.setting, LOSSES.get(name)
-        every = -(-steps // size.evaluations)  # the last step is one of them, see Watch
-        common: dict[str, Any] = {
-            "output_dir": str(self.work),
-            "max_steps": steps,
-            "per_device_train_batch_size": size.batch,
-            "per_device_eval_batch_size": 4 * size.batch,
-            "learning_rate": size.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.05,
-            "weight_decay": 0.1,
-            "adam_beta2": 0.95,
-            "logging_steps": every,
-            "eval_strategy": "steps" if evaluate else "no",
-            "eval_steps": every,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "seed": self.seed,
-        }
-        data: dict[str, Any] = {
-            "train_dataset": self.text.teacher if name == "teacher" else self.text.transfer,
-            "eval_dataset": self.text.held_out,
-            "data_collator": default_data_collator,
+        every = -(-steps // max(evaluations, 1))
+        schedule = {"eval_strategy": "steps" if evaluations else "no", "eval_steps": every}
+        options = {**self._options(), **schedule, "max_steps": steps}
+        data_and_clock: dict[str, Any] = {
+            "train_dataset": data,
+            "eval_dataset": self.held_out,
+            "data_collator": self.collator,
             "callbacks": [watch],
         }
         if loss is None:
-            trainer = Trainer(model, TrainingArguments(**common), **data)
+            trainer = Trainer(model, TrainingArguments(**options), **data_and_clock)
         else:
-            trainer = DistillationTrainer(
-                model, teacher, DistillationArguments(**common, **loss), **data
-            )
+            arguments = DistillationArguments(**options, **loss)
+            trainer = DistillationTrainer(model, teacher, arguments, **data_and_clock)
         trainer.remove_callback(PrinterCallback)  # Watch shows the same, and does not scroll
-        return trainer
+        trainer.train()
+        return watch
+
+    def judge(self, model: Any, teacher: Any) -> dict[str, float]:
+        """Held-out metrics of ``model`` beside ``teacher``, which may be the same."""
+        teacher = copy.deepcopy(teacher) if teacher is model else teacher
+        arguments = DistillationArguments(**self._options())
+        trainer = DistillationTrainer(
+            model, teacher, arguments, data_collator=self.collator, eval_dataset=self.held_out
+        )
+        trainer.remove_callback(PrinterCallback)
+        metrics: dict[str, float] = trainer.evaluate()
+        return metrics
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "output_dir": str(self.work),
+            "per_device_train_batch_size": self.batch,
+            "per_device_eval_batch_size": 4 * self.batch,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            **self.options,
+        }

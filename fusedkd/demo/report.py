@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Run", "save_student", "write_report"]
+from fusedkd.files import replace_file, write_figure, write_json
 
 LABELS = {
     "teacher": "teacher",
@@ -53,8 +52,8 @@ def write_report(
 ) -> None:
     """Write ``report.json``, ``report.md`` and ``curves.png``; show the same as a table."""
     report = _report(results, facts)
-    _write(output / "report.json", json.dumps(report, indent=2) + "\n")
-    _write(output / "report.md", _markdown(report))
+    write_json(output / "report.json", report)
+    replace_file(output / "report.md", _markdown(report))
     _plot(output / "curves.png", results)
     table = Table(*HEADINGS, title="Held-out text")
     for name, (_, *row) in zip(LABELS, _rows(report), strict=True):
@@ -74,10 +73,10 @@ def save_student(folder: Path, model: Any, tokenizer: Any) -> None:
     partial.rename(folder)
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As GitHub shows it."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _report(results: Mapping[str, Run], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +145,6 @@ def _markdown(report: Mapping[str, Any]) -> str:
     epochs = report["plain"]["tokens"] / report["transfer_tokens"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     equal_time = report["plain_equal_time"]["eval_loss"] - report["kd"]["eval_loss"]
-    rows = [HEADINGS, ["---"] * len(HEADINGS), *_rows(report)]
     short = (
         "\nThe machine was slow or busy: there were fewer steps than planned, to end in time.\n"
         if report["shortened"]
@@ -156,7 +154,7 @@ def _markdown(report: Mapping[str, Any]) -> str:
 
 {_verdict(report)}
 
-{chr(10).join(f"| {' | '.join(row)} |" for row in rows)}
+{markdown_table(HEADINGS, _rows(report))}
 
 ![held-out cross-entropy by steps and by seconds](curves.png)
 
@@ -186,11 +184,9 @@ Seed {report["seed"]}; {report["total_seconds"]} s in all on {report["machine"]}
 
 
 def _plot(path: Path, results: Mapping[str, Run]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)  # not pyplot: no window system is asked for, no global state left
     axes = figure.subplots(1, 2, sharey=True)
     for axis, column, label in zip(axes, (0, 1), ("steps", "seconds of training"), strict=True):
         for name, run in results.items():
@@ -202,6 +198,4 @@ def _plot(path: Path, results: Mapping[str, Run]) -> None:
         axis.set_xlabel(label)
     axes[0].set_ylabel("held-out cross-entropy, nats per token")
     axes[1].legend()
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    write_figure(path, figure)

@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-__all__ = ["Watch"]
-
 WARM_UP = 2  # steps that pay for threads and caches, left out of seconds_per_step
 
 

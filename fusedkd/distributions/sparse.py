@@ -100,7 +100,7 @@ class SparseRows(NamedTuple):
     indices: Tensor  # (N, K) int32, ascending; PADDING behind all others
     log_probs: Tensor  # (N, K + 1) fp64; the last one is the tail's
     rounding: float  # a tail below this counts as 0 where the student has none
-    tail: str  # "bucket": one category more; else entries that are no ids have p = 0
+    tail: str  # "bucket", "renormalize" or "drop"; of the latter two nothing is left but the ids
 
     def part(self, rows: slice) -> SparseRows:
         return self._replace(indices=self.indices[rows], log_probs=self.log_probs[rows])

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from fusedkd.backends import Rows
+from fusedkd.backends import CustomRows
 from fusedkd.integrations.elementwise import pieces
-from fusedkd.spec import METRIC_COLUMNS, LossSpec
+from fusedkd.kernels import METRICS, RowCall, Rows
 
 __all__ = ["CosineRows"]
 
 
-class CosineRows(Rows):
+class CosineRows(CustomRows):
     """1 - cosine of the two rows of logits in the divergence's place, differentiated by
     autograd."""
 
-    def rows(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        row_scale: Tensor,
-        spec: LossSpec,
-        grad: Tensor | None,
-        metrics: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :mod:`fusedkd.kernels`; heads come with one leading dimension."""
+    def rows(self, call: RowCall) -> Rows:
+        """Heads come with one leading dimension."""
+        student, _, labels, row_scale, spec, grad, metrics = call
         loss = torch.zeros_like(row_scale)
-        found = row_scale.new_zeros(len(row_scale), len(METRIC_COLUMNS))
+        found = row_scale.new_zeros(len(row_scale), len(METRICS))
         for rows in pieces(student[0]):
             scale, counts = row_scale[rows], row_scale[rows, None] != 0
             columns = slice(spec.vocab_size)
             with torch.enable_grad():
-                s, t = (x[0, rows, columns].to(scale.dtype) for x in (student, teacher))
+                s, t = (x[0, rows, columns].to(scale.dtype) for x in (student, call.teacher_logits))
                 s, t = (torch.where(counts, x, 1.0).requires_grad_() for x in (s, t))
                 ce = torch.zeros_like(scale)
                 if labels is not None and (metrics or spec.ce_weight):
@@ -49,4 +40,4 @@ class CosineRows(Rows):
                 grad[0, rows, columns] = made.where(counts, 0.0)
             loss[rows] = total.detach()
             found[rows, :2] = terms.detach().where(counts, 0.0)
-        return loss, found if metrics else None
+        return Rows(loss, found if metrics else None)

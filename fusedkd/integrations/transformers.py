@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusedkd import LMHead, kd_loss
-from fusedkd.models.kinds import HeadOf, bare, frozen, is_causal, true_vocabulary
+from fusedkd import LMHead
+from fusedkd.models.kinds import bare, frozen, true_vocabulary
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.base import FromHeads
 
@@ -43,12 +43,13 @@ class DistillationMixin(FromHeads):
     _loss_keywords: dict[str, Any]
     _logits_are_seen = True
 
-    def distil_from(self, teacher: nn.Module, **keywords: Any) -> None:
+    def distil_from(self, teacher: nn.Module, task: str | None = None, **keywords: Any) -> None:
         """Train towards ``teacher`` from now on.
 
         Args:
             teacher: a transformers model with the student's vocabulary (padding aside). Switched to
                 ``eval()`` and ``requires_grad_(False)`` and moved to the device.
+            task: as :class:`fusedkd.train.DistillationArguments` has it (default: by the class).
             **keywords: of :func:`fusedkd.kd_loss`.
 
         Raises:
@@ -69,12 +70,12 @@ class DistillationMixin(FromHeads):
             )
         teacher = frozen(teacher, student, self.args.device)
         self._loss_keywords = {"vocab_size": None, **keywords}
+        self._learn(teacher, task)
+        self._keep_columns_of(teacher)
         self._vocabulary(student, teacher)
-        # the Trainer is to count a step's tokens, aligned as they are here
-        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, is_causal(student)
-        self._student_head = HeadOf("student")
-        self._student_head.look(student)
-        self._teacher_side = LiveTeacher(teacher, self.accelerator.autocast)
+        self._teacher_side = LiveTeacher(
+            teacher, self.accelerator.autocast, self._task.logits, self._task.over_tokens
+        )
 
     def compute_loss(
         self,
@@ -87,28 +88,32 @@ class DistillationMixin(FromHeads):
         if self._teacher_side is None:
             host: Any = super()
             return host.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        labels = self._aligned_labels(inputs)
-        teacher = self._teacher_side(inputs)
+        labels, ours, theirs = self._sides(self._teacher_side.model, inputs)
+        given = self._teacher_side.model
+        teacher = self._task.trimmed(given, self._teacher_side(theirs), labels)
         if self.aux_loss_enabled:  # which vision-language models read nowhere else
-            inputs["output_router_logits"] = True
+            ours["output_router_logits"] = True
+        compare = self._task.compare(bare(model), given, labels)
         keywords = self._loss_keywords | {
             "vocab_size": self._vocabulary(bare(model), self._teacher_side.model),
             "normalizer": num_items_in_batch,
         }
 
-        def compute(student: Tensor | LMHead) -> tuple[Tensor, None]:
+        def compute(student: Tensor | LMHead) -> Any:
+            student = self._task.trimmed(model, student, labels)
             with self.accelerator.autocast():
-                return kd_loss(student, teacher, labels, **keywords), None
+                return compare(False, student, teacher, labels, **keywords)
 
         dense = return_outputs and self._logits_are_seen
-        loss, _, outputs = self._in_forward(model, inputs, compute, dense)
+        loss, _, outputs = self._in_forward(model, ours, compute, dense)
         loss = self._in_step(loss, num_items_in_batch, model, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _vocabulary(self, student: Any, teacher: Any) -> int | None:
         """How many columns are real now: embeddings may have been resized."""
         given = self._loss_keywords["vocab_size"]
+        if not self._task.over_tokens:
+            return None
         return true_vocabulary(student, teacher, given, self.processing_class)
 
     def prediction_step(

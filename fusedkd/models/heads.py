@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -248,12 +249,13 @@ def loss_in_forward(
     head: PlainHead | None,
     inputs: dict[str, Any],
     compute: Callable[[Any], tuple[Tensor, Any]],
+    logits: Callable[[Any], Tensor] = attrgetter("logits"),
 ) -> tuple[Tensor, Any, Any]:
     """Run ``model`` without logits, and ``compute`` on its head within the wrapped forward.
 
     The loss leaves the forward as ``outputs["loss"]``, so that what wraps ``inner`` in ``model``
     sees an ordinary model that returns an ordinary loss. Without a head ``compute`` gets the dense
-    logits, when the forward is over.
+    ``logits`` of the outputs, when the forward is over.
 
     Returns:
         The loss as ``model`` returned it, the second result of ``compute``, the outputs.
@@ -263,7 +265,7 @@ def loss_in_forward(
     """
     if head is None:
         outputs = model(**inputs)
-        return *compute(outputs.logits), outputs
+        return *compute(logits(outputs)), outputs
     _register_with_zero(inner, head.linear)
     results: list[tuple[Tensor, Any]] = []
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
+from fusedkd import LMHead
 from fusedkd.models.heads import NoPlainHead, PlainHead, is_partitioned, plain_head
 
 __all__ = [
     "HeadOf",
     "bare",
     "frozen",
-    "is_causal",
-    "is_classifier",
     "is_compiled",
+    "own_positions",
     "plain_head_or_none",
     "router_loss",
     "true_vocabulary",
@@ -30,23 +27,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-def is_causal(model: Any) -> bool:
-    """Whether position n predicts token n + 1, as in every decoder; not in masked or
-    encoder-decoder models, nor in classifiers."""
-    masked = _base(model) in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    return not masked and not is_classifier(model) and not model.config.is_encoder_decoder
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether the model gives one distribution per sequence, over classes."""
-    return _base(model) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-
-
-def _base(model: Any) -> str:
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
-    return type(model).__name__
 
 
 def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
@@ -98,8 +78,6 @@ def is_compiled(model: Any) -> bool:
 def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
     """The model's plain head; where there is none a warning says why."""
     inner = bare(model)
-    if is_classifier(inner):  # a few classes: dense logits are nothing to warn about
-        return None
     try:
         if is_compiled(model):
             raise NoPlainHead("torch_compile traces past hooks")
@@ -117,10 +95,11 @@ class HeadOf:
 
     Args:
         role: "student" or "teacher", for warnings.
+        wanted: False where dense logits are few: nothing is looked for.
     """
 
-    def __init__(self, role: str) -> None:
-        self.role = role
+    def __init__(self, role: str, wanted: bool = True) -> None:
+        self.role, self.wanted = role, wanted
         self.found: PlainHead | None = None
         self._seen: tuple[Any, Any, bool] = (None, None, False)
 
@@ -132,6 +111,8 @@ class HeadOf:
 
     def of(self, model: nn.Module) -> PlainHead | None:
         """The head of ``model``, which may be wrapped."""
+        if not self.wanted:
+            return None
         inner = bare(model)
         embedding = _output_embedding(inner)
         # which FSDP may have wrapped since
@@ -177,6 +158,17 @@ def router_loss(model: Any, outputs: Any) -> Any:
 _PADDING = 512  # tables are padded to multiples of 64-512; more is another vocabulary
 
 
+def own_positions(model: Any, side: Any, length: int) -> Any:
+    """A model's answers (B, P + L, ...) without those at the P virtual tokens that peft's prompt
+    tuning puts before ``length`` others. A cache has none."""
+    model = bare(model) if isinstance(model, nn.Module) else model
+    if not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return side
+    if isinstance(side, LMHead):
+        return replace(side, hidden=side.hidden[:, -length:])
+    return side[:, -length:]
+
+
 def vocabulary_size(model: Any) -> int:
     """The rows of the model's embedding, as its config says."""
     return int(model.config.get_text_config().vocab_size)
@@ -187,12 +179,15 @@ def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: An
 
     Checkpoints of one family pad the same vocabulary to different sizes (Qwen2.5: 151,936 columns
     up to 3B and 152,064 above, for 151,665 tokens). The number is, in this order: as given; the
-    tokenizer's, if there is one; the smaller of the two, if they differ by no more than padding
-    can.
+    tokenizer's, if there is one and both models know all of it; the smaller of the two, if they
+    differ by no more than padding, or tokens that were added for the student, explain. A teacher
+    without a config is taken to have the student's columns.
+
+    Raises:
+        ValueError: ``given`` is more than both have, or they differ by more.
     """
-    if is_classifier(student):
-        _check_classes(student, teacher)
-        return None
+    if getattr(teacher, "config", None) is None:
+        return given
     sizes = [vocabulary_size(model) for model in (student, teacher)]
     if given is not None and given > min(sizes):
         raise ValueError(
@@ -201,22 +196,13 @@ def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: An
         )
     if given is not None or sizes[0] == sizes[1]:
         return given
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        if len(tokenizer) <= min(sizes):
-            return len(tokenizer)
-    elif abs(sizes[0] - sizes[1]) <= _PADDING:
-        return min(sizes)
+    tokens = len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else min(sizes)
+    # tokens that were added for the student are none of the teacher's
+    explained = abs(sizes[0] - sizes[1]) <= _PADDING and tokens <= sizes[0]
+    if explained or tokens < min(sizes):
+        return min(tokens, *sizes)
     raise ValueError(
         f"the student's vocabulary has {sizes[0]:,} entries and the teacher's {sizes[1]:,}, which "
         "is more than padding explains: distillation by token needs one tokenizer. If it is one, "
-        "pass vocab_size=<number of its tokens>."
+        f"pass vocab_size=<number of the tokens that both have, at most {min(sizes)}>."
     )
-
-
-def _check_classes(student: Any, teacher: Any) -> None:
-    ours, theirs = (getattr(model.config, "id2label", None) for model in (student, teacher))
-    if not is_classifier(teacher) or ours != theirs:
-        raise ValueError(
-            f"the student classifies into {ours}, the teacher ({type(teacher).__name__}) into "
-            f"{theirs}: expected one set of classes; set the student's id2label to the teacher's."
-        )

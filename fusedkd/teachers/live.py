@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,13 +24,19 @@ class LiveTeacher:
     Args:
         model: in ``eval()``, without gradients.
         context: what its forward runs in, such as ``accelerator.autocast``.
+        logits: of its outputs, where no head is used.
+        head: whether a plain head is looked for.
     """
 
     def __init__(
-        self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        model: nn.Module,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        logits: Callable[[Any], Tensor] = attrgetter("logits"),
+        head: bool = True,
     ) -> None:
-        self.model, self.context = model, context
-        self._head = HeadOf("teacher")
+        self.model, self.context, self.logits = model, context, logits
+        self._head = HeadOf("teacher", wanted=head)
         self._head.of(model)
         self._parameters = inspect.signature(model.forward).parameters
         self._copies: tuple[Tensor, Tensor | None] | None = None
@@ -56,7 +63,7 @@ class LiveTeacher:
         head = self._head.of(self.model)
         with self.context():
             if head is None:
-                return self.model(**inputs).logits.to(device)
+                return self.logits(self.model(**inputs)).to(device)
             with tap(head, hidden.append):
                 self.model(**inputs)
         return self._here(head.of(hidden[0]), device)

@@ -11,6 +11,7 @@ from fusedkd import KDLoss, backends, divergences
 from fusedkd.distributions import TAILS
 from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
+from fusedkd.train.tasks import TASKS, task_named
 from fusedkd.train.terms import parse_term
 
 __all__ = ["DistillationArguments"]
@@ -30,6 +31,13 @@ class DistillationArguments(TrainingArguments):
     always reports the unsmoothed cross-entropy.
     """
 
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What is distilled, {', '.join(task.name for task in TASKS)} (default: by the "
+            "student's class; question_answering has to be named)."
+        },
+    )
     divergence: str = field(
         default="forward_kl",
         metadata={
@@ -128,6 +136,8 @@ class DistillationArguments(TrainingArguments):
         for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected a whole number of at least 1.")
+        if self.task is not None:
+            task_named(self.task)
         if self.teacher_tail not in TAILS:
             raise ValueError(
                 f"teacher_tail={self.teacher_tail!r}: expected one of {', '.join(TAILS)}."

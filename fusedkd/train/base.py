@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fusedkd.models.heads import loss_in_forward, next_labels
+from fusedkd.models.columns import columns
+from fusedkd.models.heads import loss_in_forward
 from fusedkd.models.kinds import HeadOf, bare, router_loss
+from fusedkd.train.tasks import Task, task_between
+from fusedkd.train.tasks.language import Causal
 
 __all__ = ["FromHeads"]
 
@@ -28,7 +30,34 @@ class FromHeads:
     model: Any
 
     _student_head: HeadOf
+    _task: Task = Causal()
     _loss_shifts_labels: bool  # the Trainer counts a step's tokens in the alignment used here
+    _signature_columns: Any
+
+    def _learn(self, teacher: Any, task: str | None) -> None:
+        """Find out what the student is distilled to do, and have the Trainer count the labels of a
+        step as they are aligned here: the loss divides by their number.
+
+        Raises:
+            ValueError: from :func:`fusedkd.train.tasks.task_between`.
+        """
+        student = bare(self.model)
+        self._task = task_between(student, teacher, task)
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, self._task.causal
+        self._student_head = HeadOf("student", wanted=self._task.over_tokens)
+        self._student_head.look(self.model)
+
+    def _keep_columns_of(self, teacher: Any) -> None:
+        """Data sets keep the columns that only the teacher reads."""
+        if isinstance(teacher, nn.Module):
+            host: Any = self
+            host._set_signature_columns_if_needed()
+            kept = self._signature_columns or []
+            self._signature_columns = [*kept, *sorted(columns(teacher) - set(kept))]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        host: Any = super()
+        return host._get_num_items_in_batch(list(map(self._task.counted, batch_samples)), device)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As the Trainer's; the new model's head is looked up before anything wraps it."""
@@ -47,26 +76,29 @@ class FromHeads:
                 "compute_loss in a subclass."
             )
 
-    def _aligned_labels(self, inputs: dict[str, Any]) -> Tensor:
-        """Take the labels out of ``inputs`` and align them with the logits: label n is the target
-        of position n. The decoder of an encoder-decoder gets its inputs, if it has none.
+    def _sides(
+        self, teacher: Any, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+        """A batch as labels, aligned with the logits, and what each model reads of the rest; a
+        teacher that is not a model gets all.
 
         Raises:
             ValueError: there are no labels.
         """
-        labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-        if shifted is not None:
-            return shifted
-        if labels is None:
-            raise ValueError(
-                f"the batch has no 'labels', only {', '.join(inputs)}: use a collator that makes "
-                "them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False), or "
-                "DataCollatorForSeq2Seq for an encoder-decoder."
-            )
-        given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
-        if self.model.config.is_encoder_decoder and not given:
-            inputs["decoder_input_ids"] = _decoder_inputs(bare(self.model), labels)
-        return next_labels(labels) if self._loss_shifts_labels else labels
+        rest, student = dict(inputs), bare(self.model)
+        labels = self._task.labels(rest)
+        if not isinstance(teacher, nn.Module):
+            return labels, self._task.inputs(student, None, rest, labels), rest
+        ours = self._task.inputs(student, teacher, rest, labels)
+        return labels, ours, self._task.inputs(teacher, student, rest, labels)
+
+    def _aligned_labels(self, inputs: dict[str, Any]) -> Tensor:
+        """Take the labels out of ``inputs``, aligned with the logits.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return self._task.labels(inputs)
 
     def _in_forward(
         self,
@@ -78,7 +110,7 @@ class FromHeads:
         """:func:`fusedkd.models.heads.loss_in_forward` of the student's head, or of its logits
         where ``dense``."""
         head = None if dense else self._student_head.of(model)
-        return loss_in_forward(model, bare(model), head, inputs, compute)
+        return loss_in_forward(model, bare(model), head, inputs, compute, self._task.logits)
 
     def _in_step(self, loss: Tensor, num_items: Any, model: nn.Module, outputs: Any) -> Tensor:
         """The micro-batch's part of the step's loss: gradients are averaged over processes, all of
@@ -94,19 +126,3 @@ class FromHeads:
         summed = model.training and num_items is not None
         steps = self.current_gradient_accumulation_steps if summed else 1
         return loss + routers.to(loss.device) / steps
-
-
-def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
-    """What the model's own forward makes of labels (B, L) for its decoder."""
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return model.prepare_decoder_input_ids_from_labels(labels=labels)
-    config = model.config
-    start, pad = config.decoder_start_token_id, config.pad_token_id
-    if start is None or pad is None:
-        raise ValueError(
-            f"decoder_start_token_id={start}, pad_token_id={pad}: expected both in the config of "
-            f"{type(model).__name__}, or 'decoder_input_ids' in the batch: "
-            "DataCollatorForSeq2Seq(tokenizer, model) may make them."
-        )
-    shifted = F.pad(labels, (1, 0), value=start)[..., :-1]
-    return shifted.masked_fill(shifted == -100, pad)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd import LMHead, SparseTeacher, kd_loss, kd_loss_and_metrics
+from fusedkd import LMHead, SparseTeacher, kd_loss
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.meter import Measured, measured
+from fusedkd.train.compare import Compare
+from fusedkd.train.meter import Measured
 
 __all__ = ["Objective", "Targets"]
 
@@ -26,8 +27,10 @@ class Targets(NamedTuple):
     None: of this batch.
     """
 
+    compare: Compare
     labels: Tensor  # (...,) aligned with the logits, -100 where there is none
     tokens: Tensor | None  # (B, L) bool, False at padding; where somebody asks for it
+    everywhere: bool  # whether the divergence counts at all of them
     num_items: Count
     num_tokens: Count
     training: bool
@@ -62,17 +65,10 @@ class Objective:
             keywords["label_smoothing"] = self.args.label_smoothing_factor
             if not keywords["kd_weight"] and not keywords["ce_weight"]:
                 return _nothing(student), {}
-        if self.args.kd_tokens == "all" and targets.labels.dim() > 1:  # no classifier
+        if targets.everywhere:
             return _apart(student, teacher, targets, keywords)
         keywords["normalizer"] = targets.num_items
-        return _loss(targets, student, teacher, targets.labels, **keywords)
-
-
-def _loss(targets: Targets, *sides: Any, **keywords: Any) -> tuple[Tensor, Measured]:
-    if not targets.measured:
-        return kd_loss(*sides, **keywords), {}
-    loss, metrics = kd_loss_and_metrics(*sides, **keywords)
-    return loss, measured(metrics)
+        return targets.compare(targets.measured, student, teacher, targets.labels, **keywords)
 
 
 def _nothing(student: Any) -> Tensor:
@@ -85,18 +81,15 @@ def _nothing(student: Any) -> Tensor:
 def _apart(student: Any, teacher: Side, targets: Targets, keywords: Any) -> tuple[Tensor, Measured]:
     """The divergence over every real token, the cross-entropy over those with a label."""
     assert targets.tokens is not None
-    if targets.tokens.shape != targets.labels.shape:
-        raise ValueError(
-            f"kd_tokens='all': the batch has tokens {tuple(targets.tokens.shape)} and labels "
-            f"{tuple(targets.labels.shape)}, as of an encoder-decoder: expected kd_tokens='labels'."
-        )
+    compare, measured = targets.compare, targets.measured
     everywhere = {"token_weights": targets.tokens.float(), "normalizer": targets.num_tokens}
-    loss, metrics = _loss(targets, student, teacher, **{**keywords, "ce_weight": 0.0, **everywhere})
+    alone = {**keywords, "ce_weight": 0.0, **everywhere}
+    loss, metrics = compare(measured, student, teacher, **alone)
     seen = {k: v for k, v in metrics.items() if k not in _NEED_LABELS}
     if targets.training and not keywords["ce_weight"]:
         return loss, seen
     labelled = {"kd_weight": 0.0, "normalizer": _at_least_one(targets.num_items)}
-    ce, metrics = _loss(targets, student, teacher, targets.labels, **{**keywords, **labelled})
+    ce, metrics = compare(measured, student, teacher, targets.labels, **{**keywords, **labelled})
     return loss + ce, seen | {k: v for k, v in metrics.items() if k in _NEED_LABELS}
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
-from fusedkd.models.kinds import HeadOf, bare, frozen, is_causal, is_compiled, true_vocabulary
+from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
 from fusedkd.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.base import FromHeads
@@ -27,6 +27,8 @@ from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 __all__ = ["DistillationTrainer"]
 
 logger = logging.getLogger(__name__)
+
+_HELD_OUT = ("ce", "mse")  # what a student is judged by, whatever it is trained on
 
 Inputs = dict[str, Any]
 Teacher = Tensor | LMHead | SparseTeacher
@@ -100,18 +102,14 @@ class DistillationTrainer(FromHeads, Trainer):
         super().__init__(model, args, **kwargs)
         self._refuse_other_losses()
         self._refuse_compiled_terms(self.model)
-        # have the Trainer count the tokens of a step, in the alignment used here: the loss divides
-        # by them
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = is_causal(bare(self.model))
-        self._student_head = HeadOf("student")
-        self._student_head.look(self.model)
+        self._learn(teacher, args.task)
+        self._keep_columns_of(teacher)
         self._loss_keywords = args.loss_keywords()
         if isinstance(teacher, TeacherCache):
             self._read(teacher)
         else:
             self._run(teacher)
-        if args.on_policy_share and not self._loss_shifts_labels:
+        if args.on_policy_share and not self._task.writes:
             raise ValueError("on_policy_share: expected a decoder, which can write.")
         self._meters = {True: Meter(), False: Meter()}  # by model.training
         self._objective = Objective(args, self._loss_keywords)
@@ -119,11 +117,15 @@ class DistillationTrainer(FromHeads, Trainer):
 
     def _run(self, teacher: nn.Module) -> None:
         self.teacher = frozen(teacher, self.model, self.args.device)
-        self._teacher_side: Any = LiveTeacher(self.teacher, self.accelerator.autocast)
+        self._teacher_side: Any = LiveTeacher(
+            self.teacher, self.accelerator.autocast, self._task.logits, self._task.over_tokens
+        )
         self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
 
     def _read(self, cache: TeacherCache) -> None:
         self.args.check_for_cache()
+        if self._task.no_cache:
+            raise ValueError(self._task.no_cache)
         side = CachedTeacher(
             cache,
             self._loss_keywords["divergence"],
@@ -138,6 +140,8 @@ class DistillationTrainer(FromHeads, Trainer):
     def _vocabulary(self, student: Any) -> int | None:
         """How many columns are real now: embeddings may have been resized."""
         given = self.args.vocab_size
+        if not self._task.over_tokens:
+            return None
         if isinstance(self._teacher_side, CachedTeacher):
             return self._teacher_side.vocabulary(student, given)
         return true_vocabulary(student, self.teacher, given, self.processing_class)
@@ -187,21 +191,31 @@ class DistillationTrainer(FromHeads, Trainer):
         self, model: nn.Module, inputs: Inputs, num_items: Tensor | int | None, dense: bool = False
     ) -> tuple[Tensor, Measured, Any]:
         self._refuse_compiled_terms(model)
-        inputs = dict(inputs)
-        labels = self._aligned_labels(inputs)
+        labels, ours, theirs = self._sides(self.teacher, inputs)
         tokens = real_tokens(inputs) if self._counts_tokens else None
         num_tokens = None if num_items is None else self._step_tokens
         done = self.state.global_step / max(self.state.max_steps, 1)
         measured = not model.training or self._measures_this_step()
-        targets = Targets(labels, tokens, num_items, num_tokens, model.training, measured, done)
-        with self.terms.watch(self.teacher) as theirs:
-            teacher = self._teacher_side(inputs)
         inner = bare(model)
+        targets = Targets(
+            compare=self._task.compare(inner, self.teacher, labels),
+            labels=labels,
+            tokens=tokens,
+            everywhere=self.args.kd_tokens == "all" and self._task.per_token,
+            num_items=num_items,
+            num_tokens=num_tokens,
+            training=model.training,
+            measured=measured,
+            done=done,
+        )
+        with self.terms.watch(self.teacher) as states:
+            teacher = self._teacher_side(theirs)
+            teacher = self._task.trimmed(self.teacher, teacher, labels)
         self._loss_keywords["vocab_size"] = self._vocabulary(inner)
         weights = self._objective.numbers(done)
-        with self.terms.in_forward(inner, theirs, tokens, num_tokens, weights) as extra:
+        with self.terms.in_forward(inner, states, tokens, num_tokens, weights) as extra:
             loss, metrics, outputs = self._in_forward(
-                *(model, inputs, lambda student: self._loss(student, teacher, targets), dense)
+                *(model, ours, lambda student: self._loss(student, teacher, targets), dense)
             )
         if dense or self._student_head.found is None:  # the terms were there before the loss
             loss = loss + extra.loss
@@ -221,6 +235,7 @@ class DistillationTrainer(FromHeads, Trainer):
     def _loss(
         self, student: Tensor | LMHead, teacher: Teacher, targets: Targets
     ) -> tuple[Tensor, Measured]:
+        student = self._task.trimmed(self.model, student, targets.labels)
         with self.accelerator.autocast():  # a head's hidden states and weight may differ in dtype
             return self._objective(student, teacher, targets)
 
@@ -257,7 +272,8 @@ class DistillationTrainer(FromHeads, Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics, _ = self._distill(model, self._prepare_inputs(inputs), None)
-        return metrics["ce"][0] if "ce" in metrics else loss.detach(), None, None
+        found = next((metrics[name][0] for name in _HELD_OUT if name in metrics), loss.detach())
+        return found, None, None
 
     def evaluation_loop(
         self,
@@ -276,8 +292,11 @@ class DistillationTrainer(FromHeads, Trainer):
         )
         means = meter.means(self.accelerator)
         if output.metrics is not None:
-            if (loss := means.pop("ce", None)) is not None:
-                means |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+            held_out = next((means[name] for name in _HELD_OUT if name in means), None)
+            if held_out is not None:
+                means["loss"] = held_out
+            if (ce := means.pop("ce", None)) is not None and self._task.over_tokens:
+                means["perplexity"] = math.exp(ce) if ce < 700 else math.inf
             output.metrics.update(
                 {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
             )

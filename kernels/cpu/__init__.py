@@ -12,13 +12,13 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.spec import METRIC_COLUMNS, LossSpec
+from fusedkd.kernels import RowCall, Rows
 
 from .products import head_dtypes, mm_
 
@@ -29,7 +29,6 @@ __all__ = [
     "mm_",
     "rows",
     "scale_",
-    "sparse_rows",
     "unavailable",
 ]
 
@@ -55,7 +54,7 @@ def unavailable() -> str | None:
 
 def _register_fakes() -> None:
     """For tensors without memory: what the operators write to is all that they give."""
-    for name in ("rows", "sparse_rows", "scale_", "matmul"):
+    for name in ("rows", "scale_", "matmul"):
         torch.library.register_fake(f"fusedkd_cpu::{name}", lambda *_: None)
 
 
@@ -83,61 +82,53 @@ def _check(divergence: str) -> None:
         )
 
 
-def rows(
-    student: Tensor,  # (B, T, C)
-    teacher: Tensor,  # (B, T, C')
-    labels: Tensor | None,  # (B T,)
-    row_scale: Tensor,  # (B T,)
-    spec: LossSpec,
-    grad: Tensor | None,  # (B, T, C)
-    metrics: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """See :mod:`fusedkd.kernels`."""
-    _check(spec.divergence.name)
-    t = spec.teacher_transform
-    ends, results = _arguments(labels, row_scale, spec, (t.scale, t.softcap), grad, metrics)
-    _ops().rows.default(student, teacher, *ends)
+class Numbers(NamedTuple):
+    """What a row is computed with, in the order of kernel.h; the divergence's parameters follow."""
+
+    temperature: float
+    teacher_temperature: float
+    kd_scale: float
+    ce_weight: float
+    label_smoothing: float
+    student_scale: float
+    student_softcap: float
+    teacher_scale: float
+    teacher_softcap: float
+    rounding: float  # SparseRows.rounding
+
+
+def rows(call: RowCall) -> Rows:
+    results = call.results()
+    _ops().rows.default(*_arguments(call), results.loss, call.grad, results.metrics)
     return results
 
 
-def sparse_rows(
-    student: Tensor,  # (B, T, C)
-    teacher: SparseRows,
-    labels: Tensor | None,  # (B T,)
-    row_scale: Tensor,  # (B T,)
-    spec: LossSpec,
-    grad: Tensor | None,  # (B, T, C)
-    metrics: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """See :mod:`fusedkd.kernels`."""
+def _arguments(call: RowCall) -> tuple[Any, ...]:
+    """What all operators on rows begin with."""
+    spec, teacher = call.spec, call.teacher
     _check(spec.divergence.name)
-    own = (float(teacher.tail == "bucket"), teacher.rounding)
-    ends, results = _arguments(labels, row_scale, spec, own, grad, metrics)
-    _ops().sparse_rows.default(student, teacher.indices, teacher.log_probs, *ends)
-    return results
-
-
-def _arguments(
-    labels: Tensor | None,
-    row_scale: Tensor,
-    spec: LossSpec,
-    own: tuple[float, float],
-    grad: Tensor | None,
-    metrics: bool,
-) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor | None]]:
-    """What follows student and teacher in both operators, and the results among it."""
-    loss = torch.empty_like(row_scale)
-    metric_rows = row_scale.new_empty(row_scale.numel(), len(METRIC_COLUMNS)) if metrics else None
-    s = spec.student_transform
-    numbers = [spec.temperature, spec.teacher_temperature, spec.kd_scale, spec.ce_weight]
-    numbers += [spec.label_smoothing, s.scale, s.softcap, *own, *spec.divergence.params]
-    vocabulary = spec.vocab_size
-    ends = labels, row_scale, spec.divergence.name, numbers, vocabulary, loss, grad, metric_rows
-    return ends, (loss, metric_rows)
+    if isinstance(teacher, SparseRows):
+        side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
+        bucket = teacher.tail == "bucket"
+    else:
+        side, indices, rounding, bucket = call.teacher_logits, None, 0.0, False
+    numbers = Numbers(
+        spec.temperature,
+        spec.teacher_temperature,
+        spec.kd_scale,
+        spec.ce_weight,
+        spec.label_smoothing,
+        *spec.student_transform,
+        *spec.teacher_transform,
+        rounding,
+    )
+    name, every = spec.divergence.name, (*numbers, *spec.divergence.params)
+    head = call.student, side, indices, bucket, call.labels, call.row_scale
+    return *head, name, every, spec.vocab_size
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """See :mod:`fusedkd.kernels`. Large memory that the last call gave back is used again."""
+    """Large memory that the last call gave back is used again."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -146,5 +137,4 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
 
 
 def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
-    """See :mod:`fusedkd.kernels`."""
     _ops().scale_.default(grad if out is None else out, grad, factor)

@@ -104,93 +104,83 @@ void for_rows(int64_t rows, int64_t columns, const One& one) {
   });
 }
 
-// numbers: student and teacher temperature, kd_scale, ce_weight, label_smoothing, student scale and softcap, then kOwn
-// that the caller reads, then the divergence's parameters.
-constexpr size_t kCommon = 7, kOwn = 2;
-
-// All that dense and sparse rows have in common; `numbers` must live as long as the call.
-void begin(RowsCall& call, const InstructionSet& set, const Tensor& student, const std::optional<Tensor>& labels,
-           const Tensor& row_scale, const std::string& divergence, std::vector<double>& numbers, int64_t vocabulary,
-           const Tensor& loss, const std::optional<Tensor>& grad, const std::optional<Tensor>& metrics) {
-  constexpr size_t kFixed = kCommon + kOwn;
-  STD_TORCH_CHECK(numbers.size() >= kFixed && numbers.size() <= kFixed + kParameters,
-                  "fusedkd_cpu: wrong number of parameters");
-  numbers.resize(kFixed + kParameters);
-  call.student = logits_of(student, numbers[5], numbers[6]);
+// `numbers`: as in Numbers, the divergence's parameters behind them as far as it has any.
+RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor& teacher,
+                 const std::optional<Tensor>& indices, bool bucket, const std::optional<Tensor>& labels,
+                 const Tensor& row_scale, const std::string& divergence, const std::vector<double>& numbers,
+                 int64_t vocabulary) {
+  constexpr size_t kMost = sizeof(Numbers) / sizeof(double), kLeast = kMost - kParameters;
+  RowsCall call{};
+  STD_TORCH_CHECK(numbers.size() >= kLeast && numbers.size() <= kMost, "fusedkd_cpu: wrong number of parameters");
+  std::copy(numbers.begin(), numbers.end(), reinterpret_cast<double*>(static_cast<Numbers*>(&call)));
+  call.student = logits_of(student, call.student_scale, call.student_softcap);
   call.batch = student.size(0), call.tokens = student.size(1), call.vocabulary = vocabulary;
   const int64_t count = call.batch * call.tokens;
   STD_TORCH_CHECK(vocabulary >= 0 && vocabulary <= student.size(2) && row_scale.numel() == count &&
-                      loss.numel() == count && (!labels || labels->numel() == count),
+                      (!labels || labels->numel() == count),
                   "fusedkd_cpu: shapes of student, labels and row_scale do not match");
-  call.wide = dtype_of(loss) == DType::f64;
-  STD_TORCH_CHECK(dtype_of(row_scale) == dtype_of(loss), "fusedkd_cpu: row_scale is not of the accumulation type");
   call.divergence = set.find(divergence.c_str());
   STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence ", divergence);
-  int64_t bytes = 0;
-  if (grad) {
-    STD_TORCH_CHECK(grad->size(0) == call.batch && grad->size(1) == call.tokens && grad->size(2) >= vocabulary,
-                    "fusedkd_cpu: grad has another shape than student");
-    call.grad = logits_of(*grad, 1, 0);
-    call.grad_columns = grad->size(2);
-    bytes = count * vocabulary * static_cast<int64_t>(grad->element_size());
-  }
-  call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
-  call.row_scale = pointer(row_scale), call.loss = pointer(loss);
-  call.metrics = metrics ? pointer(*metrics) : nullptr;
-  call.stream = grad && call.grad.data != call.student.data && bytes >= kStreamBytes;
-  call.student_temperature = numbers[0], call.teacher_temperature = numbers[1];
-  call.kd_scale = numbers[2], call.ce_weight = numbers[3], call.label_smoothing = numbers[4];
-  call.parameters = numbers.data() + kFixed;
   call.disjoint = set.disjoint(call.divergence, call.parameters);
+  call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
+  call.row_scale = pointer(row_scale), call.wide = dtype_of(row_scale) == DType::f64;
+  if (!indices) {
+    call.teacher = logits_of(teacher, call.teacher_scale, call.teacher_softcap);
+    STD_TORCH_CHECK(teacher.size(0) == call.batch && teacher.size(1) == call.tokens && vocabulary <= teacher.size(2),
+                    "fusedkd_cpu: shapes of student and teacher do not match");
+    return call;
+  }
+  call.teacher = call.student, call.bucket = bucket, call.entries = indices->size(1);
+  STD_TORCH_CHECK(indices->scalar_type() == ScalarType::Int && indices->is_contiguous() && teacher.is_contiguous() &&
+                      dtype_of(teacher) == DType::f64 && indices->size(0) == count &&
+                      teacher.numel() == count * (call.entries + 1),
+                  "fusedkd_cpu: expected indices (N, K) int32 and log_probs (N, K + 1) float64, contiguous");
+  call.indices = pointer<int32_t>(*indices), call.log_probs = pointer<double>(teacher);
+  static const int32_t none = 0;
+  if (call.entries == 0) call.indices = &none;  // null is a dense teacher
+  return call;
 }
 
-// Calls `one(workspace, row)` for each row; `entries` is the number of doubles that sparse rows need.
-template <class One>
-void with_workspace(const RowsCall& call, bool keeps, size_t entries, const One& one) {
+// Where the results go.
+void write_to(RowsCall& call, const Tensor& loss, const std::optional<Tensor>& grad,
+              const std::optional<Tensor>& metrics) {
+  const int64_t count = call.batch * call.tokens;
+  STD_TORCH_CHECK(loss.numel() == count && (!metrics || metrics->numel() == count * kMetrics),
+                  "fusedkd_cpu: shapes of loss, metrics and row_scale do not match");
+  STD_TORCH_CHECK(call.wide == (dtype_of(loss) == DType::f64), "fusedkd_cpu: row_scale is not of the accumulation type");
+  call.loss = pointer(loss), call.metrics = metrics ? pointer(*metrics) : nullptr;
+  if (!grad) return;
+  STD_TORCH_CHECK(grad->size(0) == call.batch && grad->size(1) == call.tokens && grad->size(2) >= call.vocabulary,
+                  "fusedkd_cpu: grad has another shape than student");
+  call.grad = logits_of(*grad, 1, 0);
+  call.grad_columns = grad->size(2);
+  const int64_t bytes = count * call.vocabulary * static_cast<int64_t>(grad->element_size());
+  call.stream = call.grad.data != call.student.data && bytes >= kStreamBytes;
+}
+
+void for_each_row(const InstructionSet& set, const RowsCall& call) {
   const size_t lane = sizeof(double);  // some rows of fp32 are computed in fp64
   const bool fits = 2 * call.vocabulary * (size_of(call.student.dtype) + size_of(call.teacher.dtype)) <= l2_bytes();
+  const bool keeps = call.grad.data && call.kd_scale != 0 && !call.bucket && set.keeps(call.divergence);
+  const size_t kept_bytes = keeps ? (call.vocabulary + kLongestTile) * lane : 0;
   const size_t minima = (call.vocabulary / kShortestTile + 4) * 2 * lane;
+  const size_t entries = call.indices ? kEntryFields * ((call.entries + kEntryStep) / kEntryStep * kEntryStep) : 0;
   for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row, int64_t next) {
     thread_local Scratch kept, extremes, sparse;
-    Workspace work{keeps ? kept.at_least<char>((call.vocabulary + kLongestTile) * lane) : nullptr,
-                   extremes.at_least<char>(minima), sparse.at_least<double>(entries), fits ? next : -1};
-    one(work, row);
+    const Workspace work{keeps ? kept.at_least<char>(kept_bytes) : nullptr, extremes.at_least<char>(minima),
+                         sparse.at_least<double>(entries), fits ? next : -1};
+    set.row(call, work, row);
   });
 }
 
-// Own numbers: the teacher's scale and softcap.
-void rows(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
-          std::vector<double> numbers, int64_t vocabulary, Tensor loss, std::optional<Tensor> grad,
-          std::optional<Tensor> metrics) {
+void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, bool bucket, std::optional<Tensor> labels,
+          Tensor row_scale, std::string divergence, std::vector<double> numbers, int64_t vocabulary, Tensor loss,
+          std::optional<Tensor> grad, std::optional<Tensor> metrics) {
   const InstructionSet& set = instructions();
-  RowsCall call{};
-  begin(call, set, student, labels, row_scale, divergence, numbers, vocabulary, loss, grad, metrics);
-  call.teacher = logits_of(teacher, numbers[kCommon], numbers[kCommon + 1]);
-  STD_TORCH_CHECK(teacher.size(0) == call.batch && teacher.size(1) == call.tokens && vocabulary <= teacher.size(2),
-                  "fusedkd_cpu: shapes of student and teacher do not match");
-  const bool keeps = grad && call.kd_scale != 0 && set.keeps(call.divergence);
-  with_workspace(call, keeps, 0, [&](const Workspace& work, int64_t row) { set.row(call, work, row); });
-}
-
-// Own numbers: whether the entries outside are one category (1) or have p = 0 (0); SparseCall::rounding.
-void sparse_rows(Tensor student, Tensor indices, Tensor log_probs, std::optional<Tensor> labels, Tensor row_scale,
-                 std::string divergence, std::vector<double> numbers, int64_t vocabulary, Tensor loss,
-                 std::optional<Tensor> grad, std::optional<Tensor> metrics) {
-  const InstructionSet& set = instructions();
-  SparseCall call{};
-  begin(call, set, student, labels, row_scale, divergence, numbers, vocabulary, loss, grad, metrics);
-  call.teacher = call.student;
-  call.entries = indices.size(1);
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.is_contiguous() && log_probs.is_contiguous() &&
-                      dtype_of(log_probs) == DType::f64 && indices.size(0) == call.batch * call.tokens &&
-                      log_probs.numel() == indices.size(0) * (call.entries + 1),
-                  "fusedkd_cpu: expected indices (N, K) int32 and log_probs (N, K + 1) float64, contiguous");
-  call.indices = pointer<int32_t>(indices), call.log_probs = pointer<double>(log_probs);
-  call.bucket = numbers[kCommon] != 0, call.rounding = numbers[kCommon + 1];
-  const bool keeps = grad && call.kd_scale != 0 && !call.bucket && set.keeps(call.divergence);
-  const int64_t padded = (call.entries + 1 + kEntryStep - 1) / kEntryStep * kEntryStep;
-  with_workspace(call, keeps, kEntryFields * padded,
-                 [&](const Workspace& work, int64_t row) { set.sparse_row(call, work, row); });
+  RowsCall call =
+      call_of(set, student, teacher, indices, bucket, labels, row_scale, divergence, numbers, vocabulary);
+  write_to(call, loss, grad, metrics);
+  for_each_row(set, call);
 }
 
 // Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one; `out` is the same tensor, or
@@ -252,11 +242,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("knows(str divergence) -> bool");
   m.def(
-      "rows(Tensor student, Tensor teacher, Tensor? labels, Tensor row_scale, str divergence, float[] numbers, "
-      "int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
-  m.def(
-      "sparse_rows(Tensor student, Tensor indices, Tensor log_probs, Tensor? labels, Tensor row_scale, str divergence, "
-      "float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
+      "rows(Tensor student, Tensor teacher, Tensor? indices, bool bucket, Tensor? labels, Tensor row_scale, "
+      "str divergence, float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
   m.def("scale_(Tensor(a!) out, Tensor data, Tensor factor) -> ()");
   m.def("spare(int[] shape, ScalarType dtype, int bytes) -> Tensor");
 }
@@ -270,6 +257,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CPU, m) {
   m.impl("rows", TORCH_BOX(&fusedkd::rows));
-  m.impl("sparse_rows", TORCH_BOX(&fusedkd::sparse_rows));
   m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
 }

@@ -13,8 +13,21 @@ static constexpr int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DT
 // Of one side at a time: two such tiles and their gradient stay in a 32 KB L1.
 constexpr int64_t kTileBytes = 8192, kLongestTile = kTileBytes / 2, kShortestTile = kTileBytes / 8;
 constexpr int kParameters = 8;   // of a divergence, at most
-constexpr int kMetrics = 7;      // columns of fusedkd.spec.METRIC_COLUMNS
 constexpr int64_t kEntryFields = 5, kEntryStep = 8;
+
+// One row's, in the order of fusedkd.kernels.METRICS.
+struct Metrics {
+  double kd, ce, teacher_entropy, student_entropy, top1_agreement, student_accuracy, teacher_accuracy;
+};
+constexpr int kMetrics = sizeof(Metrics) / sizeof(double);
+
+// In the order of Numbers in __init__.py.
+struct Numbers {
+  double temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing;
+  double student_scale, student_softcap, teacher_scale, teacher_softcap;
+  double rounding;  // a sparse teacher's tail below this counts as 0 where the student has none
+  double parameters[kParameters];
+};
 
 struct Logits {  // (batch, tokens, columns), last stride 1
   const void* data;
@@ -23,7 +36,7 @@ struct Logits {  // (batch, tokens, columns), last stride 1
   double scale, softcap;  // softcap 0: none
 };
 
-struct RowsCall {
+struct RowsCall : Numbers {
   Logits student, teacher;
   Logits grad;  // data null: no gradient wanted
   int64_t batch, tokens, vocabulary, grad_columns;
@@ -31,20 +44,15 @@ struct RowsCall {
   const void* row_scale;  // (rows,) fp64 if `wide`, else fp32; also loss and metrics
   void* loss;
   void* metrics;  // (rows, kMetrics) or null
+  // A sparse teacher, in whose place `teacher` stands as a copy of `student`; null: a dense one.
+  const int32_t* indices;   // (rows, entries), ascending, padding of kPadding behind
+  const double* log_probs;  // (rows, entries + 1), the last one the tail's
+  int64_t entries;
+  bool bucket;    // whether the entries outside are one category; else they have p = 0
   bool wide;      // accumulate in fp64
   bool stream;    // write the gradient past the caches
   int divergence;
-  const double* parameters;
   double disjoint;  // the divergence's value where p and q have nothing in common; infinite: not to be looked at
-  double student_temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing;
-};
-
-struct SparseCall : RowsCall {  // `teacher` stands empty, as a copy of `student`
-  const int32_t* indices;  // (rows, entries), ascending, padding of kPadding behind
-  const double* log_probs;  // (rows, entries + 1), the last one the tail's
-  int64_t entries;
-  bool bucket;      // whether the entries outside are one category; else they have p = 0
-  double rounding;  // a teacher's tail below this counts as 0 where the student has none
 };
 constexpr int32_t kPadding = 0x7fffffff;
 
@@ -73,7 +81,6 @@ struct InstructionSet {
   bool (*keeps)(int divergence);        // whether its gradients wait in Workspace::kept for their sum
   void (*row)(const RowsCall&, const Workspace&, int64_t row);
   void (*scale)(const ScaleCall&, int64_t row);
-  void (*sparse_row)(const SparseCall&, const Workspace&, int64_t row);
 };
 
 const InstructionSet& base_set();

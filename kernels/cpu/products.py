@@ -19,7 +19,7 @@ WIDEN_BYTES = 2 << 20
 
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """See :mod:`fusedkd.kernels`. Half-precision heads have fp32 logits. Their gradient is rounded
+    """Half-precision heads have fp32 logits. Their gradient is rounded
     to bf16 only where the processor multiplies bf16; elsewhere it would have to be widened again.
     """
     logits = torch.float32 if dtype in HALF else dtype
@@ -27,10 +27,8 @@ def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    """See :mod:`fusedkd.kernels`.
-
-    bf16 goes through the processor's own products (products.cpp). Where it has none, blocks of the
-    operands are widened and multiplied in fp32.
+    """bf16 goes through the processor's own products (products.cpp). Where it has none, blocks of
+    the operands are widened and multiplied in fp32.
     """
     half = a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
     if half and _multiplies(a.dtype) and a.numel() and b.numel():

@@ -135,10 +135,12 @@ class OneRow {
     const DType dtype = call_.wide ? DType::f64 : DType::f32;
     write(dtype, &x, (char*)to + i * size_of(dtype), 1);
   }
-  void put_metric(int column, double x) const { put_number(call_.metrics, n_ * kMetrics + column, x); }
+  void put_metrics(const Metrics& metrics) const {
+    for (int i = 0; i < kMetrics; ++i) put_number(call_.metrics, n_ * kMetrics + i, ((const double*)&metrics)[i]);
+  }
   void drop() {
     put_number(call_.loss, n_, 0);
-    for (int column = 0; call_.metrics && column < kMetrics; ++column) put_metric(column, 0);
+    if (call_.metrics) put_metrics(Metrics{});
     if (call_.grad.data) zero(0, call_.grad_columns);
   }
   void write_loss(double weight, double kd, double ce) {
@@ -154,7 +156,7 @@ class OneRow {
     if (listed_.kl) kind_ = (Kind)((weights_.forward > 0 ? kForward : 0) | (weights_.reverse > 0 ? kReverse : 0));
     if (call_.kd_scale == 0 && !call_.metrics) kind_ = kNone;
     row_.unit.scale = (F)kLog2E;
-    row_.student.scale = kind_ == kNone ? row_.unit.scale : (F)(kLog2E / call_.student_temperature);
+    row_.student.scale = kind_ == kNone ? row_.unit.scale : (F)(kLog2E / call_.temperature);
     row_.teacher.scale = (F)(kLog2E / call_.teacher_temperature);
     row_.ratio = row_.teacher.scale / row_.student.scale;
     const bool wanted = call_.labels && (call_.ce_weight != 0 || call_.metrics);
@@ -317,18 +319,19 @@ class OneRow {
       moments(student_.get(from, n, row_.student.max, nullptr), padded(n), row_.student, 0, &of_student, &unused);
       moments(teacher_.get(from, n, row_.teacher.max, nullptr), padded(n), row_.teacher, 0, &of_teacher, &unused);
     }
-    const double unknown = __builtin_nan("");
-    put_metric(0, kd), put_metric(1, ce);
-    put_metric(2, entropy(row_.teacher, log_teacher_, sums_.teacher, of_teacher));
-    put_metric(3, entropy(row_.student, log_student_, sums_.student, of_student));
-    put_metric(4, top_student_ == top_teacher_);
-    put_metric(5, call_.labels ? top_student_ == label_ : unknown);
-    put_metric(6, call_.labels ? top_teacher_ == label_ : unknown);
+    put_metrics(kd, ce, entropy(row_.teacher, log_teacher_, sums_.teacher, of_teacher),
+                entropy(row_.student, log_student_, sums_.student, of_student));
+  }
+  void put_metrics(double kd, double ce, double teacher_entropy, double student_entropy) const {
+    const bool agree = top_student_ == top_teacher_;
+    const double unknown = __builtin_nan(""), student_right = call_.labels ? top_student_ == label_ : unknown;
+    const double teacher_right = call_.labels ? top_teacher_ == label_ : unknown;
+    put_metrics({kd, ce, teacher_entropy, student_entropy, (double)agree, student_right, teacher_right});
   }
 
   // Last sweep: d loss / d s = A q + B p + C q_1 + ..., coefficients from the sums.
   void gradient(double weight) {
-    const double soft = weight * call_.kd_scale / call_.student_temperature;
+    const double soft = weight * call_.kd_scale / call_.temperature;
     const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
     const double per_student = soft / sums_.student;
     Kind kind = kind_;
@@ -437,12 +440,6 @@ inline bool native_bf16(const RowsCall& call) {
   return call.student.dtype == DType::bf16 && call.teacher.dtype == DType::bf16 && !transforms(call.student) &&
          !transforms(call.teacher) && (call.grad.data == nullptr || call.grad.dtype == DType::bf16);
 }
-inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
-  if (call.wide) return OneRow<double>(call, work, n).run();
-  if (native_bf16(call)) return OneRow<uint16_t>(call, work, n).run();
-  OneRow<float>(call, work, n).run();
-}
-
 inline void scale(const ScaleCall& call, int64_t row) {
   const double factor = call.factors[call.per_row ? row : 0];
   const bool in_place = call.out == call.data;

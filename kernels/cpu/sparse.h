@@ -30,8 +30,8 @@ class SparseRow : OneRow<X> {
       Dense::unit_;
 
  public:
-  SparseRow(const SparseCall& call, const Workspace& work, int64_t n)
-      : Dense(call, work, n), sparse_(call), indices_(call.indices + n * call.entries) {
+  SparseRow(const RowsCall& call, const Workspace& work, int64_t n)
+      : Dense(call, work, n), indices_(call.indices + n * call.entries) {
     padded_ = (call.entries + 1 + kEntryStep - 1) / kEntryStep * kEntryStep;
     z_ = work.entries, slopes_ = z_ + padded_, lp_ = slopes_ + padded_, lq_ = lp_ + padded_, entry_grad_ = lq_ + padded_;
   }
@@ -40,7 +40,7 @@ class SparseRow : OneRow<X> {
     const double weight = this->row_scale();
     if (weight == 0) return this->drop();
     this->plan();
-    outside_ = kind_ == kEntrywise && !sparse_.bucket;
+    outside_ = kind_ == kEntrywise && !call_.bucket;
     gather();
     statistics();
     const double kd = kind_ == kNone ? 0 : divergence();
@@ -53,15 +53,15 @@ class SparseRow : OneRow<X> {
  private:
   void gather() {
     // All at once, before the first is needed: each lies in another line of memory.
-    for (; count_ < sparse_.entries && indices_[count_] != kPadding; ++count_)
+    for (; count_ < call_.entries && indices_[count_] != kPadding; ++count_)
       __builtin_prefetch((const char*)student_.row + indices_[count_] * size_of(call_.student.dtype));
     for (int64_t i = 0; i < padded_; ++i) z_[i] = lp_[i] = lq_[i] = -kInfinity;
-    const double* log_probs = sparse_.log_probs + n_ * (sparse_.entries + 1);
+    const double* log_probs = call_.log_probs + n_ * (call_.entries + 1);
     for (int64_t i = 0; i < count_; ++i) {
       z_[i] = logit(call_.student, student_.row, indices_[i], slopes_ + i);
       lp_[i] = log_probs[i];
     }
-    lp_[count_] = log_probs[sparse_.entries];
+    lp_[count_] = log_probs[call_.entries];
   }
 
   static void put(F value, X* to) {
@@ -129,8 +129,8 @@ class SparseRow : OneRow<X> {
   double divergence() {
     const double rate = row_.student.inverse_temperature();
     for (int64_t i = 0; i < count_; ++i) lq_[i] = z_[i] * rate - log_student_;
-    if (sparse_.bucket) lq_[count_] = log_tail_ - log_student_;
-    if (log_tail_ == -kInfinity && ::exp(lp_[count_]) <= sparse_.rounding) lp_[count_] = -kInfinity;
+    if (call_.bucket) lq_[count_] = log_tail_ - log_student_;
+    if (log_tail_ == -kInfinity && ::exp(lp_[count_]) <= call_.rounding) lp_[count_] = -kInfinity;
     double sum = kEntries[call_.divergence](call_.parameters, this->weights_, lp_, lq_, entry_grad_, padded_);
     for (int64_t i = 0; i <= count_; ++i) grad_sum_ += entry_grad_[i];
     return outside_ ? sum + outside() : sum;
@@ -171,18 +171,13 @@ class SparseRow : OneRow<X> {
       const double mean = row_.student.max + moment / sums_.student;
       of_student += ::exp(log_tail_ - log_student_) * (row_.student.inverse_temperature() * mean - log_student_);
     }
-    const int64_t best = top < 0 ? -1 : indices_[top];
-    const double unknown = __builtin_nan("");
-    this->put_metric(0, kd), this->put_metric(1, ce);
-    this->put_metric(2, -of_teacher), this->put_metric(3, -of_student);
-    this->put_metric(4, top_student_ == best);
-    this->put_metric(5, call_.labels ? top_student_ == label_ : unknown);
-    this->put_metric(6, call_.labels ? best == label_ : unknown);
+    this->top_teacher_ = top < 0 ? -1 : indices_[top];
+    this->put_metrics(kd, ce, -of_teacher, -of_student);
   }
 
   // Outside the ids d loss / d s = A q + C q_1 + ..., with the tail's derivative as part of A.
   void gradient(double weight) {
-    const double soft = weight * call_.kd_scale / call_.student_temperature;
+    const double soft = weight * call_.kd_scale / call_.temperature;
     const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
     const bool separate = unit_ && hard != 0;
     double student = soft == 0 ? 0 : -soft * grad_sum_ * ::exp(log_one(row_.student, log_student_));
@@ -205,7 +200,7 @@ class SparseRow : OneRow<X> {
     }
     this->zero(call_.vocabulary, call_.grad_columns);
   }
-  bool tail() const { return sparse_.bucket && kind_ != kNone; }
+  bool tail() const { return call_.bucket && kind_ != kNone; }
   bool is_id(int64_t column) const {
     const int32_t* id = ids_until(indices_, column);
     return id < indices_ + count_ && *id == column;
@@ -235,7 +230,6 @@ class SparseRow : OneRow<X> {
     write(call_.grad.dtype, &g, grad_ + column * size_of(call_.grad.dtype), 1);
   }
 
-  const SparseCall& sparse_;
   const int32_t* indices_;
   int64_t padded_, count_ = 0;
   double *z_, *slopes_, *lp_, *lq_, *entry_grad_;
@@ -243,13 +237,18 @@ class SparseRow : OneRow<X> {
   bool outside_;
 };
 
-inline void sparse_row(const SparseCall& call, const Workspace& work, int64_t n) {
-  if (call.wide) return SparseRow<double>(call, work, n).run();
-  if (native_bf16(call)) return SparseRow<uint16_t>(call, work, n).run();
-  SparseRow<float>(call, work, n).run();
+template <class X>
+void row_of(const RowsCall& call, const Workspace& work, int64_t n) {
+  if (call.indices) return SparseRow<X>(call, work, n).run();
+  OneRow<X>(call, work, n).run();
+}
+inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
+  if (call.wide) return row_of<double>(call, work, n);
+  if (native_bf16(call)) return row_of<uint16_t>(call, work, n);
+  row_of<float>(call, work, n);
 }
 
-constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, sparse_row};
+constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale};
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

@@ -61,6 +61,8 @@ from .launches import Launch
 # Threads of a warp on NVIDIA; AMD's CDNA has 64.
 WARP = {"cuda": 32, "hip": 64}
 MOST_REGISTERS = 128  # per thread, on NVIDIA
+# Statistics that the programs of a row hand on (programs.py, sparse.py), and sums after them.
+PARTIALS, SPARSE_PARTIALS, SUMS = 13, 7, 2
 
 
 def _threads(launch: Launch, target: str) -> int:

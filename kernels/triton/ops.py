@@ -2,96 +2,81 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
-import numpy
 import torch
 import triton
 from torch import Tensor
 
-from fusedkd.spec import IDENTITY, METRIC_COLUMNS, LossSpec
+from fusedkd.kernels import RowCall, Rows
+from fusedkd.spec import IDENTITY, LossSpec
 
-from . import config, programs
+from . import config, device, programs
 
-INTERPRETED = not isinstance(programs.row_kernel, triton.JITFunction)
 HALF = (torch.bfloat16, torch.float16)
-TARGET = "hip" if torch.version.hip else "cuda"
 
 
-def rows(
-    student: Tensor,  # (B, T, C)
-    teacher: Tensor,  # (B, T, C')
-    labels: Tensor | None,  # (N,) int64
-    row_scale: Tensor,  # (N,)
-    spec: LossSpec,
-    grad: Tensor | None,  # (B, T, C)
-    metrics: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """See :mod:`fusedkd.kernels`."""
-    _check_device(student)
-    n = row_scale.numel()
-    loss = torch.empty_like(row_scale)
-    metric_rows = row_scale.new_empty(n, len(METRIC_COLUMNS)) if metrics else None
+def rows(call: RowCall) -> Rows:
+    device.check(call.student)
+    results, n = call.results(), call.row_scale.numel()
     if n == 0:
-        return loss, metric_rows
-    launch = config.choose(n, spec.vocab_size, _processors(student.device))
-    variant = _variant(student, teacher, labels, spec, grad, metrics)
-    split = launch.pieces > 1
+        return results
+    launch = config.choose(n, call.spec.vocab_size, device.processors(call.student.device))
+    variant = _variant(call)
     arguments = {
-        "student": student,
-        "teacher": teacher,
-        "grad": grad,
-        "labels": labels if variant.ce else None,
-        "row_scale": row_scale,
-        "loss": loss,
-        "metrics": metric_rows,
-        "partial": row_scale.new_empty(n, 13, launch.pieces, dtype=torch.float64)
-        if split
-        else None,
-        "sums": row_scale.new_empty(n, 2, launch.pieces, dtype=torch.float64) if split else None,
-        **_layout(student, teacher, grad),
-        **_numbers(spec),
+        "student": call.student,
+        "teacher": call.teacher_logits,
+        "grad": call.grad,
+        "labels": call.labels if variant.ce else None,
+        "row_scale": call.row_scale,
+        "loss": results.loss,
+        "metrics": results.metrics,
+        **scratch(call, launch, config.PARTIALS),
+        **layout(call.student, call.teacher_logits, call.grad),
+        **numbers(call.spec),
     }
-    with _device(student):
+    with device.guard(call.student):
         for stage in config.stages(variant, launch):
             # Without a gradient the last stage is left with one loss per row.
-            programs_per_row = 1 if stage == "gradient" and grad is None else launch.pieces
+            pieces = 1 if stage == "gradient" and call.grad is None else launch.pieces
             constants = _constants(variant, launch, stage)
-            programs.row_kernel[n, programs_per_row](
-                **arguments, **constants, **config.options(launch, TARGET, constants["plan"])
-            )
-    return loss, metric_rows
+            options = config.options(launch, device.TARGET, constants["plan"])
+            programs.row_kernel[n, pieces](**arguments, **constants, **options)
+    return results
 
 
-def _variant(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    spec: LossSpec,
-    grad: Tensor | None,
-    metrics: bool,
-) -> config.Variant:
+def scratch(call: RowCall, launch: config.Launch, partials: int) -> dict[str, Tensor | None]:
+    """Where the programs that share a row leave their statistics and sums, if any do."""
+    empty = functools.partial(call.row_scale.new_empty, dtype=torch.float64)
+    n, pieces = call.row_scale.numel(), launch.pieces
+    return {
+        "partial": empty(n, partials, pieces) if pieces > 1 else None,
+        "sums": empty(n, config.SUMS, pieces) if pieces > 1 else None,
+    }
+
+
+def _variant(call: RowCall) -> config.Variant:
+    sides = [call.student, call.teacher_logits]
     return config.Variant(
-        student=student.dtype,
-        teacher=teacher.dtype,
-        grad=None if grad is None else grad.dtype,
-        divergence=spec.divergence.name,
-        aligned=config.aligned([student, teacher] if grad is None else [student, teacher, grad]),
-        ce=labels is not None and (spec.ce_weight != 0 or metrics),
-        metrics=metrics,
-        bent_s=spec.student_transform != IDENTITY,
-        bent_t=spec.teacher_transform != IDENTITY,
+        student=call.student.dtype,
+        teacher=call.teacher_logits.dtype,
+        grad=None if call.grad is None else call.grad.dtype,
+        divergence=call.spec.divergence.name,
+        aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
+        ce=call.labels is not None and (call.spec.ce_weight != 0 or call.metrics),
+        metrics=call.metrics,
+        bent_s=call.spec.student_transform != IDENTITY,
+        bent_t=call.spec.teacher_transform != IDENTITY,
     )
 
 
 @functools.cache
 def _constants(variant: config.Variant, launch: config.Launch, stage: str) -> dict[str, Any]:
-    return config.constants(variant.divergence, config.plan(variant, launch, stage, TARGET))
+    return config.constants(variant.divergence, config.plan(variant, launch, stage, device.TARGET))
 
 
-def _layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, int]:
+def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, int]:
     out = student if grad is None else grad
     return {
         "length": student.shape[1],
@@ -105,7 +90,7 @@ def _layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, 
     }
 
 
-def _numbers(spec: LossSpec) -> dict[str, float | int]:
+def numbers(spec: LossSpec) -> dict[str, float | int]:
     a, b = (*map(float, spec.divergence.params), 0.0, 0.0)[:2]
     return {
         "vocab": spec.vocab_size,
@@ -126,8 +111,7 @@ def _numbers(spec: LossSpec) -> dict[str, float | int]:
 
 
 def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
-    """See :mod:`fusedkd.kernels`."""
-    _check_device(grad)
+    device.check(grad)
     if grad.numel() == 0:
         return
     if out is not None:  # one kernel of torch's, which converts as it writes
@@ -142,8 +126,8 @@ def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     # Programs enough to fill the GPU eight times over, each with more than one tile where possible;
     # when the factor is 1 all that they do is find that out.
     per_row = min(triton.cdiv(columns, plan.lanes * plan.width), 65535)
-    per_row = min(per_row, triton.cdiv(8 * _processors(grad.device), n))
-    with _device(grad):
+    per_row = min(per_row, triton.cdiv(8 * device.processors(grad.device), n))
+    with device.guard(grad):
         programs.scale_kernel[n, per_row](
             grad,
             factor,
@@ -153,23 +137,23 @@ def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
             columns=columns,
             factor_step=1 if factor.dim() else 0,
             plan=plan,
-            **config.options(config.SCALE, TARGET),
+            **config.options(config.SCALE, device.TARGET),
         )
 
 
 @functools.cache
 def _scale_plan(dtype: torch.dtype) -> config.Tiling:
-    return config.scale_plan(dtype, TARGET)
+    return config.scale_plan(dtype, device.TARGET)
 
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """See :mod:`fusedkd.kernels`. Half-precision heads have fp32 logits: rounding them first costs
+    """Half-precision heads have fp32 logits: rounding them first costs
     the JSD's gradient 4 to 23 %."""
     return (torch.float32 if dtype in HALF else dtype), dtype
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    """See :mod:`fusedkd.kernels`. The vendor's library; its products are summed in fp32."""
+    """The vendor's library; its products are summed in fp32."""
     if a.dtype == out.dtype:
         out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
     elif a.is_cuda and torch.version.hip is None:
@@ -187,52 +171,3 @@ def _mm_widened(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         columns = slice(start, start + step)
         product = a @ b[:, columns].to(out.dtype)
         out[:, columns].add_(product) if accumulate else out[:, columns].copy_(product)
-
-
-def unavailable() -> str | None:
-    """Why the kernels cannot run in this process, or None."""
-    if INTERPRETED:
-        return _interpreter_unavailable()
-    if torch.cuda.is_available():
-        return None
-    return (
-        "there is no GPU that this torch can use. To run the kernels slowly on a CPU, in Triton's "
-        "interpreter, set TRITON_INTERPRET=1 in the environment before triton is first imported"
-    )
-
-
-def _interpreter_unavailable() -> str | None:
-    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):  # int() of an array of one
-        return (
-            f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: "
-            "install numpy<2.4, or Triton 3.7"
-        )
-    return None
-
-
-def _release(package: Any) -> tuple[int, ...]:
-    return tuple(map(int, package.__version__.split(".")[:2]))
-
-
-def _check_device(x: Tensor) -> None:
-    if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "backend='triton' got tensors on the CPU: move them to the GPU, leave backend=None, or "
-            "set TRITON_INTERPRET=1 before triton is first imported to interpret the kernels."
-        )
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 132  # the interpreter walks the same paths as an H200
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if INTERPRETED:  # as silent as a GPU about infinities that the kernels expect
-        return numpy.errstate(all="ignore")
-    if x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)

@@ -13,28 +13,28 @@ import pytest
 import torch
 
 from fusedkd import divergences
-from fusedkd.benchmarks import __main__ as command
-from fusedkd.benchmarks import providers as bench_providers
-from fusedkd.benchmarks import runner, suites
-from fusedkd.benchmarks.cases import Case, make_problem
-from fusedkd.benchmarks.check import Truth
-from fusedkd.benchmarks.memory import peak_extra
-from fusedkd.benchmarks.options import AXES, PROVIDERS
-from fusedkd.benchmarks.providers import OURS, Provider, providers
-from fusedkd.benchmarks.results import BarResult
-from fusedkd.benchmarks.timing import spread
+from fusedkd.benchmarks.race import runner, suites
+from fusedkd.benchmarks.race.__main__ import main
+from fusedkd.benchmarks.race.case import Case, Problem, make_problem
+from fusedkd.benchmarks.race.check import Truth
+from fusedkd.benchmarks.race.memory import peak_extra
+from fusedkd.benchmarks.race.options import AXES
+from fusedkd.benchmarks.race.provider import OURS, Forward, Provider
+from fusedkd.benchmarks.race.providers import PROVIDERS
+from fusedkd.benchmarks.race.results import BarResult
+from fusedkd.benchmarks.race.timing import spread
 
 SMALL = ["--n", "4", "8", "16", "--vocab", "300", "--repeats", "3", "--budget", "1"]
 
 
 def bench(*arguments: str) -> int:
-    return command.main(list(arguments))
+    return main(list(arguments))
 
 
 def wrong(provider: Provider, factor: float) -> Provider:
     """The same provider, its loss (and so its gradient) off by a factor."""
 
-    def prepare(case: Case, problem: bench_providers.Problem) -> bench_providers.Forward:
+    def prepare(case: Case, problem: Problem) -> Forward:
         forward = provider.prepare(case, problem)
         return lambda: factor * forward()
 
@@ -44,9 +44,7 @@ def wrong(provider: Provider, factor: float) -> Provider:
 @pytest.fixture
 def made_wrong(monkeypatch: pytest.MonkeyPatch):
     def make(name: str, factor: float) -> None:
-        known = providers()
-        known[name] = wrong(known[name], factor)
-        monkeypatch.setattr(runner, "providers", lambda: known)
+        monkeypatch.setitem(PROVIDERS, name, wrong(PROVIDERS[name], factor))
 
     return make
 
@@ -105,8 +103,8 @@ def test_it_refuses_when_fusedkd_is_wrong(tmp_path: Path, made_wrong, capsys, fa
 def test_every_divergence_passes_the_check(form: str, name: str):
     case = Case(form=form, divergence=name, n=6, vocab=257, hidden_student=16, hidden_teacher=24)
     truth = Truth(case, make_problem(case))
-    assert truth.check(providers()[OURS]).word == "ok"
-    assert truth.check(providers()["eager"]).word in ("ok", "imprecise")  # bf16 logits from heads
+    assert truth.check(PROVIDERS[OURS]).word == "ok"
+    assert truth.check(PROVIDERS["eager"]).word in ("ok", "imprecise")  # bf16 logits from heads
 
 
 @pytest.mark.parametrize("name", ["torchtune", "gkd"])
@@ -114,7 +112,7 @@ def test_every_divergence_passes_the_check(form: str, name: str):
 @pytest.mark.parametrize("counted", [1.0, 0.5])
 def test_peers_formulas_agree_at_fp32(name: str, divergence: str, counted: float):
     case = Case(divergence=divergence, n=6, vocab=257, dtype="fp32", counted=counted)
-    provider = providers()[name]
+    provider = PROVIDERS[name]
     if provider.reason_missing(case) is None:
         assert Truth(case, make_problem(case)).check(provider).word == "ok"
 
@@ -123,7 +121,7 @@ def test_peers_formulas_agree_at_fp32(name: str, divergence: str, counted: float
 def test_peers_with_heads_take_the_rows_that_count(name: str):
     sizes = {"vocab": 257, "hidden_student": 16, "hidden_teacher": 24, "dtype": "fp32"}
     case = Case(form="head", n=12, temperature=1.0, ce_weight=0.0, counted=0.4, **sizes)
-    provider = providers()[name]
+    provider = PROVIDERS[name]
     if provider.reason_missing(case) is None:
         assert case.n_counted == 5
         assert Truth(case, make_problem(case)).check(provider).word == "ok"
@@ -155,7 +153,7 @@ def test_shares_of_one_group_do_not_share_their_labels():
 )
 def test_other_modes_pass_the_check(changes: dict[str, object]):
     case = Case(form="head", n=6, vocab=257, hidden_student=16, hidden_teacher=24, **changes)
-    assert Truth(case, make_problem(case)).check(providers()[OURS]).word == "ok"
+    assert Truth(case, make_problem(case)).check(PROVIDERS[OURS]).word == "ok"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is measured on Linux only")
@@ -198,7 +196,7 @@ def test_no_gpu_is_an_error_with_a_remedy(capsys):
 
 def test_help_teaches_and_loads_no_torch():
     code = (
-        "import sys; from fusedkd.benchmarks.options import parse\n"
+        "import sys; from fusedkd.benchmarks.race.options import parse\n"
         "try: parse(['--help'])\nexcept SystemExit: pass\n"
         "assert 'rich' not in sys.modules and 'matplotlib' not in sys.modules"
     )
@@ -207,15 +205,14 @@ def test_help_teaches_and_loads_no_torch():
     assert "examples:" in done.stdout and "--quick" in done.stdout
 
 
-def test_options_know_every_provider_and_axis():
-    assert set(PROVIDERS) == set(providers())
+def test_every_axis_is_a_field():
     assert set(AXES) <= {field.name for field in dataclasses.fields(Case)}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_suites_are_well_formed(device: str):
     for group in [*suites.quick(device), *suites.headline(device)]:
-        assert set(group.providers) <= set(providers()) and group.cases
+        assert set(group.providers) <= set(PROVIDERS) and group.cases
         rows = runner.Measured([])
         assert all(bar.value(rows) is None for bar in group.bars)  # nothing measured: no verdict
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fusedkd.benchmarks.evidence import _Evidence
-from fusedkd.benchmarks.evidence_plan import SMOKE, STUDENTS, make_text
-from fusedkd.benchmarks.evidence_report import write_report
+from fusedkd.benchmarks.evidence.plan import SMOKE, STUDENTS, make_text
+from fusedkd.benchmarks.evidence.report import write_report
+from fusedkd.benchmarks.evidence.run import Evidence
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_evidence_runs_goes_on_and_reports(tmp_path: Path) -> None:
 def test_a_teacher_that_learnt_nothing_has_no_students(tmp_path: Path) -> None:
     """Here nobody learns enough, and the report says so."""
     size = replace(SMOKE, learnt=0.0)
-    evidence = _Evidence(size, make_text(size), tmp_path, seconds=1.0)
+    evidence = Evidence(size, make_text(size), tmp_path, seconds=1.0)
     evidence.run()
     write_report(tmp_path, evidence.results, size.__dict__)
     assert not any(key.startswith(name) for key in evidence.results for name in STUDENTS)

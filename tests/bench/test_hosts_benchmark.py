@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,17 +26,19 @@ def test_a_host_in_processes_of_its_own(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[Any, float] = {}
+    losses: dict[Any, float] = {}
 
-    def here(host: str, after: bool, *size: int) -> dict[str, float]:
-        measured = hosts._measure(host, after, *size)
-        found[host, after] = measured["loss"]
+    def in_this_process(
+        measure: Callable[..., dict[str, float]], host: str, after: bool, *size: int, **_: float
+    ) -> dict[str, float]:
+        measured = measure(host, after, *size)
+        losses[host, after] = measured["loss"]
         return measured
 
-    monkeypatch.setattr(hosts, "_in_fresh_process", here)
+    monkeypatch.setattr(hosts, "in_child", in_this_process)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # Liger's, for its speed
     printed = run([], capsys)
     assert list(printed) == list(hosts.HOSTS)
     for host, (before, after) in printed.items():
-        assert found[host, True] == pytest.approx(found[host, False], rel=1e-5)
+        assert losses[host, True] == pytest.approx(losses[host, False], rel=1e-5)
         assert before == pytest.approx(after, rel=1e-5)

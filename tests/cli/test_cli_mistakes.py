@@ -482,7 +482,7 @@ def full(*args: Any, **kwargs: Any) -> Any:
         ("student", "transformers.modeling_utils.safe_save_file"),
         ("student", "os.replace"),
         ("distill", "transformers.modeling_utils.safe_save_file"),
-        ("distill", "fusedkd.cache.files.os.fsync"),
+        ("distill", "fusedkd.files.os.fsync"),
     ],
 )
 def test_a_full_disk(

@@ -6,7 +6,6 @@ import importlib
 import re
 import shlex
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import transformers as tf
 from words import WORDS, V, bert, llama, rows, tokenizer
 
 from fusedkd import LMHead, cli
-from fusedkd.benchmarks import cache, end_to_end, resources
+from fusedkd.benchmarks import end_to_end, resources
+from fusedkd.benchmarks.cache import measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +98,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         module = words[2] if words[2].startswith("fusedkd") else f"fusedkd.{words[2]}"
         monkeypatch.setattr("sys.argv", words[2:])
-        assert not importlib.import_module(module).main()
+        program = importlib.import_module(module)
+        if hasattr(program, "__path__"):
+            program = importlib.import_module(f"{module}.__main__")
+        assert not program.main()
 
 
 @pytest.mark.parametrize("language, text", BLOCKS)
@@ -123,12 +126,12 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
 def test_command(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cache, "LARGE", 300)
+    monkeypatch.setattr(measure, "LARGE", 300)
     monkeypatch.setattr(end_to_end, "VOCABULARIES", (300,))
     monkeypatch.setattr(
         end_to_end,
-        "_child",
-        lambda step: end_to_end._measure(replace(step, batch=1, length=8, steps=3)),
+        "in_child",
+        lambda measure, step, **_: measure({**step, "batch": 1, "length": 8, "steps": 3}),
     )
     every = list(resources.jobs(["sm_90"], ["bf16"], ["plain"]))
     monkeypatch.setattr(resources, "jobs", lambda *axes: every[:1])

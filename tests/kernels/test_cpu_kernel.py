@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd import divergences, kd_loss
-from fusedkd.benchmarks.memory import free_to_take
-from fusedkd.kernels import cpu, reference
+from fusedkd.benchmarks.peak import free_to_take
+from fusedkd.kernels import RowCall, cpu, reference
 from fusedkd.kernels.cpu import products
 from fusedkd.spec import LossSpec, Transform
 
@@ -77,8 +77,8 @@ def run(
     ones = torch.ones(student.shape[0] * student.shape[1])
     weight = (ones if weight is None else weight).to(torch.float64 if wide else torch.float32)
     out = torch.full(student.shape, NAN, dtype=student.dtype) if grad else None
-    loss, rows = backend.rows(student, teacher, labels, weight, spec, out, metrics)  # type: ignore
-    return Answer(loss, rows, out)
+    call = RowCall(student, teacher, labels, weight, spec, out, metrics)
+    return Answer(*backend.rows(call), out)  # type: ignore[attr-defined]
 
 
 def truth(student: Tensor, teacher: Tensor, *args: object, **kwargs: object) -> Answer:
@@ -127,7 +127,7 @@ def check(student: Tensor, teacher: Tensor, labels: Tensor | None, spec: LossSpe
     )
     over = student.clone()
     scale = torch.ones_like(got.loss) if weight is None else weight.to(got.loss.dtype)
-    cpu.rows(over, teacher, labels, scale, spec, over, False)
+    cpu.rows(RowCall(over, teacher, labels, scale, spec, over, False))
     assert torch.equal(bits(over), bits(got.grad))
     return got
 
@@ -223,10 +223,9 @@ def test_strides_padding_and_shapes(name: str) -> None:
             answer.grad[..., 2051:].double().abs().sum(), torch.tensor(0.0).double()
         )
         frame = torch.full_like(whole, 5)
-        cpu.rows(
-            *(student, teacher, labels, torch.ones(6, dtype=answer.loss.dtype)),
-            make_spec(2051, name, ce_weight=0.4),
-                 frame[:, ::2, 1:2079], False)  # fmt: skip
+        weight, spec = torch.ones_like(answer.loss), make_spec(2051, name, ce_weight=0.4)
+        into = frame[:, ::2, 1:2079]
+        cpu.rows(RowCall(student, teacher, labels, weight, spec, into, False))
         assert torch.equal(frame[:, ::2, 1:2079], answer.grad)
         assert (
             (frame[:, 1::2] == 5).all()
@@ -248,9 +247,8 @@ def test_streamed_gradient(vocabulary: int) -> None:
         spec = make_spec(vocabulary, temperature=2.0, ce_weight=0.5)
         got = run(cpu, student, teacher, labels, spec)
         over = student.clone()
-        cpu.rows(
-            over, teacher, labels, torch.ones(rows), spec, over, False
-        )  # in place: not streamed
+        # in place: not streamed
+        cpu.rows(RowCall(over, teacher, labels, torch.ones(rows), spec, over, False))
         assert got.grad is not None and torch.equal(over, got.grad)
         some = slice(rows - 2, rows)
         expected = truth(student[:, some], teacher[:, some], labels[some], spec)
@@ -511,7 +509,7 @@ def test_label_smoothing(smoothing: float) -> None:
         student, teacher = logits(1, 4, 3001, dtype=dtype), logits(1, 4, 3001, dtype=dtype)
         spec = make_spec(3001, ce_weight=1.0, label_smoothing=smoothing, temperature=2.0)
         check(student, teacher, torch.randint(0, 3001, (4,)), spec)
-        check(student, teacher, torch.randint(0, 3001, (4,)), replace(spec, kd_weight=0.0))
+        check(student, teacher, torch.randint(0, 3001, (4,)), spec._replace(kd_weight=0.0))
 
 
 def test_ties_go_to_the_first_index() -> None:
@@ -676,7 +674,7 @@ def test_what_is_kept_goes_before_an_error_comes() -> None:
         pytest.skip("this system has no /proc/self/status")
     script = """
 import resource, torch
-from fusedkd.benchmarks.memory import status_bytes
+from fusedkd.benchmarks.peak import status_bytes
 from fusedkd.kernels import cpu
 
 def large(n):

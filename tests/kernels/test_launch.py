@@ -25,7 +25,8 @@ from triton.runtime import driver as active
 from fusedkd import SparseTeacher, divergences
 from fusedkd.benchmarks import resources
 from fusedkd.distributions.sparse import canonical
-from fusedkd.kernels.triton import config, ops, sparse_ops
+from fusedkd.kernels import RowCall
+from fusedkd.kernels.triton import config, device, ops, sparse_ops
 from fusedkd.spec import LossSpec
 
 TARGET = "sm_90"
@@ -77,9 +78,9 @@ class _Driver:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Launch]]:
     fake = _Driver()
-    monkeypatch.setattr(ops, "_check_device", lambda x: None)
-    monkeypatch.setattr(ops, "_processors", lambda device: 132)
-    monkeypatch.setattr(ops, "_device", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(device, "check", lambda x: None)
+    monkeypatch.setattr(device, "processors", lambda _: 132)
+    monkeypatch.setattr(device, "guard", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(active, "_active", fake)
     yield fake.launches
 
@@ -90,14 +91,14 @@ def _call(n: int, v: int, name: str, tail: str, temperature: float = 1.7) -> Non
     student = torch.zeros(1, n, v, dtype=torch.bfloat16)
     grad, weights = torch.empty_like(student), torch.ones(n)
     labels = torch.zeros(n, dtype=torch.int64)
-    rest = (labels, weights, spec, grad, False)
+    call = RowCall(student, torch.zeros_like(student), labels, weights, spec, grad, False)
     if tail:
         ids = torch.arange(3).expand(n, 3)
         teacher = SparseTeacher(ids, torch.full((n, 3), -2.0))
         entries = canonical(teacher.indices, teacher.log_probs, weights, spec, tail)
-        sparse_ops.sparse_rows(student, entries, *rest)
+        sparse_ops.rows(call._replace(teacher=entries))
     else:
-        ops.rows(student, torch.zeros_like(student), *rest)
+        ops.rows(call)
 
 
 def _essence(source: Any) -> tuple[Any, ...]:
@@ -132,15 +133,15 @@ def test_no_number_compiles_or_launches_anew(launches: list[_Launch]) -> None:
 
 
 def test_an_interpreter_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "INTERPRETED", True)
+    monkeypatch.setattr(device, "INTERPRETED", True)
     for version, numbers, told in (
         ("3.6.0", "2.4.6", True),
         ("3.6.0", "2.3.1", False),
         ("3.10.1", "2.4.6", False),
     ):
         monkeypatch.setattr(triton, "__version__", version)
-        monkeypatch.setattr(ops.numpy, "__version__", numbers)
-        assert ("numpy<2.4" in (ops.unavailable() or "")) == told
+        monkeypatch.setattr(device.numpy, "__version__", numbers)
+        assert ("numpy<2.4" in (device.unavailable() or "")) == told
 
 
 def test_scaling(launches: list[_Launch]) -> None:

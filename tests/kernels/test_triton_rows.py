@@ -19,7 +19,8 @@ from fusedkd import LMHead, backends, divergences, kd_loss, kd_loss_and_metrics
 if reason := backends.load("triton").unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-from fusedkd.kernels.triton import config, launches, ops
+from fusedkd.kernels.triton import config, launches
+from fusedkd.kernels.triton import device as machine
 
 NAMES = divergences.names()
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -45,7 +46,7 @@ KEYWORDS = {
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cpu" if ops.INTERPRETED else "cuda")
+    return torch.device("cpu" if machine.INTERPRETED else "cuda")
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_the_table(device: torch.device, monkeypatch, entry: launches.Entry) -> 
     """Each entry at the smallest vocabulary that it serves, an odd one; N = 1 and 2."""
     floor = max((e.below for e in launches.TABLE if e.below and e is not entry), default=0)
     v = (entry.below or floor) - 1 if entry.below else floor + 1
-    monkeypatch.setattr(ops, "_processors", lambda _: 132 if entry.few else 1)
+    monkeypatch.setattr(machine, "processors", lambda _: 132 if entry.few else 1)
     for n, name in ((1, "forward_kl"), (2, "jsd")):
         launch = config.choose(n, v, 132 if entry.few else 1)
         assert (launch.warps, launch.pieces > 1) == (entry.warps, bool(entry.piece))

@@ -109,10 +109,10 @@ def test_operators_without_memory() -> None:
         x, y = torch.empty(4, 8), torch.empty(8)
         operators.scale_(x, x, y)
         operators.matmul(x, x.bfloat16(), torch.empty(8, 8).bfloat16(), False)
-        numbers = [1.0] * 9
+        numbers = [1.0] * len(cpu.Numbers._fields)
         rest = (None, y, "forward_kl", numbers, 8, y, None, None)
-        operators.rows(x[None], x[None], *rest)
-        operators.sparse_rows(x[None], x.int(), x.double(), *rest)
+        operators.rows(x[None], x[None], None, False, *rest)
+        operators.rows(x[None], x.double(), x.int(), True, *rest)
     assert cpu.unavailable() is None
     nothing = torch.empty(4, 8, dtype=torch.float64)
     nothing.untyped_storage().resize_(0)

@@ -31,7 +31,7 @@ from fusedkd.models.heads import NoPlainHead, plain_head
 from fusedkd.train import (
     DistillationArguments,
     DistillationTrainer,
-    objective,
+    compare,
     parse_divergence,
 )
 
@@ -355,9 +355,9 @@ def test_metrics_of_the_steps_that_are_asked_for(
     """The loss and what is learnt are the same; evaluation measures in any case."""
     seen: list[bool] = []
     for name, measures in (("kd_loss", False), ("kd_loss_and_metrics", True)):
-        call = getattr(objective, name)
+        call = getattr(compare, name)
         monkeypatch.setattr(
-            objective, name, lambda *a, f=call, m=measures, **k: seen.append(m) or f(*a, **k)
+            compare, name, lambda *a, f=call, m=measures, **k: seen.append(m) or f(*a, **k)
         )
     found = []
     for which in ("every", metrics):

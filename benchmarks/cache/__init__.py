@@ -1,0 +1,1 @@
+"""The teacher cache, measured. See measure.py."""

@@ -1,0 +1,6 @@
+"""``python -m fusedkd.benchmarks.cache``."""
+
+from .measure import main
+
+if __name__ == "__main__":
+    main()

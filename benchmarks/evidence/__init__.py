@@ -1,0 +1,1 @@
+"""Does distillation help? See run.py."""

@@ -1,0 +1,52 @@
+"""Which columns of a batch a model reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from fusedkd.models.kinds import bare
+
+__all__ = ["base_model", "columns", "own_columns"]
+
+
+def base_model(model: Any) -> Any:
+    """The model out of what wraps it for several processes, and out of its adapters."""
+    model = bare(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _kind(model: Any) -> Any:
+    return type(base_model(model))
+
+
+def columns(model: Any) -> frozenset[str]:
+    """The arguments that the forward of ``model`` names."""
+    return _parameters(_kind(model))[0]
+
+
+def own_columns(model: Any, other: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a batch for two models, what is for ``model``: what its forward names, and, if it takes
+    more than it names (as for padding-free attention), what ``other`` does not name either. One
+    that names nothing gets everything."""
+    named, takes_more = _parameters(_kind(model))
+    theirs = columns(other) if other is not None and named else frozenset()
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name in named or (takes_more and name not in theirs)
+    }
+
+
+@cache
+def _parameters(kind: Any) -> tuple[frozenset[str], bool]:
+    """What the forward of a class names, or of the nearest above it that names anything; whether
+    its own takes more."""
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    forwards = [vars(above)["forward"] for above in kind.__mro__ if "forward" in vars(above)]
+    signatures = [inspect.signature(forward).parameters.values() for forward in forwards]
+    more = any(p.kind is rest[1] for p in signatures[0])
+    names = [{p.name for p in found if p.kind not in rest} - {"self"} for found in signatures]
+    return frozenset(next(filter(None, names), ())), more
