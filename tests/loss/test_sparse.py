@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -473,19 +470,3 @@ def test_canonical_form():
     assert rows.log_probs.dtype == torch.float64
     torch.testing.assert_close(rows.log_probs[0].exp().float(), torch.tensor([0.5, 0.25, 0, 0.25]))
     assert rows.indices.dtype == torch.int32 and rows.part(slice(1)).indices.shape == (1, 3)
-
-
-# ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs in this process, on the GPU")
-def test_triton_in_its_interpreter() -> None:
-    """This file on triton, in a child (conftest.py says why)."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "triton"]
-    done = subprocess.run(
-        [*command, __file__], env=environment, cwd=Path(__file__).parent, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
