@@ -1,7 +1,7 @@
 """Fused knowledge-distillation losses for large vocabularies. See :func:`kd_loss`."""
 
 from fusedkd import divergences
-from fusedkd.logits import LMHead, SparseTeacher
+from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
 
 __all__ = [

@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fusedkd import backends, divergences
-from fusedkd.logits import TAILS
-from fusedkd.spec import LossSpec
+from fusedkd import KDLoss, backends, divergences
+from fusedkd.distributions import TAILS
 from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
 from fusedkd.train.tasks import TASKS, task_named
@@ -131,12 +130,8 @@ class DistillationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        keywords = self.loss_keywords()
-        if self.teacher_temperature is None:
-            keywords["teacher_temperature"] = self.temperature
-        smoothing = self.label_smoothing_factor
-        fixed = {"vocab_size": self.vocab_size or 1, "label_smoothing": smoothing}
-        LossSpec(**{**keywords, **fixed})  # checks, before anything expensive
+        # checks, before anything expensive
+        KDLoss(**self.loss_keywords(), label_smoothing=self.label_smoothing_factor)
         counts = ("vocab_size", "per_device_train_batch_size", "gradient_accumulation_steps")
         for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:

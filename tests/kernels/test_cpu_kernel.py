@@ -10,7 +10,6 @@ import os
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -508,7 +507,7 @@ def test_label_smoothing(smoothing: float) -> None:
         student, teacher = logits(1, 4, 3001, dtype=dtype), logits(1, 4, 3001, dtype=dtype)
         spec = make_spec(3001, ce_weight=1.0, label_smoothing=smoothing, temperature=2.0)
         check(student, teacher, torch.randint(0, 3001, (4,)), spec)
-        check(student, teacher, torch.randint(0, 3001, (4,)), replace(spec, kd_weight=0.0))
+        check(student, teacher, torch.randint(0, 3001, (4,)), spec._replace(kd_weight=0.0))
 
 
 def test_ties_go_to_the_first_index() -> None:

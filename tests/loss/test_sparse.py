@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import LMHead, SparseTeacher, divergences, kd_loss, kd_loss_and_metrics
-from fusedkd.sparse import PADDING, canonical
+from fusedkd.distributions.sparse import PADDING, canonical
 from fusedkd.spec import LossSpec
 
 INF = math.inf
@@ -462,10 +462,10 @@ def test_rounding_is_no_excess(dtype):
 
 
 def test_canonical_form():
-    spec = LossSpec(divergences.forward_kl(), 10, tail="bucket")
+    spec = LossSpec(divergences.forward_kl(), 10)
     ids = torch.tensor([[7, -1, 2], [4, 4, 99]])
     lp = torch.tensor([[0.25, math.nan, 0.5], [1.0, 1.0, 1.0]]).log()
-    rows = canonical(ids, lp, torch.tensor([1.0, 0.0]), spec)
+    rows = canonical(ids, lp, torch.tensor([1.0, 0.0]), spec, "bucket")
     assert rows.indices.tolist() == [[2, 7, PADDING], [PADDING] * 3]
     assert rows.log_probs.dtype == torch.float64
     torch.testing.assert_close(rows.log_probs[0].exp().float(), torch.tensor([0.5, 0.25, 0, 0.25]))

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DataCollatorForSeq2Seq
 
 from fusedkd.data.arguments import DataArguments
+from fusedkd.data.labelled import load_pairs
 from fusedkd.data.loading import load_rows, say
 from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.columns import own_columns
 from fusedkd.models.heads import next_labels
-from fusedkd.train.tasks.base import Task, TaskData
+from fusedkd.train.tasks.base import Task, TaskData, check_pads
 
 __all__ = ["Causal", "Masked", "Seq2Seq"]
 
@@ -122,6 +124,11 @@ class Seq2Seq(Task):
         if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             found["decoder_input_ids"] = _decoder_inputs(model, labels)
         return found
+
+    def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
+        """Pairs of texts."""
+        check_pads(tokenizer)
+        return TaskData(*load_pairs(flags, tokenizer), DataCollatorForSeq2Seq(tokenizer), {})
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
