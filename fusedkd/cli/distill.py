@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,14 +18,13 @@ from fusedkd.errors import UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.loading import (
-    load_model,
     load_tokenizer,
-    read_config,
-    required,
 )
+from fusedkd.models.saved import SavedModel
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
 from fusedkd.train.fits import check_fits, check_prompts
+from fusedkd.train.students import make_student
 from fusedkd.train.tasks import Task, saved_task, task_named
 from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
@@ -56,8 +56,8 @@ def _prepare(
     """Everything that can be wrong, in the order in which it is cheap to find out; and the
     checkpoint to go on from."""
     cached = _cache(models)
-    teacher = None if cached else required("teacher", models.teacher)
-    student = required("student", models.student)
+    teacher = None if cached else models.side("teacher")
+    student = models.side("student")
     if not flags.data:
         raise UserError("--data is missing: expected files, folders or names of data sets.")
     if flags.data_streaming and args.max_steps < 1:
@@ -66,22 +66,18 @@ def _prepare(
     check_output(Path(args.output_dir or "."))
     checkpoint = _checkpoint(args)
     task = _task(teacher, student) if args.task is None else task_named(args.task)
-    named = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    tokenizer = load_tokenizer(models.tokenizer, **named)
+    sides = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    tokenizer = load_tokenizer(models.tokenizer, **sides)
     if cached is not None:
         if task.no_cache:
             raise UserError(task.no_cache)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
-    config = None if teacher is None else read_config("teacher", teacher)
-    data = task.data(flags, tokenizer, config)
+    data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
     check_prompts(data.train, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
-    random = models.student_init == "random"
-    student_model = load_model(
-        "student", student, task.auto, models.student_dtype, random, **data.student
-    )
-    teacher_side = cached or load_model("teacher", str(teacher), task.auto, models.teacher_dtype)
+    student_model = make_student(models, task, args, data.student)
+    teacher_side: Any = cached if teacher is None else teacher.load(task.auto)
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
     with as_user_error():
@@ -103,20 +99,21 @@ def _prepare(
     return trainer, checkpoint
 
 
-def _task(teacher: str | None, student: str) -> Task:
+def _task(teacher: SavedModel | None, student: SavedModel) -> Task:
     """What the student learns to do. Any student can become a classifier, whose head is small."""
-    theirs = None if teacher is None else saved_task("teacher", teacher)
+    theirs = None if teacher is None else saved_task(teacher)
     any_head = theirs is not None and not theirs.over_tokens
-    ours = theirs if any_head else saved_task("student", student)
+    ours = theirs if any_head else saved_task(student)
     task = theirs or ours
     if task is None:
+        known = teacher or student
         raise UserError(
-            f"--{'student' if teacher is None else 'teacher'}: its config names no architecture of "
-            "transformers, such as LlamaForCausalLM."
+            f"--{known.role} {known.name}: its config names no architecture of transformers, such "
+            "as LlamaForCausalLM."
         )
     if ours not in (None, task):
         raise UserError(
-            f"--student {student} is a {ours.name} model, --teacher {teacher} a {task.name} one: "
+            f"--student {student.name} is a {ours.name} model, the teacher a {task.name} one: "
             "expected one task."
         )
     return task

@@ -23,10 +23,10 @@ from fusedkd.data.loading import load_rows, say
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
-    load_model,
     load_tokenizer,
     required,
 )
+from fusedkd.models.saved import SavedModel
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.tasks import saved_task
 
@@ -59,17 +59,18 @@ def make_cache(args: CacheArguments) -> None:
     console = Console(markup=False, emoji=False)  # names may have brackets
     name = required("teacher", args.teacher)
     device = _device(args.device)
-    task = saved_task("teacher", name)
+    saved = SavedModel("teacher", name, args.teacher_dtype)
+    task = saved_task(saved)
     if task is None:
         raise UserError(f"--teacher {name}: its config names no architecture of transformers.")
     if task.no_cache:
         raise UserError(task.no_cache)
-    tokenizer = load_tokenizer(args.tokenizer, teacher=name)
+    tokenizer = load_tokenizer(args.tokenizer, teacher=saved)
     # a row that is flattened is looked up sequence by sequence
     packing = "none" if args.data.packing == "flatten" else None
     rows = load_rows(args.data, tokenizer, packing)
     say(rows.summary)
-    model = load_model("teacher", name, task.auto, args.teacher_dtype)
+    model = saved.load(task.auto)
     job = _job(args, name, model, tokenizer, _Sequences(rows.train, rows.test))
     _say(console, job)
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))

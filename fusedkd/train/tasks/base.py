@@ -38,6 +38,7 @@ class Task:
     title: ClassVar[str]  # for messages
     auto: ClassVar[str]  # the class of transformers that loads such a model
     lists: ClassVar[tuple[str, ...]]  # transformers' MODEL_FOR_{}_MAPPING_NAMES: who does it
+    adapter: ClassVar[str | None] = None  # peft's task_type
     collator: ClassVar[str]  # of transformers, for a message
     unit: ClassVar[str] = "token"  # what the loss is a mean over
     asked_for: ClassVar[bool] = False  # other numbers than ``logits``: only where it is named

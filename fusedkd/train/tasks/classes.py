@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class SequenceClassification(Task):
     name = "sequence_classification"
     title = "sequence classification"
     auto = "AutoModelForSequenceClassification"
+    adapter: ClassVar[str | None] = "SEQ_CLS"
     lists = ("SEQUENCE_CLASSIFICATION",)
     collator = "DataCollatorWithPadding(tokenizer), from rows with a label"
     unit = "example"
@@ -99,6 +100,7 @@ class ImageClassification(SequenceClassification):
     name = "image_classification"
     title = "image classification"
     auto = "AutoModelForImageClassification"
+    adapter = None
     lists = ("IMAGE_CLASSIFICATION",)
     collator = "DefaultDataCollator, from rows with pixel_values and labels"
 
@@ -109,6 +111,7 @@ class TokenClassification(Task):
     name = "token_classification"
     title = "token classification"
     auto = "AutoModelForTokenClassification"
+    adapter = "TOKEN_CLS"
     lists = ("TOKEN_CLASSIFICATION",)
     collator = "DataCollatorForTokenClassification(tokenizer)"
     over_tokens = False
@@ -138,6 +141,7 @@ class QuestionAnswering(Task):
     name = "question_answering"
     title = "question answering"
     auto = "AutoModelForQuestionAnswering"
+    adapter = "QUESTION_ANS"
     lists = ("QUESTION_ANSWERING",)
     collator = "DefaultDataCollator, from rows with start_positions and end_positions"
     unit = "position"

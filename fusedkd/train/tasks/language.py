@@ -34,6 +34,7 @@ class Causal(Task):
     name = "causal"
     title = "causal language modelling"
     auto = "AutoModelForCausalLM"
+    adapter = "CAUSAL_LM"
     lists = _WRITERS
     collator = (
         "DataCollatorForLanguageModeling(tokenizer, mlm=False), or DataCollatorForSeq2Seq for an "
@@ -104,6 +105,7 @@ class Seq2Seq(Task):
     name = "seq2seq"
     title = "sequence to sequence"
     auto = "AutoModelForSeq2SeqLM"
+    adapter = "SEQ_2_SEQ_LM"
     lists = _WRITERS
     collator = "DataCollatorForSeq2Seq(tokenizer)"
     per_token = False
