@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import transformers
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -16,6 +15,9 @@ from fusedkd.errors import UserError
 from fusedkd.models.columns import own_columns
 from fusedkd.models.kinds import own_positions
 from fusedkd.train.compare import Compare, distributions
+
+if TYPE_CHECKING:  # data are read by those who read them: `distill --help` does not
+    from datasets import Dataset
 
 __all__ = ["Task", "TaskData", "config_of", "same_classes"]
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding
 
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.labelled import load_examples
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.train.compare import Compare, bernoulli, distributions, squared_error
 from fusedkd.train.tasks.base import Task, TaskData, config_of, same_classes
@@ -78,6 +77,8 @@ class SequenceClassification(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Rows of text and label."""
+        from fusedkd.data.labelled import load_examples
+
         if tokenizer.pad_token_id is None:
             raise UserError("the tokenizer has no padding token, which batches of sequences need.")
         label2id = {label: number for number, label in teacher.id2label.items()}

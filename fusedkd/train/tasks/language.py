@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.loading import load_rows, say
-from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.columns import own_columns
 from fusedkd.models.heads import next_labels
@@ -55,6 +53,8 @@ class Causal(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Text, conversations, prompts and answers."""
+        from fusedkd.data.loading import load_rows, say
+
         rows = load_rows(flags, tokenizer)
         say(rows.summary)
         return TaskData(rows.train, rows.test, rows.collator, {})
@@ -83,6 +83,9 @@ class Masked(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Blocks of text, masked anew whenever a batch is made."""
+        from fusedkd.data.loading import load_rows, say
+        from fusedkd.data.masking import FrequencyMasking, count_tokens
+
         if flags.packing == "flatten" or flags.data_streaming:
             raise UserError(
                 "--packing flatten, --data_streaming: expected neither for a masked model."
