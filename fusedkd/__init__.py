@@ -6,7 +6,7 @@ from fusedkd.lazy import lazy
 
 if TYPE_CHECKING:
     from fusedkd import divergences
-    from fusedkd.logits import LMHead, SparseTeacher
+    from fusedkd.distributions import LMHead, SparseTeacher
     from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
 
 __all__ = [
@@ -21,6 +21,6 @@ __all__ = [
 
 # torch takes a second to import, which `fusedkd --help` should not
 _HOMES = dict.fromkeys(__all__, "fusedkd.loss")
-_HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "fusedkd.logits")
+_HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "fusedkd.distributions")
 _HOMES["divergences"] = "fusedkd.divergences"
 __getattr__, __dir__ = lazy(__name__, _HOMES)

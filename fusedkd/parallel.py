@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd.chunks import chunk_budget
-from fusedkd.logits import LMHead, SparseTeacher
+from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.parallel_rows import COPIES, SpreadRows
 
 __all__ = ["Shards", "is_sharded", "shards"]

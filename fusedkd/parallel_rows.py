@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd.backends import CustomRows
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
 from fusedkd.kernels import METRICS, RowCall, Rows
-from fusedkd.sparse import SparseRows
 from fusedkd.spec import LossSpec, Transform
 
 __all__ = ["COPIES", "SpreadRows"]

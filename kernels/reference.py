@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, empty
 from torch.nn import functional as F
 
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import METRICS, RowCall, Rows
-from fusedkd.sparse import SparseRows
 from fusedkd.spec import LossSpec, Transform
 
 __all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "unavailable"]

@@ -41,19 +41,51 @@ class Summary:
     packing: str
     max_length: int
 
+    @property
+    def streamed(self) -> bool:
+        """Whether only the first rows were looked at."""
+        return self.packed is None
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, those that carry a label."""
+        return self.labels / max(self.tokens, 1)
+
     def __str__(self) -> str:
         tokens = f"{self.rows:,} rows, {self.tokens:,} tokens"
-        if self.packed is None:
+        if self.streamed:
             tokens = f"a stream, whose first {tokens}"
-        parts = [tokens, f"{self.labels / max(self.tokens, 1):.0%} of the tokens carry a label"]
+        parts = [tokens, f"{self.share:.0%} of the tokens carry a label"]
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated to {self.max_length:,} tokens")
         if self.left_out:
             parts.append(f"{self.left_out:,} left out, without a label")
-        if self.packing != "none" and self.packed is not None:
-            unit = "blocks" if self.packing == "blocks" else "rows"
-            parts.append(f"packed into {self.packed:,} {unit}")
+        if self.packing != "none" and not self.streamed:
+            parts.append(f"packed into {self.packed:,} {self._unit}")
         return "; ".join(parts)
+
+    @property
+    def _unit(self) -> str:
+        return "blocks" if self.packing == "blocks" else "rows"
+
+    def table(self) -> dict[str, str]:
+        """The same, as names and values."""
+        found = {
+            "rows": f"{self.rows:,}{' (the first ones of a stream)' if self.streamed else ''}",
+            "tokens": f"{self.tokens:,}",
+            "with a label": f"{self.labels:,} ({self.share:.1%})",
+            "tokens of the longest row": f"{self.longest:,}",
+            "packing": self.packing,
+        }
+        if self.packing != "blocks":
+            found[f"truncated to {self.max_length:,} tokens"] = f"{self.truncated:,}"
+        if self.packing != "blocks" and not self.streamed:
+            found["left out, without a label"] = f"{self.left_out:,}"
+        if self.packing != "none" and not self.streamed:
+            found["packing"] += (
+                f", {self.packed:,} {self._unit} of up to {self.max_length:,} tokens"
+            )
+        return found
 
 
 class Prepared(NamedTuple):
@@ -119,7 +151,21 @@ def _documents(flags: DataArguments, names: list[str], weights: list[float] | No
     found = read_parts(names, weights, streaming=flags.data_streaming, revision=flags.data_revision)
     parts = [Part(part.name, columns(part.name, part.rows), part.weight) for part in found]
     columns.check_used()
-    return parts
+    return parts if weights else _merged(parts)
+
+
+def _merged(parts: list[Part]) -> list[Part]:
+    """Parts with the same columns as one, of whose rows a share is put aside."""
+    by_columns: dict[str, list[Part]] = {}
+    for part in parts:
+        key = str(part.rows.features) if isinstance(part.rows, Dataset) else part.name
+        by_columns.setdefault(key, []).append(part)
+    return [
+        same[0]
+        if len(same) == 1
+        else Part(same[0].name, concatenate_datasets([p.rows for p in same]))
+        for same in by_columns.values()
+    ]
 
 
 def _held_out(parts: list[Part], share: float) -> tuple[list[Part], list[Part]]:

@@ -131,7 +131,10 @@ class Encoder:
         encoded = self.tokenizer(
             texts, add_special_tokens=begin, return_attention_mask=False, verbose=False
         )
-        return [_once(ids, self.tokenizer.bos_token_id) for ids in encoded["input_ids"]]
+        if not begin:
+            return list(encoded["input_ids"])
+        bos, end = self.tokenizer.bos_token_id, self._end()
+        return [_once(ids, bos, end) for ids in encoded["input_ids"]]
 
     def _end(self) -> int | None:
         eos = self.tokenizer.eos_token_id
@@ -146,6 +149,8 @@ class Encoder:
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
-def _once(ids: list[int], bos: int | None) -> list[int]:
-    """A text that begins with the beginning of text, as some are saved, gets no second one."""
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+def _once(ids: list[int], bos: int | None, end: int | None) -> list[int]:
+    """Without a second beginning or end: a text may have been saved with the one that the tokenizer
+    adds."""
+    ids = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+    return ids[:-1] if end is not None and ids[-2:] == [end, end] else ids

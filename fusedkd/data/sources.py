@@ -119,18 +119,17 @@ def read_parts(
     streaming: bool = False,
     revision: str | None = None,
 ) -> list[Part]:
-    """The rows of every source, those of one kind of file together unless they have weights.
+    """The rows of every source; of a folder one part for each kind of file.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: nothing readable there, or an unknown kind of file.
     """
-    if weights is None:
-        return list(_read(names, None, streaming, revision))
     parts: list[Part] = []
-    for name, weight in zip(names, weights, strict=True):
-        found = list(_read([name], weight, streaming, revision))
-        if len(found) > 1:
+    shares: Sequence[float | None] = weights or [None] * len(names)
+    for name, weight in zip(names, shares, strict=True):
+        found = [Part(part, rows, weight) for part, rows in _read(name, streaming, revision)]
+        if weight is not None and len(found) > 1:
             raise ValueError(
                 f"{name}={weight:g} holds several kinds of files: expected one kind where there "
                 "are weights."
@@ -139,24 +138,19 @@ def read_parts(
     return parts
 
 
-def _read(
-    names: Sequence[str], weight: float | None, streaming: bool, revision: str | None
-) -> Iterator[Part]:
-    by_reader: dict[str, list[str]] = {}
-    for name in names:
-        path = Path(name).expanduser()
-        if name == STDLIB and not path.exists():
-            rows = Dataset.from_dict({"text": stdlib_texts()})
-            yield Part(name, rows.to_iterable_dataset() if streaming else rows, weight)
-        elif (saved := _saved(name)) is not None:
-            yield Part(name, saved.to_iterable_dataset() if streaming else saved, weight)
-        elif not path.exists() and _is_hub_name(name):
-            yield Part(name, _from_hub(name, streaming, revision), weight)
-        else:
-            for file in _files(path):
-                by_reader.setdefault(str(_reader(file)), []).append(str(file))
-    for reader, files in by_reader.items():
-        yield Part(files[0], load_files(reader, files, streaming), weight)
+def _read(name: str, streaming: bool, revision: str | None) -> Iterator[tuple[str, Any]]:
+    path = Path(name).expanduser()
+    whole = Dataset.from_dict({"text": stdlib_texts()}) if name == STDLIB else _saved(name)
+    if whole is not None:
+        yield name, whole.to_iterable_dataset() if streaming else whole
+    elif not path.exists() and _is_hub_name(name):
+        yield name, _from_hub(name, streaming, revision)
+    else:
+        by_reader: dict[str, list[str]] = {}
+        for file in _files(path):
+            by_reader.setdefault(str(_reader(file)), []).append(str(file))
+        for reader, files in by_reader.items():
+            yield files[0], load_files(reader, files, streaming)
 
 
 def _reader(path: Path) -> str | None:

@@ -22,8 +22,8 @@ class OnPolicy:
     A sequence's prompt is what comes before its last answer, which is its last run of labels; all
     of it, where there is no label; or, where every token has one, as in plain text, its first
     ``prompt`` tokens (at most half of it). Sequences that were packed into one row
-    (``position_ids``) are written one by one. Labels are the tokens that were written, up to and
-    with the end of text: the loss is a mean over these.
+    (``position_ids``) are written one by one; their prompts have two tokens or more. Labels are the
+    tokens that were written, up to and with the end of text: the loss is a mean over these.
 
     Args:
         share: GKD's lambda, 0 to 1.

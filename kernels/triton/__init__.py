@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, empty
 
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
-from fusedkd.sparse import SparseRows
 
 __all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "unavailable"]
 

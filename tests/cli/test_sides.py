@@ -159,3 +159,75 @@ def test_a_classifier_that_lost_its_head(disk: Path, capsys: pytest.CaptureFixtu
     assert "no weights for classifier.bias" in capsys.readouterr().err
     saved(disk / "student", bert())
     assert run(disk) == 0
+
+
+# ---- what examples become ----------------------------------------------------------------------
+
+CLASSES = {0: "O", 1: "PER", 2: "LOC"}
+
+
+def t5() -> Any:
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = tf.T5Config(vocab_size=SIZES["vocab_size"], **small, decoder_start_token_id=0)
+    return tf.T5ForConditionalGeneration(config)
+
+
+def of(kind: str, **more: Any) -> Callable[[], Any]:
+    return lambda: getattr(tf, f"BertFor{kind}")(tf.BertConfig(**SIZES, **more))
+
+
+EXAMPLES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "words": (of("TokenClassification", id2label=CLASSES),
+              {"tokens": ["w1", "w2", "w3"], "ner_tags": ["O", "PER", 2]}, "kd"),
+    "pairs": (t5, {"source": "w1 w2 w3", "target": "w4 w5"}, "perplexity"),
+    "text and label": (t5, {"text": "w1 w2 w3", "label": "w4 w5"}, "perplexity"),
+    "several classes": (of("SequenceClassification", id2label=CLASSES),
+                        {"text": "w1 w2", "label": ["PER", "LOC"]}, "student_accuracy"),
+    "numbers": (of("SequenceClassification", num_labels=1, problem_type="regression"),
+                {"text": "w1 w2", "text_pair": "w3", "label": 2.5}, "mse"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_examples_of_every_kind(kind: str, disk: Path) -> None:
+    make, row, metric = EXAMPLES[kind]
+    (disk / "text.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    for seed, role in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        saved(disk / role, make())
+    assert run(disk, "--eval_share", 0.5, "--ce_weight", 0.5) == 0
+    metrics = json.loads((disk / "out" / "distillation.json").read_text())
+    assert f"eval_{metric}" in metrics
+    assert ("eval_perplexity" in metrics) == (metric == "perplexity")
+    config = tf.AutoConfig.from_pretrained(disk / "out")
+    assert config.architectures == [type(make()).__name__]
+    assert kind != "several classes" or config.problem_type == "multi_label_classification"
+
+
+def test_a_word_s_first_token_carries_its_label() -> None:
+    from fusedkd.data.labelled import _of_tokens
+
+    found = _of_tokens([None, 0, 0, 1, None], ["ab", "c"], ["PER", 2], {"O": 0, "PER": 1, "L": 2})
+    assert found == [-100, 1, -100, 2, -100]
+    with pytest.raises(ValueError, match="2 tokens and 1 labels"):
+        _of_tokens([None, 0, 1], ["a", "b"], ["PER"], {"PER": 1})
+
+
+ROWS = [
+    ("words", {"tokens": ["w1"], "labels": ["X"]}, "'X'"),
+    ("words", {"text": "w1"}, "expected tokens and labels, for token classification"),
+    ("pairs", {"text": "w1"}, "expected source and target, for an encoder-decoder"),
+    ("numbers", {"text": "w1", "label": "x"}, "expected a number"),
+    ("several classes", {"text": "w1", "label": ["X"]}, "'X'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "message"), ROWS)
+def test_rows_that_do_not_fit(
+    kind: str, row: Any, message: str, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (disk / "text.jsonl").write_text(json.dumps(row) + "\n")
+    for role in ("teacher", "student"):
+        saved(disk / role, EXAMPLES[kind][0]())
+    assert run(disk) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

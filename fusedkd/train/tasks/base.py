@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import transformers
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -16,10 +17,7 @@ from fusedkd.models.columns import own_columns
 from fusedkd.models.kinds import own_positions
 from fusedkd.train.compare import Compare, distributions
 
-if TYPE_CHECKING:  # data are read by those who read them: `distill --help` does not
-    from datasets import Dataset
-
-__all__ = ["Task", "TaskData", "config_of", "same_classes"]
+__all__ = ["Task", "TaskData", "check_pads", "config_of", "same_classes"]
 
 
 class TaskData(NamedTuple):
@@ -135,6 +133,12 @@ class Task:
 def config_of(model: Any) -> Any:
     """A model's config; None where it has none, as an ensemble of one's own may."""
     return getattr(model, "config", None)
+
+
+def check_pads(tokenizer: Any) -> None:
+    """Raises UserError unless batches of sequences can be padded."""
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token, which batches of sequences need.")
 
 
 def same_classes(student: Any, teacher: Any) -> None:

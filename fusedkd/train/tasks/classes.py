@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from fusedkd.data.arguments import DataArguments
-from fusedkd.errors import UserError, as_user_error
+from fusedkd.data.labelled import load_examples, load_words
 from fusedkd.train.compare import Compare, bernoulli, distributions, squared_error
-from fusedkd.train.tasks.base import Task, TaskData, config_of, same_classes
+from fusedkd.train.tasks.base import Task, TaskData, check_pads, config_of, same_classes
 
 __all__ = [
     "ImageClassification",
@@ -77,18 +77,23 @@ class SequenceClassification(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Rows of text and label."""
-        from fusedkd.data.labelled import load_examples
-
-        if tokenizer.pad_token_id is None:
-            raise UserError("the tokenizer has no padding token, which batches of sequences need.")
-        label2id = {label: number for number, label in teacher.id2label.items()}
-        with as_user_error("--data"):
-            train, test = load_examples(
-                *(flags.data, flags.eval_data, flags.eval_share or 0.0),
-                *(tokenizer, flags.block_size, label2id),
-            )
-        student = {"id2label": teacher.id2label, "label2id": label2id}
+        check_pads(tokenizer)
+        problem = teacher.problem_type
+        train, test = load_examples(flags, tokenizer, _ids(teacher), problem == "regression")
+        if problem is None and isinstance(train[0]["labels"], list):
+            problem = "multi_label_classification"
+        student = _same(teacher) | ({} if problem is None else {"problem_type": problem})
         return TaskData(train, test, DataCollatorWithPadding(tokenizer), student)
+
+
+def _ids(config: Any) -> dict[str, int]:
+    """Of the classes of a config, which may have only their names."""
+    return {label: number for number, label in config.id2label.items()}
+
+
+def _same(teacher: Any) -> dict[str, Any]:
+    """What the config of a student of the same classes has."""
+    return {"id2label": teacher.id2label, "label2id": _ids(teacher)}
 
 
 def _problem(model: Any) -> str | None:
@@ -121,6 +126,12 @@ class TokenClassification(Task):
     def check(self, student: Any, teacher: Any) -> None:
         """The same classes."""
         same_classes(student, teacher)
+
+    def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
+        """Rows of words and their labels."""
+        check_pads(tokenizer)
+        train, test = load_words(flags, tokenizer, _ids(teacher))
+        return TaskData(train, test, DataCollatorForTokenClassification(tokenizer), _same(teacher))
 
 
 class MultipleChoice(Task):

@@ -7,12 +7,16 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DataCollatorForSeq2Seq
 
 from fusedkd.data.arguments import DataArguments
+from fusedkd.data.labelled import load_pairs
+from fusedkd.data.loading import load_rows, say
+from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.columns import own_columns
 from fusedkd.models.heads import next_labels
-from fusedkd.train.tasks.base import Task, TaskData
+from fusedkd.train.tasks.base import Task, TaskData, check_pads
 
 __all__ = ["Causal", "Masked", "Seq2Seq"]
 
@@ -53,8 +57,6 @@ class Causal(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Text, conversations, prompts and answers."""
-        from fusedkd.data.loading import load_rows, say
-
         rows = load_rows(flags, tokenizer)
         say(rows.summary)
         return TaskData(rows.train, rows.test, rows.collator, {})
@@ -83,9 +85,6 @@ class Masked(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Blocks of text, masked anew whenever a batch is made."""
-        from fusedkd.data.loading import load_rows, say
-        from fusedkd.data.masking import FrequencyMasking, count_tokens
-
         if flags.packing == "flatten" or flags.data_streaming:
             raise UserError(
                 "--packing flatten, --data_streaming: expected neither for a masked model."
@@ -125,6 +124,11 @@ class Seq2Seq(Task):
         if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             found["decoder_input_ids"] = _decoder_inputs(model, labels)
         return found
+
+    def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
+        """Pairs of texts."""
+        check_pads(tokenizer)
+        return TaskData(*load_pairs(flags, tokenizer), DataCollatorForSeq2Seq(tokenizer), {})
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
