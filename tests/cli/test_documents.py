@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import torch
 import transformers as tf
@@ -21,6 +22,7 @@ from fusedkd.benchmarks.cache import measure
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
+ROOTS = ("fusedkd", "kernels", "benchmarks")
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.M | re.S)
 BLOCKS = [
@@ -87,6 +89,13 @@ def taken_for_granted(snippet: str) -> dict[str, Any]:
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command, comments=True)
+    environment = dict(word.split("=") for word in words if re.match(r"[A-Z_]+=", word))
+    words = words[len(environment) :]
+    if words[0] == "pytest":
+        children.tests(
+            "--collect-only", f"--rootdir={ROOT}", f"../{words[1]}", *words[2:], **environment
+        )
+        return
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
@@ -117,6 +126,9 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
     elif re.match(r"fusedkd/ ", text):  # where things are
         for name in re.findall(r"([\w/]+\.py)\b", text):
             assert any(ROOT.glob(f"*/**/{name}")), name
+        rooms = {path.parent for top in ROOTS for path in (ROOT / top).glob("*/__init__.py")}
+        named = set(re.findall(r"^ *(\w+/) ", text, re.M))
+        assert {f"{room.name}/" for room in rooms if not room.is_symlink()} <= named
     else:
         for command in text.splitlines():
             run(command, monkeypatch)
