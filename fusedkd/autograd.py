@@ -17,7 +17,6 @@ holds here. What makes a head's call smaller is ``chunk_bytes``.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +26,9 @@ from torch import Tensor
 from torch.autograd.function import _functions
 
 from fusedkd import backends
+from fusedkd.call import Call
 from fusedkd.chunks import in_place
-from fusedkd.inputs import Inputs, Wanted
+from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.modes import in_functorch, stand_in
 from fusedkd.spec import LossSpec
 from fusedkd.strides import as_rows
@@ -37,38 +37,11 @@ from fusedkd.tracing import dispatch
 __all__ = ["fused_loss", "once_differentiable", "roots"]
 
 
-def fused_loss(
-    inputs: tuple[Tensor | None, ...],
-    labels: Tensor | None,
-    weights: Tensor,
-    divisor: Tensor | None,
-    spec: LossSpec,
-    metrics: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The reduced loss, with a graph, and the sums (7,) of the metrics if wanted.
-
-    Args:
-        inputs: student, its head's weight and bias, teacher, its head's weight and bias, the ids
-            that a sparse teacher's log-probabilities belong to.
-        labels: (N,) or None.
-        weights: (N,) in the accumulation type, 0 where the token does not count.
-        divisor: 0-d, what the weighted sum is divided by, or None.
-    """
-    traced = stand_in(*inputs)
-    if spec.inplace and traced:
-        spec = dataclasses.replace(spec, inplace=False)
-    grad = torch.is_grad_enabled()
-    hidden, weight, bias = (grad and t is not None and t.requires_grad for t in inputs[:3])
-    wanted = Wanted(hidden, weight, bias, metrics)
-    row_scale = weights
-    if divisor is not None:
-        row_scale = (weights / divisor).masked_fill(weights == 0, 0.0)
-        if spec.num_counted is not None:  # what underflows is no less counted
-            tiny = torch.finfo(weights.dtype).tiny
-            row_scale = row_scale.masked_fill((row_scale == 0) & (weights != 0), tiny)
-    function = _FusedLoss if traced else _EagerLoss
-    loss, *rest = function.apply(*inputs, labels, row_scale, spec, wanted)
-    return loss, rest[0] if metrics else None
+def fused_loss(call: Call) -> tuple[Tensor, Tensor | None]:
+    """The reduced loss, with a graph, and the sums (7,) of the metrics if wanted."""
+    function = _FusedLoss if call.traced else _EagerLoss
+    loss, *rest = function.apply(*call.inputs, call.spec, call.plan)
+    return loss, rest[0] if call.plan.wanted.metrics else None
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,8 +80,8 @@ SECOND = (
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Inputs: the fields of Inputs, row_scale, spec, wanted. Outputs: the loss, the metrics if
-    wanted, then what the backward needs of the gradients, which the caller drops."""
+    """Inputs: the fields of Inputs, spec, plan. Outputs: the loss, the metrics if wanted, then what
+    the backward needs of the gradients, which the caller drops."""
 
     @staticmethod
     def forward(  # dynamo binds the arguments one by one
@@ -122,7 +95,7 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor | None,
         row_scale: Tensor,
         spec: LossSpec,
-        wanted: Wanted,
+        plan: Plan,
     ) -> tuple[Tensor, ...]:
         inputs = Inputs(
             student,
@@ -133,15 +106,17 @@ class _FusedLoss(torch.autograd.Function):
             teacher_bias,
             teacher_indices,
             labels,
+            row_scale,
         )
-        if _deferred(spec, wanted):
-            wanted = Wanted(False, False, False, wanted.metrics)
-        return tuple(dispatch(inputs, row_scale, spec, wanted))
+        if _deferred(spec, plan.wanted):
+            plan = plan._replace(wanted=Wanted(False, False, False, plan.wanted.metrics))
+        return tuple(dispatch(inputs, spec, plan))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, row_scale, spec, wanted = inputs
-        ctx.spec, ctx.wanted = spec, wanted
+        *tensors, spec, plan = inputs
+        wanted = plan.wanted
+        ctx.spec, ctx.plan = spec, plan
         ctx.dtypes = [None if x is None else x.dtype for x in tensors[:3]]
         nested = in_functorch()
         ctx.mark_non_differentiable(*output[1 : 1 + wanted.metrics if nested else None])
@@ -151,12 +126,12 @@ class _FusedLoss(torch.autograd.Function):
             return
         ctx.roots = roots(*tensors[:3])
         if ctx.deferred:
-            ctx.save_for_backward(*tensors, row_scale)
+            ctx.save_for_backward(*tensors)
             return
         made = output[1 + wanted.metrics :]
         if spec.reduction == "none":
-            made = (*made, row_scale)
-        if in_place(Inputs(*tensors), spec, wanted):
+            made = (*made, tensors[-1])
+        if in_place(Inputs(*tensors), plan):
             made = (tensors[0], *made)  # holds its gradient by now
         ctx.save_for_backward(*made)
 
@@ -168,14 +143,15 @@ class _FusedLoss(torch.autograd.Function):
         arguments = len(ctx.needs_input_grad)
         if upstream is None:
             return (None,) * arguments
-        kept = [x for x, want in zip(ctx.dtypes, ctx.wanted[:3], strict=True) if want]
+        wanted = ctx.plan.wanted
+        kept = [x for x, want in zip(ctx.dtypes, wanted[:3], strict=True) if want]
         if ctx.deferred:
             *tensors, row_scale = ctx.saved_tensors
             scale = (row_scale * upstream.to(row_scale.dtype)).masked_fill(row_scale == 0, 0.0)
-            wanted = ctx.wanted._replace(metrics=False)
             again = _Again.apply if in_functorch() else _Again.forward
-            spec = dataclasses.replace(ctx.spec, num_counted=None)  # an upstream 0 counts no more
-            grads = again(*tensors, scale, spec, wanted)
+            # an upstream 0 counts no more
+            plan = ctx.plan._replace(wanted=wanted._replace(metrics=False), num_counted=None)
+            grads = again(*tensors, scale, ctx.spec, plan)
             results = [x.to(dtype) for x, dtype in zip(grads, kept, strict=True)]
         else:
             grads = list(ctx.saved_tensors)
@@ -184,10 +160,11 @@ class _FusedLoss(torch.autograd.Function):
             if len(grads) > len(kept):  # the powers of dense fp16 rows
                 upstream = upstream / grads.pop().view(upstream.shape if upstream.dim() else (-1,))
             results = [
-                _scaled(x, upstream, dtype, ctx.spec) for x, dtype in zip(grads, kept, strict=True)
+                _scaled(x, upstream, dtype, ctx.plan.backend)
+                for x, dtype in zip(grads, kept, strict=True)
             ]
         made = iter(results)
-        grads_of = [next(made) if want else None for want in ctx.wanted[:3]]
+        grads_of = [next(made) if want else None for want in wanted[:3]]
         return *grads_of, *(None,) * (arguments - len(grads_of))
 
 
@@ -209,8 +186,8 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, scale, spec, wanted = arguments
-        return tuple(dispatch(Inputs(*tensors), scale, spec, wanted)[1:])
+        *tensors, spec, plan = arguments
+        return tuple(dispatch(Inputs(*tensors), spec, plan)[1:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,7 +203,7 @@ def _deferred(spec: LossSpec, wanted: Wanted) -> bool:
     return spec.reduction == "none" and (wanted.weight or wanted.bias)
 
 
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, spec: LossSpec) -> Tensor:
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:
     """grad * factor in ``dtype``: in grad's own memory where that is right and this is the graph's
     last backward."""
     if stand_in(grad, factor):  # which may be later than the forward
@@ -234,12 +211,12 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, spec: LossSpec) ->
         return (grad * rowwise).to(dtype)
     # Kept graphs may run backward again, and the caller may still hold what we return.
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    backend = backends.resolve(spec.backend, grad.device)
+    kernels = backends.resolve(backend, grad.device)
     out = None
     if kept or dtype != grad.dtype:
-        out = backend.empty(grad.shape, dtype=dtype, device=grad.device)
+        out = kernels.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
         # The upstream gradient of a sum is one number, expanded to every token.
         factor = factor.reshape(-1).contiguous() if factor.dim() else factor
-        backend.scale_(as_rows(grad), factor, None if out is None else as_rows(out))
+        kernels.scale_(as_rows(grad), factor, None if out is None else as_rows(out))
     return grad if out is None else out

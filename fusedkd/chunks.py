@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fusedkd import backends, fp16
 from fusedkd.counted import chosen, counted, sides_of
+from fusedkd.distributions.sparse import SparseRows, canonical
 from fusedkd.gradients import Gradients
-from fusedkd.inputs import Chunk, Inputs, Side, Wanted
+from fusedkd.inputs import Chunk, Inputs, Plan, Side
 from fusedkd.kernels import RowCall
-from fusedkd.sparse import SparseRows, canonical
 from fusedkd.spec import LossSpec
 from fusedkd.strides import check_in_place, row_shapes
 
@@ -34,29 +34,30 @@ def chunk_budget(chunk_bytes: int | None, device_type: str) -> int:
     return chunk_bytes or CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
 
 
-def run(inputs: Inputs, row_scale: Tensor, spec: LossSpec, wanted: Wanted) -> list[Tensor]:
+def run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     """The loss, of each token (N,) for reduction "none" and else their sum; then the sums of the
     metrics (7,) and the gradients of student (unless in place), its weight and its bias: those that
     are wanted.
 
     Rows that do not count are never multiplied where there is a head.
     """
-    backend = backends.resolve(spec.backend, row_scale.device)
-    inplace = in_place(inputs, spec, wanted)
+    row_scale, wanted = inputs.row_scale, plan.wanted
+    backend = backends.resolve(plan.backend, row_scale.device)
+    inplace = in_place(inputs, plan)
     if inplace:
-        others = zip(Inputs._fields[1:], inputs[1:], strict=True)
+        others = zip(Inputs._fields[1:-1], inputs[1:-1], strict=True)
         named = {name.replace("_", "'s ", 1): x for name, x in others}
         check_in_place(inputs.student, {**named, "token_weights": row_scale})
     if not spec.kd_scale and not wanted.metrics:  # all that a teacher would have a say in
         inputs = inputs._replace(teacher=None, teacher_weight=None, teacher_indices=None)
-    index = counted(inputs, row_scale, spec)
-    student, teacher = _sides(inputs, spec, inplace, index)
-    scale, labels, entries = _per_token(inputs, row_scale, spec, index)
+    index = counted(inputs, plan)
+    student, teacher = _sides(inputs, plan.autocast, inplace, index)
+    scale, labels, entries = _per_token(inputs, spec, plan.tail, index)
     some = scale.numel() < row_scale.numel()
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    for part in _chunks(student, teacher, grads, backend, spec, index):
+    for part in _chunks(student, teacher, grads, backend, plan, index):
         own = student.states(part)
         if masked:  # 0 times what a row that does not count may hold would be NaN
             own = own.masked_fill((part.of_flat(scale) == 0).view(1, -1, 1), 0.0)
@@ -99,22 +100,23 @@ def _teacher_rows(
 
 
 def _per_token(
-    inputs: Inputs, row_scale: Tensor, spec: LossSpec, index: Tensor | None
+    inputs: Inputs, spec: LossSpec, tail: str | None, index: Tensor | None
 ) -> tuple[Tensor, Tensor | None, SparseRows | None]:
     """Of the tokens that are computed: scale, labels, a sparse teacher's entries."""
+    row_scale = inputs.row_scale
     scale = row_scale if index is None else row_scale[index]
     labels = inputs.labels
     if labels is not None:
         labels = labels.contiguous() if index is None else labels[index]
         _check_labels(labels, scale, spec)
-    if inputs.teacher_indices is None or inputs.teacher is None:
+    if tail is None or inputs.teacher_indices is None or inputs.teacher is None:
         return scale, labels, None
     ids, log_probs = (
         x.reshape(row_scale.numel(), x.shape[-1]) for x in (inputs.teacher_indices, inputs.teacher)
     )
     if index is not None:
         ids, log_probs = ids[index], log_probs[index]
-    return scale, labels, canonical(ids, log_probs, scale, spec)
+    return scale, labels, canonical(ids, log_probs, scale, spec, tail)
 
 
 def _check_labels(labels: Tensor, row_scale: Tensor, spec: LossSpec) -> None:
@@ -128,13 +130,13 @@ def _check_labels(labels: Tensor, row_scale: Tensor, spec: LossSpec) -> None:
         )
 
 
-def in_place(inputs: Inputs, spec: LossSpec, wanted: Wanted) -> bool:
-    dense = inputs.student_weight is None
-    return spec.inplace and dense and wanted.hidden
+def in_place(inputs: Inputs, plan: Plan) -> bool:
+    """Whether the gradient is written over the student's logits."""
+    return plan.inplace and inputs.student_weight is None and plan.wanted.hidden
 
 
 def _sides(
-    inputs: Inputs, spec: LossSpec, inplace: bool, index: Tensor | None
+    inputs: Inputs, autocast: torch.dtype | None, inplace: bool, index: Tensor | None
 ) -> tuple[Side, Side | None]:
     """Both sides with their rows as (B, T, columns), one B and T where chunks have no index; they
     are copied only where no view has that form (a transposed vocabulary, leading dimensions that
@@ -142,10 +144,10 @@ def _sides(
     shape = None if index is not None else _common_rows(inputs)
     if inplace:
         shape = shape or row_shapes(inputs.student)[0]
-    student = _side(inputs.student, *inputs[1:3], shape, spec.autocast)
+    student = _side(inputs.student, *inputs[1:3], shape, autocast)
     if inputs.teacher is None or inputs.teacher_indices is not None:
         return student, None
-    return student, _side(inputs.teacher, *inputs[4:6], shape, spec.autocast)
+    return student, _side(inputs.teacher, *inputs[4:6], shape, autocast)
 
 
 def _common_rows(inputs: Inputs) -> tuple[int, int]:
@@ -184,7 +186,7 @@ def _chunks(
     teacher: Side | None,
     grads: Gradients,
     backend: ModuleType,
-    spec: LossSpec,
+    plan: Plan,
     index: Tensor | None,
 ) -> Iterator[Chunk]:
     """All tokens that are computed, in chunks of which none holds more than its budget."""
@@ -196,9 +198,9 @@ def _chunks(
     budget = fp16.SCRATCH_BYTES.get(device, fp16.SCRATCH_BYTES["cpu"])
     if any(side.weight is not None for side in sides):
         held += sum(side.bytes_per_entry(backend) for side in sides)
-        budget = chunk_budget(spec.chunk_bytes, device)
+        budget = chunk_budget(plan.chunk_bytes, device)
     if held:
-        columns = spec.chunk_columns or student.columns
+        columns = plan.chunk_columns or student.columns
         step = _even(step, max(1, budget // (held * columns)))
     for b in range(batch):
         for start in range(0, max(length, 1), step):  # no tokens: one empty chunk

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedkd.inputs import Inputs
-from fusedkd.spec import LossSpec
+from fusedkd.inputs import Inputs, Plan
 from fusedkd.strides import row_shapes
 
 __all__ = ["chosen", "counted", "sides_of"]
@@ -20,17 +19,18 @@ def sides_of(inputs: Inputs) -> list[tuple[Tensor, Tensor | None]]:
     return sides
 
 
-def counted(inputs: Inputs, row_scale: Tensor, spec: LossSpec) -> Tensor | None:
+def counted(inputs: Inputs, plan: Plan) -> Tensor | None:
     """(n,) which of the N tokens are computed, ascending; None: all of them, as they lie.
 
     Dense logits need no choice: their kernels read no row that does not count. A GPU is asked how
-    many there are, once, unless ``spec.num_counted`` says so; not while a graph is captured, which
+    many there are, once, unless ``plan.num_counted`` says so; not while a graph is captured, which
     is for any number of them.
     """
     heads = [x for x, weight in sides_of(inputs) if weight is not None]
     if not heads:
         return None
-    total, number = row_scale.numel(), spec.num_counted
+    row_scale, number = inputs.row_scale, plan.num_counted
+    total = row_scale.numel()
     index = None
     if chosen(row_scale):
         if number is None:

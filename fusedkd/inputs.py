@@ -1,14 +1,16 @@
-"""What a call works on: its tensors, what is wanted of them, and one piece of both."""
+"""What a call works on: its tensors, what is wanted of them and how, and one piece of them."""
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Chunk", "Inputs", "Side", "Wanted"]
+from fusedkd.checks import check_whole
+
+__all__ = ["Chunk", "Inputs", "Plan", "Side", "Wanted"]
 
 
 class Wanted(NamedTuple):
@@ -24,9 +26,39 @@ class Wanted(NamedTuple):
         return self.hidden or self.weight or self.bias
 
 
+class Plan(NamedTuple):
+    """How a call is computed: what a kernel does not read."""
+
+    wanted: Wanted
+    backend: Any = None  # as fusedkd.backends.resolve takes it
+    tail: str | None = None  # what a SparseTeacher's remaining mass becomes; None: another teacher
+    inplace: bool = False
+    chunk_bytes: int | None = None
+    chunk_columns: int | None = None  # that a chunk's bytes are counted with; None: what is here
+    num_counted: int | None = None  # tokens that count, where the caller knows
+    autocast: torch.dtype | None = None  # heads: the dtype to multiply in, where autocast is on
+
+    def checked(self) -> Plan:
+        """Itself.
+
+        Raises:
+            ValueError, TypeError: one of the caller's numbers is none, naming it.
+        """
+        if not isinstance(self.inplace, bool):
+            raise TypeError(f"inplace={self.inplace!r}: expected True or False.")
+        for name, value, least in (
+            ("chunk_bytes", self.chunk_bytes, 1),
+            ("num_counted", self.num_counted, 0),
+        ):
+            if value is not None:
+                check_whole(name, value, least, "or None")
+        return self
+
+
 class Inputs(NamedTuple):
     """The tensors of one call: (..., V) logits where the weight is None, else (..., H) hidden. A
     teacher with indices is (..., K) log-probabilities; no teacher: only the cross-entropy counts.
+    This is the one list of them, from the checks through autograd and the custom op to the chunks.
     """
 
     student: Tensor
@@ -36,7 +68,8 @@ class Inputs(NamedTuple):
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
     teacher_indices: Tensor | None
-    labels: Tensor | None
+    labels: Tensor | None  # (N,) int64
+    row_scale: Tensor  # (N,) weight over normaliser, 0 where the token does not count
 
 
 class Chunk(NamedTuple):

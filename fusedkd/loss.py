@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, flatten them, weigh the rows. No mathematics here."""
+"""The public functions: arguments in, a loss and its metrics out. No mathematics here."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd import autograd, backends, parallel
-from fusedkd import divergences as _divergences
-from fusedkd.checks import check_normalizer, check_whole
+from fusedkd.call import Arguments, Call
+from fusedkd.checks import check_whole
+from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.divergences import Divergence
-from fusedkd.logits import LMHead, SparseTeacher
-from fusedkd.sides import (
-    Side,
-    autocast_dtype,
-    check_pair,
-    check_rows,
-    check_temperature,
-    side_of,
-    teacher_of,
-    true_vocabulary,
-)
-from fusedkd.spec import IDENTITY, METRIC_COLUMNS, OF_TEACHER, LossSpec, Transform
+from fusedkd.spec import METRIC_COLUMNS, OF_TEACHER
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -134,7 +124,31 @@ def kd_loss(
             a GPU a label out of range is a device-side assertion, as in torch: no synchronisation.
         RuntimeError: the backend cannot run here.
     """
-    return _compute(False, **locals())[0]
+    return _compute(
+        Arguments(
+            student=student,
+            teacher=teacher,
+            labels=labels,
+            divergence=divergence,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            scale_by_t2=scale_by_t2,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            token_weights=token_weights,
+            reduction=reduction,
+            normalizer=normalizer,
+            num_counted=num_counted,
+            vocab_size=vocab_size,
+            inplace=inplace,
+            chunk_bytes=chunk_bytes,
+            group=group,
+            backend=backend,
+        ),
+        metrics=False,
+    )[0]
 
 
 DEFAULTS: dict[str, Any] = dict(kd_loss.__kwdefaults__ or {})  # one signature, stated once
@@ -151,13 +165,8 @@ def kd_loss_and_metrics(
     Returns:
         ``(loss, metrics)``; only the loss has a graph.
     """
-    loss, metrics = _compute(
-        True,
-        student=student,
-        teacher=teacher,
-        labels=labels,
-        **_with_defaults("kd_loss_and_metrics", kwargs),
-    )
+    keywords = _with_defaults("kd_loss_and_metrics", kwargs)
+    loss, metrics = _compute(Arguments(student, teacher, labels, **keywords), metrics=True)
     assert metrics is not None
     return loss, metrics
 
@@ -181,9 +190,7 @@ class KDLoss(nn.Module):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         keywords = _with_defaults("KDLoss", kwargs)
-        backends.check_name(keywords["backend"])
-        vocab_size = keywords.pop("vocab_size")
-        _spec(1 if vocab_size is None else vocab_size, IDENTITY, IDENTITY, **keywords)
+        Arguments(torch.empty(0), None, None, **keywords).check()
         self.kwargs = kwargs
 
     def forward(
@@ -203,141 +210,60 @@ class KDLoss(nn.Module):
 # ----------------------------------------------------------------------------------------------
 
 
-def _compute(
-    want_metrics: bool,
-    *,
-    student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher | None,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    normalizer: float | Tensor | None,
-    vocab_size: int | None,
-    group: ProcessGroup | None,
-    shards: parallel.Shards | None = None,
-    **keywords: Any,
-) -> tuple[Tensor, KDMetrics | None]:
-    if shards is None and (group is not None or parallel.is_sharded(student, teacher)):
-        given = {"labels": labels, "token_weights": token_weights, "normalizer": normalizer}
-        sides = (student, teacher, group, vocab_size)
-        return _compute_sharded(want_metrics, sides, **given, **keywords)
-    s, t = side_of("student", student), teacher_of(teacher)
-    check_pair(s, t)
-    size = shards.vocab_size if shards else true_vocabulary(s, t, vocab_size)
-    autocast = autocast_dtype(s, t)
-    if labels is token_weights is keywords["num_counted"] is None:
-        keywords["num_counted"] = s.leading.numel()
-    spec = _spec(
-        *(size, s.transform, t.transform),
-        normalizer=normalizer,
-        autocast=autocast,
-        tail=t.tail,
-        **keywords,
-    )
-    check_rows(s, t, labels, token_weights, spec)
-    wide = torch.float64 in (s.tensor.dtype, t.dtype)
-    accumulate = torch.float64 if wide else torch.float32
-    check_temperature(spec, accumulate)
-    weights = _row_weights(s, labels, token_weights, spec, accumulate)
-    divisor = _divisor(normalizer, weights, spec)
-    tensors = (t.tensor, _detached(t.weight), _detached(t.bias), t.indices)
-    loss, sums = autograd.fused_loss(
-        (s.tensor, s.weight, s.bias, *tensors),
-        labels=None if labels is None else labels.reshape(-1),
-        weights=weights,
-        divisor=divisor,
-        spec=spec,
-        metrics=want_metrics,
-    )
-    if spec.reduction == "none":
-        loss = loss.view(s.leading)
-    return loss, None if sums is None else _metrics(sums, weights, t)
+def _compute(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
+    student, teacher = arguments.student, arguments.teacher
+    if arguments.group is not None or parallel.is_sharded(student, teacher):
+        return _compute_sharded(arguments, metrics)
+    return _run(Call.of(arguments, metrics))
 
 
 @torch._disable_dynamo  # collectives whose number depends on the data's sizes
-def _compute_sharded(
-    want_metrics: bool, sides: tuple[Any, Any, Any, Any], **keywords: Any
-) -> tuple[Tensor, KDMetrics | None]:
+def _compute_sharded(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
     """The same for the part of the vocabulary that lies here."""
-    student, teacher, _, vocab_size = sides
-    side_of("student", student, 0), teacher_of(teacher, 0)  # for their errors; a rank may have none
-    for name, value in (("vocab_size", vocab_size), ("chunk_bytes", keywords["chunk_bytes"])):
+    # for their errors; a rank may have no columns
+    student_side(arguments.student, 0), teacher_side(arguments.teacher, 0)
+    vocab_size, chunk_bytes = arguments.vocab_size, arguments.chunk_bytes
+    for name, value in (("vocab_size", vocab_size), ("chunk_bytes", chunk_bytes)):
         if value is not None:
             check_whole(name, value, 1)
-    backends.check_name(keywords["backend"])
-    shards = parallel.shards(*sides, keywords["backend"], keywords["chunk_bytes"])
-    here = {"student": shards.student, "teacher": shards.teacher, "shards": shards}
-    run = {"backend": shards.backend, "chunk_bytes": shards.chunk_bytes}
-    run["chunk_columns"] = shards.chunk_columns
-    return _compute(want_metrics, vocab_size=None, group=None, **{**keywords, **here, **run})
-
-
-def _spec(
-    vocab_size: int,
-    student_transform: Transform,
-    teacher_transform: Transform,
-    *,
-    divergence: str | Divergence,
-    temperature: float,
-    teacher_temperature: float | None,
-    normalizer: float | Tensor | None,
-    token_weights: Tensor | None = None,  # of KDLoss: nothing to check before there are tokens
-    group: ProcessGroup | None = None,
-    **rest: Any,
-) -> LossSpec:
-    if normalizer is not None and str(rest["reduction"]) == "none":
-        raise ValueError(
-            "normalizer was given with reduction='none', which adds nothing up: expected None. "
-            "Divide the result, or use reduction='sum'."
-        )
-    return LossSpec(
-        divergence=_divergences.resolve(divergence),
-        temperature=temperature,
-        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
-        student_transform=student_transform,
-        teacher_transform=teacher_transform,
-        vocab_size=vocab_size,
-        **rest,
+    backends.check_name(arguments.backend)
+    shards = parallel.shards(
+        arguments.student,
+        arguments.teacher,
+        arguments.group,
+        vocab_size,
+        arguments.backend,
+        chunk_bytes,
     )
+    local = arguments._replace(
+        student=shards.student,
+        teacher=shards.teacher,
+        vocab_size=None,
+        group=None,
+        backend=shards.backend,
+        chunk_bytes=shards.chunk_bytes,
+    )
+    return _run(Call.of(local, metrics, shards))
 
 
-def _row_weights(
-    s: Side,
-    labels: Tensor | None,
-    token_weights: Tensor | None,
-    spec: LossSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(N,) weight of each token, exactly 0 where it does not count."""
-    if token_weights is None:
-        if labels is None:
-            return s.tensor.new_ones(s.leading.numel(), dtype=dtype)
-        return (labels.reshape(-1) != spec.ignore_index).to(dtype)
-    weights = token_weights.detach().reshape(-1).to(dtype)
-    if labels is None:
-        return weights
-    return weights.masked_fill(labels.reshape(-1) == spec.ignore_index, 0.0)
+def _run(call: Call) -> tuple[Tensor, KDMetrics | None]:
+    loss, sums = autograd.fused_loss(call)
+    if call.spec.reduction == "none":
+        loss = loss.view(call.leading)
+    if sums is None:
+        return loss, None
+    return loss, _metrics(sums, call.weights, call.inputs.teacher is not None)
 
 
-def _divisor(normalizer: float | Tensor | None, weights: Tensor, spec: LossSpec) -> Tensor | None:
-    if normalizer is None:
-        # in fp64, so that weights of 0 between others change nothing
-        mean = spec.reduction == "mean"
-        return weights.sum(dtype=torch.float64).to(weights.dtype) if mean else None
-    check_normalizer(normalizer)
-    if isinstance(normalizer, Tensor):
-        return normalizer.detach().reshape(()).to(device=weights.device, dtype=weights.dtype)
-    # new_full would have dynamo trace one graph a value
-    return weights.new_ones(()) * float(normalizer)
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _metrics(sums: Tensor, weights: Tensor, teacher: Side) -> KDMetrics:
+def _metrics(sums: Tensor, weights: Tensor, has_teacher: bool) -> KDMetrics:
     count = (weights != 0).sum()
     means = sums / count.clamp(min=1)
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
-    if teacher.tensor is None:
+    # of a side that is NaN there is no favourite token, though the kernels name one
+    student, other = 0.0 * named["student_entropy"], 0.0 * named["teacher_entropy"]
+    named["top1_agreement"] = named["top1_agreement"] + student + other
+    named["student_accuracy"] = named["student_accuracy"] + student
+    named["teacher_accuracy"] = named["teacher_accuracy"] + other
+    if not has_teacher:
         named |= {name: named[name] * math.nan for name in OF_TEACHER}
     return KDMetrics(**named, num_tokens=count)

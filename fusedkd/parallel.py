@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd.chunks import chunk_budget
+from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.kernels import Part
-from fusedkd.logits import LMHead, SparseTeacher
 from fusedkd.parallel_rows import GroupRows
 
 __all__ = ["Shards", "is_sharded", "shards"]

@@ -17,13 +17,14 @@ to its own dtype; 0 in padding columns, in rows that do not count and where the 
 -inf. The edges (-inf, q = 0 < p) are written down in :mod:`fusedkd.divergences`.
 
 **A sparse teacher** has K entries a row, checked, sorted and completed by
-:func:`fusedkd.sparse.canonical`. With the tail "bucket", D compares K + 1 categories: the ids, and
-all else, of which q has the sum over the entries that are no ids (without cancellation, however
-small) and p the last column; that category's d D / d log q goes to the entries outside in
-proportion to their q, and where the student has none above -inf there, a tail with p <=
-``rounding`` counts as 0. With the other tails D compares the whole vocabulary, with p = 0 at
-entries that are no ids; f is finite there. The teacher's entropy is that of its K or K + 1 numbers
-p; its top is the first largest of the K, or none, which agrees with nothing, where all are -inf.
+:func:`~fusedkd.distributions.sparse.canonical`. With the tail "bucket", D compares K + 1
+categories: the ids, and all else, of which q has the sum over the entries that are no ids (without
+cancellation, however small) and p the last column; that category's d D / d log q goes to the
+entries outside in proportion to their q, and where the student has none above -inf there, a tail
+with p <= ``rounding`` counts as 0. With the other tails D compares the whole vocabulary, with p = 0
+at entries that are no ids; f is finite there. The teacher's entropy is that of its K or K + 1
+numbers p; its top is the first largest of the K, or none, which agrees with nothing, where all are
+-inf.
 
 **Arithmetic** is in the type of ``row_scale`` (fp64 if either side's logits are fp64, else fp32) or
 wider; gaps to a sparse teacher are formed in fp64. Bitwise repeatable, no host synchronisation on a
@@ -70,7 +71,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedkd.sparse import SparseRows
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS as METRICS
 from fusedkd.spec import LossSpec
 

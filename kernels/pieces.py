@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
 from fusedkd.kernels import METRICS, Comparison, RowCall, Rows, Statistics
-from fusedkd.sparse import SparseRows
 from fusedkd.spec import Transform
 
 __all__ = ["block_rows", "compare", "finish", "merge", "metric_rows", "observe", "transform"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, empty
 from torch.nn import functional as F
 
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows, pieces
 from fusedkd.kernels.pieces import block_rows, metric_rows, transform
-from fusedkd.sparse import SparseRows
 from fusedkd.spec import LossSpec
 
 __all__ = [

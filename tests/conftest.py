@@ -2,8 +2,8 @@
 
 Tests that take a ``backend`` argument run once per backend that works in this process:
 ``reference`` and ``cpu`` on any machine, ``triton`` on a GPU. Without a GPU, triton needs its
-interpreter, which must be chosen before triton is imported: ``test_kd_loss.py`` then starts one
-child process with ``TRITON_INTERPRET=1`` and ``FUSEDKD_TEST_BACKEND=triton`` for triton's share.
+interpreter, which must be chosen before triton is imported: ``loss/test_interpreter.py`` starts
+child processes with ``TRITON_INTERPRET=1`` and ``FUSEDKD_TEST_BACKEND=triton`` for its share.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from .options import parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 1 where fusedkd's own answer is wrong; 2 for arguments that cannot be."""
+    """Exit code 0; 1 where fusedkd's own answer is wrong; 2 for arguments that cannot be, or a
+    divergence that a backend lacks."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         options = parse(arguments)
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return replot(options) if options.replot else run(options, arguments)
     except SystemExit as done:
         return int(done.code or 0)
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, NotImplementedError) as error:
         print(f"fusedkd bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

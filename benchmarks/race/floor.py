@@ -29,11 +29,11 @@ def _bytes_moved(problem: Problem, case: Case) -> Forward:
             t.amax()
 
         return read
-    out, rest = torch.empty_like(s), torch.empty_like(problem.student[m:])
+    out, uncounted = torch.empty_like(s), torch.empty_like(problem.student[m:])
 
     def move() -> None:
         torch.add(s, t, out=out)
-        rest.zero_()
+        uncounted.zero_()
 
     return move
 

@@ -50,8 +50,8 @@ def _alpha(lp: Tensor, lq: Tensor, a: float) -> Tensor:
 
 
 def _alpha_beta(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
-    own = a / (a + b) * ((a + b) * lp).exp() + b / (a + b) * ((a + b) * lq).exp()
-    return (own - (a * lp + b * lq).exp()) / (a * b)
+    separate = a / (a + b) * ((a + b) * lp).exp() + b / (a + b) * ((a + b) * lq).exp()
+    return (separate - (a * lp + b * lq).exp()) / (a * b)
 
 
 POINTWISE: dict[str, Callable[..., Tensor]] = {

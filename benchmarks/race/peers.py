@@ -31,8 +31,8 @@ def _needs(module: str, *checks: Callable[[Case], str | None]) -> Callable[[Case
     """What the case rules out first, then whether the module is there."""
 
     def reason(case: Case) -> str | None:
-        found = next((r for check in checks if (r := check(case))), None)
-        return found or _import_problem(module)
+        missing = next((r for check in checks if (r := check(case))), None)
+        return missing or _import_problem(module)
 
     return reason
 

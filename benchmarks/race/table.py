@@ -81,8 +81,8 @@ def _range(row: Row) -> str:
 
 
 def _against_ours(row: Row, rows: list[Row]) -> str:
-    ours = next((r.total_ms for r in rows if r.provider == OURS and r.label == row.label), None)
-    return f"{row.total_ms / ours:.2f}x" if row.total_ms and ours else ""
+    time = next((r.total_ms for r in rows if r.provider == OURS and r.label == row.label), None)
+    return f"{row.total_ms / time:.2f}x" if row.total_ms and time else ""
 
 
 def _of_floor(row: Row) -> str:

@@ -17,7 +17,7 @@ from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.summary import summarize
 from fusedkd.cache.writer import SHARD_BYTES, Plan, Writer, only_writer, per_shard
-from fusedkd.logits import LMHead
+from fusedkd.distributions import LMHead
 
 __all__ = ["Job", "build", "plan"]
 

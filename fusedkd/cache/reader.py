@@ -189,8 +189,8 @@ class TeacherCache:
 
 
 SAME_DATA = (
-    "Make the cache from the same --data, --eval_data, --eval_share and --block_size as are "
-    "trained with."
+    "Make the cache with the same flags for the data (--data, --eval_data, --eval_share, "
+    "--max_length, --packing, --train_on, ...) as are trained with."
 )
 
 

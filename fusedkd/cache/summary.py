@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedkd.cache.codes import LARGEST_GAP
 from fusedkd.cache.errors import CacheError
 from fusedkd.cache.layout import Answers, Layout
-from fusedkd.logits import LMHead
+from fusedkd.distributions import LMHead
 
 __all__ = ["summarize"]
 

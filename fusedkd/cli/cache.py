@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusedkd.cli.parser import Parser, number
+from fusedkd.cli.parser import Parser, add_fields, number, of_fields
+from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError, as_user_error
 
 __all__ = ["main"]
@@ -76,13 +77,13 @@ def _build(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("--teacher", help="folder or hub name of the teacher, a decoder")
-    add("--data", nargs="+", default=[], help="as for fusedkd distill")
     add("--output", type=Path, required=True, metavar="DIR", help="where the cache goes")
     add("--top-k", type=int, metavar="K", help="entries per token (default: 64)")
     add("--top-p", type=float, metavar="P", help="no more of them than reach this probability")
     add("--sample", type=int, metavar="N", help="draws per token, instead of the top entries")
     add("--temperatures", type=_numbers, default=(1.0,), metavar="T,...", help="to serve; 1")
-    for name, more in _DATA_FLAGS.items():  # spelt as those of fusedkd distill, or with a dash
+    add_fields(parser, DataArguments, NOT_CACHED)
+    for name, more in _TEACHER_FLAGS.items():  # spelt as those of fusedkd distill, or with a dash
         add(f"--{name}", f"--{name.replace('_', '-')}", **more)
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     add(
@@ -93,18 +94,16 @@ def _build(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
         from fusedkd.cli.make_cache import CacheArguments, make_cache
-    values = {**vars(args), "policy": _policy(args)}
+    data = of_fields(DataArguments, args)
+    values = {**vars(args), "data": data, "policy": _policy(args)}
     for name in ("top_k", "top_p", "sample"):
         del values[name]
     make_cache(CacheArguments(**values))
     return 0
 
 
-_SHARE = number(0, 0.999_999, float)
-_DATA_FLAGS: dict[str, dict[str, Any]] = {
-    "eval_data": {"nargs": "+", "default": [], "help": "also kept, for evaluations"},
-    "eval_share": {"type": _SHARE, "default": 0.02, "help": "as for fusedkd distill; 0.02"},
-    "block_size": {"type": number(2), "default": 512, "help": "tokens per sequence; 512"},
+NOT_CACHED = ("data_streaming", "mlm_probability", "mlm_smoothing")
+_TEACHER_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "folder or hub name (default: the teacher's)"},
     "teacher_dtype": {"default": "auto", "help": "float32, bfloat16, float16 or auto: as saved"},
     "vocab_size": {"type": int, "help": "true vocabulary (default: the tokenizer's)"},

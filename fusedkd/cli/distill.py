@@ -14,20 +14,18 @@ from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.text import check_ids
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
-from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
-    load_model,
     load_tokenizer,
-    read_config,
-    required,
 )
+from fusedkd.models.saved import SavedModel
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
-from fusedkd.train.tasks import Task, TaskData, saved_task, task_named
+from fusedkd.train.fits import check_fits, check_prompts
+from fusedkd.train.students import make_student
+from fusedkd.train.tasks import Task, saved_task, task_named
 from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
 
@@ -58,29 +56,28 @@ def _prepare(
     """Everything that can be wrong, in the order in which it is cheap to find out; and the
     checkpoint to go on from."""
     cached = _cache(models)
-    teacher = None if cached else required("teacher", models.teacher)
-    student = required("student", models.student)
+    teacher = None if cached else models.side("teacher")
+    student = models.side("student")
     if not flags.data:
-        raise UserError("--data is missing: expected files or folders of text.")
+        raise UserError("--data is missing: expected files, folders or names of data sets.")
+    if flags.data_streaming and args.max_steps < 1:
+        raise UserError("--data_streaming: a stream's length is not known: expected --max_steps.")
     check_flags(args)
     check_output(Path(args.output_dir or "."))
     checkpoint = _checkpoint(args)
     task = _task(teacher, student) if args.task is None else task_named(args.task)
-    named = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    tokenizer = load_tokenizer(models.tokenizer, **named)
+    sides = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    tokenizer = load_tokenizer(models.tokenizer, **sides)
     if cached is not None:
         if task.no_cache:
             raise UserError(task.no_cache)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
-    config = None if teacher is None else read_config("teacher", teacher)
-    data = task.data(flags, tokenizer, config)
+    data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
+    check_prompts(data.train, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
-    random = models.student_init == "random"
-    student_model = load_model(
-        "student", student, task.auto, models.student_dtype, random, **data.student
-    )
-    teacher_side = cached or load_model("teacher", str(teacher), task.auto, models.teacher_dtype)
+    student_model = make_student(models, task, args, data.student)
+    teacher_side: Any = cached if teacher is None else teacher.load(task.auto)
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
     with as_user_error():
@@ -93,33 +90,30 @@ def _prepare(
             processing_class=tokenizer,
             data_collator=data.collator,
         )
-    _check_data(data, task, [student_model] + ([] if cached else [teacher_side]))
+    # after the trainer's checks: a vocabulary that does not fit explains ids that do not
+    readers = {"student": student_model} | ({} if cached else {"teacher": teacher_side})
+    for name in ("train_dataset", "eval_dataset"):
+        with as_user_error("--data" if name == "train_dataset" else "--eval_data"):
+            rows = check_fits(getattr(trainer, name), readers, flags, task.over_tokens)
+            setattr(trainer, name, rows)
     return trainer, checkpoint
 
 
-def _check_data(data: TaskData, task: Task, readers: list[Any]) -> None:
-    """After the trainer's checks: a vocabulary that does not fit explains ids that do not."""
-    smallest = min(map(vocabulary_size, readers))
-    for name, rows in (("data", data.train), ("eval_data", data.test)):
-        with as_user_error(f"--{name}"):
-            if rows is not None:
-                check_ids(rows, smallest, labels=task.over_tokens and "labels" in rows.column_names)
-
-
-def _task(teacher: str | None, student: str) -> Task:
+def _task(teacher: SavedModel | None, student: SavedModel) -> Task:
     """What the student learns to do. Any student can become a classifier, whose head is small."""
-    theirs = None if teacher is None else saved_task("teacher", teacher)
+    theirs = None if teacher is None else saved_task(teacher)
     any_head = theirs is not None and not theirs.over_tokens
-    ours = theirs if any_head else saved_task("student", student)
+    ours = theirs if any_head else saved_task(student)
     task = theirs or ours
     if task is None:
+        known = teacher or student
         raise UserError(
-            f"--{'student' if teacher is None else 'teacher'}: its config names no architecture of "
-            "transformers, such as LlamaForCausalLM."
+            f"--{known.role} {known.name}: its config names no architecture of transformers, such "
+            "as LlamaForCausalLM."
         )
     if ours not in (None, task):
         raise UserError(
-            f"--student {student} is a {ours.name} model, --teacher {teacher} a {task.name} one: "
+            f"--student {student.name} is a {ours.name} model, the teacher a {task.name} one: "
             "expected one task."
         )
     return task

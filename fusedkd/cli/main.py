@@ -22,6 +22,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd distill --config recipes/hinton.yaml --teacher DIR --student DIR --data corpus/
   fusedkd student --from DIR --layers 6 --output DIR      a student out of some of its layers
   fusedkd cache --teacher DIR --data corpus/ --output cache/     a teacher that runs only once
+  fusedkd data --tokenizer DIR --data corpus/     what a run would train on, token by token
   fusedkd demo                     a whole distillation on real text, in about six minutes
   fusedkd doctor                   what runs on this machine, and whether it is right
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "distill": _distill,
         "student": _student,
         "cache": _cache,
+        "data": _data,
         "demo": _demo,
         "doctor": _doctor,
         "bench": _bench,
@@ -129,7 +131,6 @@ def _distill(argv: list[str]) -> int:
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
 
-        from fusedkd.cli.distill import distill
         from fusedkd.data.arguments import DataArguments
         from fusedkd.models.arguments import ModelArguments
         from fusedkd.train.arguments import DistillationArguments
@@ -166,6 +167,8 @@ def _distill(argv: list[str]) -> int:
         raise
     if unknown:
         parser.refuse(unknown[0])
+    with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
+        from fusedkd.cli.distill import distill
     return distill(models, data, args)
 
 
@@ -177,6 +180,12 @@ def _student(argv: list[str]) -> int:
 
 def _cache(argv: list[str]) -> int:
     from fusedkd.cli.cache import main
+
+    return main(argv)
+
+
+def _data(argv: list[str]) -> int:
+    from fusedkd.cli.data import main
 
     return main(argv)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
@@ -17,14 +18,15 @@ from fusedkd.cache.build import Job, build
 from fusedkd.cache.keys import tokenizer_hash, weight_hash
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
+from fusedkd.data.arguments import DataArguments
+from fusedkd.data.loading import load_rows, say
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import (
-    load_blocks,
-    load_model,
     load_tokenizer,
     required,
 )
+from fusedkd.models.saved import SavedModel
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.tasks import saved_task
 
@@ -37,10 +39,7 @@ class CacheArguments:
 
     teacher: str | None
     output: Path
-    data: list[str]
-    eval_data: list[str]
-    eval_share: float
-    block_size: int
+    data: DataArguments
     tokenizer: str | None
     teacher_dtype: str
     vocab_size: int | None
@@ -60,17 +59,19 @@ def make_cache(args: CacheArguments) -> None:
     console = Console(markup=False, emoji=False)  # names may have brackets
     name = required("teacher", args.teacher)
     device = _device(args.device)
-    task = saved_task("teacher", name)
+    saved = SavedModel("teacher", name, args.teacher_dtype)
+    task = saved_task(saved)
     if task is None:
         raise UserError(f"--teacher {name}: its config names no architecture of transformers.")
     if task.no_cache:
         raise UserError(task.no_cache)
-    tokenizer = load_tokenizer(args.tokenizer, teacher=name)
-    train, test = load_blocks(
-        args.data, args.eval_data, args.eval_share, tokenizer, args.block_size
-    )
-    model = load_model("teacher", name, task.auto, args.teacher_dtype)
-    job = _job(args, name, model, tokenizer, _Blocks(train, test))
+    tokenizer = load_tokenizer(args.tokenizer, teacher=saved)
+    # a row that is flattened is looked up sequence by sequence
+    packing = "none" if args.data.packing == "flatten" else None
+    rows = load_rows(args.data, tokenizer, packing)
+    say(rows.summary)
+    model = saved.load(task.auto)
+    job = _job(args, name, model, tokenizer, _Sequences(rows.train, rows.test))
     _say(console, job)
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))
     bar = Progress(
@@ -106,7 +107,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Blocks) -> Job:
+def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Sequences) -> Job:
     columns = vocabulary_size(model)
     size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
     if not 2 <= size <= columns:
@@ -134,13 +135,17 @@ def _say(console: Console, job: Job) -> None:
     )
 
 
-class _Blocks(Sequence[np.ndarray]):
-    """The blocks of data sets one after the other, as arrays that are made when they are asked
+class _Sequences(Sequence[np.ndarray]):
+    """The rows of data sets, neighbours of one length, as arrays that are made when they are asked
     for."""
 
     def __init__(self, *parts: Dataset | None) -> None:
         there = [part.select_columns("input_ids") for part in parts if part is not None]
-        self.rows = concatenate_datasets(there).with_format("numpy")
+        rows = concatenate_datasets(there)
+        lengths = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
+        if (lengths[1:] < lengths[:-1]).any():
+            rows = rows.select(np.argsort(lengths, kind="stable"))
+        self.rows = rows.with_format("numpy")
 
     def __len__(self) -> int:
         return len(self.rows)

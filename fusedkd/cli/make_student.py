@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.files import is_vacant, new_folder
 from fusedkd.models.loading import architectures, load_tokenizer, read_config, read_model, required
+from fusedkd.models.saved import SavedModel
 from fusedkd.students.copy import StudentPlan, build_student
 
 __all__ = ["make_student"]
@@ -45,7 +46,7 @@ def make_student(
 def _tokenizer(given: str | None, teacher: str) -> Any:
     """None where the teacher has none and none was asked for."""
     try:
-        return load_tokenizer(given, teacher=teacher)
+        return load_tokenizer(given, teacher=SavedModel("from", teacher))
     except UserError as error:
         if given is not None:
             raise
@@ -65,7 +66,8 @@ def _load(name: str) -> Any:
             f"--from {name}: its config names no architecture of transformers "
             f"({', '.join(names) or 'none'})."
         )
-    return read_model("from", name, kinds[0], dtype="auto")
+    model, _ = read_model("from", name, kinds[0], dtype="auto")
+    return model
 
 
 def _say(teacher: Any, student: Any, plan: StudentPlan, output: Path) -> None:

@@ -6,11 +6,14 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from fusedkd.errors import UserError
+from fusedkd.errors import UserError, as_user_error
 
-__all__ = ["OneSentence", "Parser", "near", "number"]
+__all__ = ["OneSentence", "Parser", "add_fields", "near", "number", "of_fields"]
+
+Kind = TypeVar("Kind")
 
 
 class OneSentence(argparse.ArgumentParser):
@@ -24,7 +27,7 @@ class OneSentence(argparse.ArgumentParser):
         """
         if unknown := re.search(r"unrecognized arguments: (\S+)", message):
             self.refuse(unknown[1])
-        text = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1: ", message)  # a flag by one name
+        text = re.sub(r"^argument (\S+): ", _names, message)
         text = re.sub(r"^(\S+): (?=\S+: expected)", r"\1 ", text)  # --flag value: ...
         text = text if len(text) < 300 else text[:300] + "..."
         raise UserError(f"{text} (see {self.prog} --help)")
@@ -36,6 +39,13 @@ class OneSentence(argparse.ArgumentParser):
         """
         known = [name for name in self._option_string_actions if name.startswith("--")]
         raise UserError(f"{flag[:80]}: not a flag{near(flag, known, self.prog)}")
+
+
+def _names(found: re.Match[str]) -> str:
+    """A flag by one name, and by its older one; not again with dashes for underscores."""
+    spelt = {name.replace("-", "_"): name for name in reversed(found[1].split("/"))}
+    *older, name = spelt.values()
+    return f"{name} ({older[-1]}): " if older else f"{name}: "
 
 
 class Parser(OneSentence):
@@ -63,6 +73,44 @@ def number(least: float, most: float = 2**31 - 1, kind: type = int) -> Any:
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
+
+
+def add_fields(parser: argparse.ArgumentParser, kind: Any, leave_out: Sequence[str] = ()) -> None:
+    """Flags for the fields of a dataclass, spelt as transformers' ``HfArgumentParser`` spells them,
+    which is slow to import."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if field.name in leave_out:
+            continue
+        listed = get_origin(hints[field.name]) is list
+        inner = (*get_args(hints[field.name]), hints[field.name])[0]
+        how: dict[str, Any] = {"type": inner, "nargs": "+" if listed else None}
+        if inner is bool:
+            how = {"type": _truth, "nargs": "?", "const": True}
+        dashed = f"--{field.name.replace('_', '-')}"
+        how["metavar"] = field.name.rpartition("_")[2].upper()
+        names = dict.fromkeys([f"--{field.name}", dashed, *field.metadata.get("aliases", ())])
+        default = field.default if field.default is not MISSING else []
+        parser.add_argument(*names, default=default, help=field.metadata["help"], **how)
+
+
+def of_fields(kind: type[Kind], args: argparse.Namespace, **more: Any) -> Kind:
+    """The dataclass of what was parsed; its fields leave ``args``.
+
+    Raises:
+        UserError: what it checks itself.
+    """
+    known = [field.name for field in fields(kind) if field.name in args]  # type: ignore[arg-type]
+    values = {name: args.__dict__.pop(name) for name in known}
+    with as_user_error():
+        return kind(**values, **more)
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text}: expected true or false")
+    return words[text.lower()]
 
 
 def near(word: str, known: Sequence[str], command: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from fusedkd.models.loading import DTYPES
+from fusedkd.models.loading import DTYPES, required
+from fusedkd.models.saved import SavedModel
 
 __all__ = ["ModelArguments"]
 
@@ -38,9 +40,85 @@ class ModelArguments:
         default="auto", metadata={"help": f"{', '.join(DTYPES)} (auto: as saved)."}
     )
 
+    student_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a student on the hub."}
+    )
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a teacher on the hub."}
+    )
+    student_load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: frozen NF4 weights (bitsandbytes), --use_peft."}
+    )
+    student_load_in_8bit: bool = field(
+        default=False, metadata={"help": "The same in 8 bits (LLM.int8())."}
+    )
+    teacher_load_in_4bit: bool = field(
+        default=False, metadata={"help": "The teacher's weights in NF4 (bitsandbytes)."}
+    )
+    teacher_load_in_8bit: bool = field(
+        default=False, metadata={"help": "The teacher's weights in 8 bits."}
+    )
+    teacher_device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "Spread the teacher over devices, CPU memory and disk: auto, balanced, ..., or "
+            "JSON (transformers' device_map; default: beside the student)."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention of both models: eager, sdpa, flash_attention_2, ..."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python that comes with a model."}
+    )
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train LoRA adapters (peft) and leave the student's weights alone."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "They are scaled by this over the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before an adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={
+            "help": "Layers that get one, such as q_proj v_proj (all-linear: all but heads)."
+        },
+    )
+
+    def side(self, role: str) -> SavedModel:
+        """How the student or the teacher is read.
+
+        Raises:
+            UserError: it was not given, or there is no such folder.
+        """
+        bits = [n for n in (4, 8) if getattr(self, f"{role}_load_in_{n}bit")]
+        return SavedModel(
+            role,
+            required(role, getattr(self, role)),
+            getattr(self, f"{role}_dtype"),
+            getattr(self, f"{role}_revision"),
+            bits[0] if bits else None,
+            self.teacher_device_map if role == "teacher" else None,
+            self.attn_implementation,
+            self.trust_remote_code,
+        )
+
+    def lora(self) -> dict[str, Any]:
+        """What ``peft.LoraConfig`` is told."""
+        return {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+
     def __post_init__(self) -> None:
         choices: dict[str, tuple[str, ...]] = {"student_init": ("weights", "random")}
         choices |= {"student_dtype": DTYPES, "teacher_dtype": DTYPES}
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"--{name} {value}: expected one of {', '.join(known)}.")
+        for role in ("student", "teacher"):
+            if getattr(self, f"{role}_load_in_4bit") and getattr(self, f"{role}_load_in_8bit"):
+                raise ValueError(f"--{role}_load_in_4bit, --{role}_load_in_8bit: expected one.")
+        if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"--lora_r {self.lora_r}, --lora_dropout {self.lora_dropout}: expected a rank "
+                "of at least 1 and a share from 0 to below 1."
+            )

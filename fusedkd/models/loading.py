@@ -1,29 +1,26 @@
-"""Models, tokenizers and text from disk, for every command that needs them."""
+"""Models and tokenizers from disk, for every command that needs them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
-import transformers
-from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
-from fusedkd.data.text import load_documents, pack, split
 from fusedkd.errors import UserError, as_user_error
 
 __all__ = [
     "DTYPES",
     "architectures",
-    "load_blocks",
-    "load_model",
     "load_tokenizer",
     "read_config",
     "read_model",
     "required",
+    "without_pickles",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -46,14 +43,14 @@ def required(name: str, value: str | None) -> str:
     return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
-def read_config(role: str, name: str, **changes: Any) -> Any:
-    """Of a saved model. No program that comes with a model is run.
+def read_config(role: str, name: str, trust_remote_code: bool = False, **changes: Any) -> Any:
+    """Of a saved model. No program that comes with a model is run, unless it is trusted.
 
     Raises:
         UserError: there is none, or none that can be read.
     """
     with as_user_error(f"--{role} {name} has no model that can be loaded", Exception):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, **changes)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **changes)
 
 
 def architectures(config: Any) -> list[str]:
@@ -62,45 +59,51 @@ def architectures(config: Any) -> list[str]:
     return [str(name) for name in found] if isinstance(found, list | tuple) else []
 
 
-def load_model(
-    role: str, name: str, auto: str, dtype: str, random: bool = False, **config: Any
-) -> Any:
-    """A saved model as transformers' ``auto`` class makes it, or one of its config with random
-    weights; ``config`` overrides its own."""
-    if dtype not in DTYPES:
-        raise UserError(f"--{role}_dtype {dtype}: expected one of {', '.join(DTYPES)}.")
-    kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    loader = getattr(transformers, auto)
-    if not random:
-        return read_model(role, name, loader, dtype=kind, **config)
-    changed = read_config(role, name, **config)
-    with as_user_error(f"--{role} {name} cannot be made", Exception):
-        return loader.from_config(changed, dtype=torch.float32 if dtype == "auto" else kind)
-
-
-def read_model(role: str, name: str, kind: Any, **how: Any) -> Any:
-    """A saved model as a ``kind``, from safetensors alone.
+def read_model(
+    role: str, name: str, kind: Any, trust_remote_code: bool = False, **how: Any
+) -> tuple[Any, list[str]]:
+    """A saved model as a ``kind``, from safetensors alone; and the names of those of its weights
+    that were not saved.
 
     Raises:
         UserError: it cannot be loaded; its weights may be damaged, or be pickles.
     """
 
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise UserError(PICKLED.format(kind=kind.__name__, name=name))
-
-    # an index, a config or an adapter may lead to a pickle, too
-    with (
-        as_user_error(f"--{role} {name} cannot be loaded", Exception),
-        mock.patch.object(torch, "load", refuse),
-    ):
+    with without_pickles(role, name, kind.__name__) as refuse:
         if _only_pickles(Path(name)):
             refuse()
         try:
-            return kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **how)
+            model, found = kind.from_pretrained(
+                name,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **how,
+            )
+            return model, sorted(found["missing_keys"])
         except OSError as error:  # on the hub there are only pickles
             if "use_safetensors" in str(error):
                 refuse()
             raise
+
+
+@contextmanager
+def without_pickles(role: str, name: str, kind: str) -> Iterator[Callable[..., NoReturn]]:
+    """While open, nothing is unpickled: an index, a config or an adapter may lead to a pickle, too.
+    Gives what refuses.
+
+    Raises:
+        UserError: there was a pickle, or something else could not be loaded.
+    """
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(PICKLED.format(kind=kind, name=name))
+
+    with (
+        as_user_error(f"--{role} {name} cannot be loaded", Exception),
+        mock.patch.object(torch, "load", refuse),
+    ):
+        yield refuse
 
 
 def _only_pickles(folder: Path) -> bool:
@@ -111,9 +114,9 @@ def _only_pickles(folder: Path) -> bool:
     )
 
 
-def load_tokenizer(given: str | None, **models: str | None) -> Any:
-    """The one asked for, or the first that one of the models (by role) has; all that have one must
-    agree.
+def load_tokenizer(given: str | None, **models: Any) -> Any:
+    """The one asked for, or the first that one of the saved models (by role) has; all that have one
+    must agree.
 
     Raises:
         UserError: it cannot be loaded, there is none, or they differ.
@@ -123,9 +126,9 @@ def load_tokenizer(given: str | None, **models: str | None) -> Any:
         with as_user_error(f"--tokenizer {given} cannot be loaded", Exception):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = {}
-    for role, name in models.items():
+    for role, model in models.items():
         try:
-            found[role] = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            found[role] = model.tokenizer()
         except Exception:  # a model without a tokenizer raises one of many things
             continue
     if not found:
@@ -141,30 +144,3 @@ def load_tokenizer(given: str | None, **models: str | None) -> Any:
                     "vocabulary; if you know better, say which with --tokenizer."
                 )
     return next(iter(found.values()))
-
-
-def load_blocks(
-    data: Sequence[str],
-    eval_data: Sequence[str],
-    eval_share: float,
-    tokenizer: Any,
-    block_size: int,
-) -> tuple[Dataset, Dataset | None]:
-    """Blocks of tokens to train and to evaluate on, the latter from ``eval_data`` or from a share
-    of the documents. The same arguments give the same blocks, which a teacher's cache counts on.
-
-    Raises:
-        UserError: missing, unreadable or empty data.
-    """
-    if not data:
-        raise UserError("--data is missing: expected files or folders of text.")
-    with as_user_error("--data", Exception):
-        documents = load_documents(data)
-    with as_user_error("--eval_data", Exception):
-        held_out = load_documents(eval_data) if eval_data else None
-    if held_out is None:
-        documents, held_out = split(documents, eval_share)
-    with as_user_error("--data", Exception):
-        train = pack(documents, tokenizer, block_size)
-    with as_user_error("--eval_data", Exception):
-        return train, None if held_out is None else pack(held_out, tokenizer, block_size)

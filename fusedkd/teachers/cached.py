@@ -84,15 +84,16 @@ class CachedTeacher:
             self.cache.check_tokenizer(tokenizer_hash(tokenizer))
         for name, data in datasets.items():
             for part in data.values() if isinstance(data, dict) else [data]:
-                if isinstance(part, Dataset) and "position_ids" not in part.column_names:
+                if isinstance(part, Dataset):
                     self.cache.check_rows(name, _sequences(part))
 
 
 def _sequences(data: Dataset) -> Iterator[np.ndarray]:
-    names = [name for name in ("input_ids", "attention_mask") if name in data.column_names]
-    for row in data.select_columns(names).with_format("numpy"):
-        mask = row.get("attention_mask")
-        yield row["input_ids"] if mask is None else row["input_ids"][mask != 0]
+    names = ("input_ids", "attention_mask", "position_ids")
+    rows = data.select_columns([name for name in names if name in data.column_names])
+    for row in rows.with_format("torch"):
+        for span in _spans({name: values[None] for name, values in row.items()}, 0):
+            yield row["input_ids"][span].numpy()
 
 
 class _Collator:

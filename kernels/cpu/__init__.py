@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
-from fusedkd.sparse import SparseRows
 
 from .products import head_dtypes, mm_
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, empty
 
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, observe
-from fusedkd.sparse import SparseRows
 
 __all__ = [
     "block_rows",

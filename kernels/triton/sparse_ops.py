@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
-from fusedkd.sparse import SparseRows
 from fusedkd.spec import IDENTITY
 
 from . import config, device, ops, pointwise, sparse

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 import torch
 
 from fusedkd import divergences
-from fusedkd.benchmarks.race import runner, suites
+from fusedkd.benchmarks.race import formulas, runner, suites
 from fusedkd.benchmarks.race.__main__ import main
 from fusedkd.benchmarks.race.case import Case, Problem, make_problem
 from fusedkd.benchmarks.race.check import Truth
@@ -61,9 +61,9 @@ def test_a_run_writes_table_json_csv_and_plots(tmp_path: Path, capsys: pytest.Ca
     )
     assert report["command"].startswith("fusedkd bench --n 4 8 16")
     rows = report["groups"][0]["rows"]
-    ours = [row for row in rows if row["provider"] == "fusedkd"]
-    assert len(ours) == 3 and all(row["verdict"] == "ok" for row in ours)
-    for row in ours:
+    fused = [row for row in rows if row["provider"] == "fusedkd"]
+    assert len(fused) == 3 and all(row["verdict"] == "ok" for row in fused)
+    for row in fused:
         assert 0 < row["p10_ms"] <= row["total_ms"] <= row["p90_ms"]
         assert row["floor_ms"] > 0 and row["samples"] >= 3
     with (tmp_path / "results.csv").open() as file:
@@ -105,6 +105,32 @@ def test_every_divergence_passes_the_check(form: str, name: str):
     truth = Truth(case, make_problem(case))
     assert truth.check(PROVIDERS[OURS]).word == "ok"
     assert truth.check(PROVIDERS["eager"]).word in ("ok", "imprecise")  # bf16 logits from heads
+
+
+def test_a_divergence_that_the_bench_has_no_formula_for(tmp_path: Path, monkeypatch, capsys):
+    """One that is new in the three sister files, and nowhere else."""
+    monkeypatch.delitem(formulas.POINTWISE, "skew_forward_kl")
+    arguments = ["--divergence", "forward_kl", "skew_forward_kl(lam=0.3)"]
+    providers = ["--providers", "fusedkd", "eager", "gkd", "floor"]
+    assert bench(*SMALL, *arguments, *providers, "--output", str(tmp_path)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "skew_forward_kl(lam=0.3): no formula in benchmarks/race/formulas.py" in shown
+    for group in json.loads((tmp_path / "results.json").read_text())["groups"]:
+        for row in group["rows"]:
+            new = "skew" in row["case"]["divergence"]
+            assert (row["note"] is not None) == new
+            if row["provider"] in ("fusedkd", "eager"):
+                assert row["verdict"] == "ok" and row["total_ms"] > 0
+
+
+def test_a_divergence_without_its_sisters(monkeypatch, capsys):
+    def hellinger() -> divergences.Divergence:
+        value = lambda lp, lq: 0.5 * ((lp / 2).exp() - (lq / 2).exp()).square()  # noqa: E731
+        return divergences._builtin("hellinger", value=value)
+
+    monkeypatch.setitem(divergences._FACTORIES, "hellinger", hellinger)
+    assert bench(*SMALL, "--divergence", "hellinger") == 2
+    assert "kernels/cpu/pointwise.h" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["torchtune", "gkd"])
@@ -200,9 +226,8 @@ def test_help_teaches_and_loads_no_torch():
         "try: parse(['--help'])\nexcept SystemExit: pass\n"
         "assert 'rich' not in sys.modules and 'matplotlib' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "examples:" in done.stdout and "--quick" in done.stdout
+    said = children.python(code)
+    assert "examples:" in said and "--quick" in said
 
 
 def test_every_axis_is_a_field():

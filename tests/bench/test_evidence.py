@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fusedkd.benchmarks.cache import trained
 from fusedkd.benchmarks.evidence.plan import SMOKE, STUDENTS, make_text
 from fusedkd.benchmarks.evidence.report import write_report
 from fusedkd.benchmarks.evidence.run import Evidence
+from fusedkd.demo.run import SMOKE as DEMO
 
 
 @pytest.mark.slow
@@ -29,6 +32,19 @@ def test_evidence_runs_goes_on_and_reports(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert report.count("| ALBERT-style |") == 2 and "equal time" in report
     assert (tmp_path / "evidence.png").stat().st_size
+
+
+def test_the_cache_benchmark_trains_and_compares(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Its largest part, on the demo's smallest models: damage, speeds, gradients, students."""
+    monkeypatch.setattr(trained, "Setting", lambda: replace(DEMO, transfer_tokens=4_500))
+    measured = trained.OnDemo(Console(width=120), tmp_path, steps=6)
+    measured.damage(5)
+    measured.speeds()
+    measured.gradients()
+    measured.students(4, 2.0)
+    shown = capsys.readouterr().out
+    assert "noticed by verify: 5 of 5" in shown and "cached, 100 draws" in shown
+    assert "Gradient of forward KL against the full teacher" in shown
 
 
 def test_a_teacher_that_learnt_nothing_has_no_students(tmp_path: Path) -> None:

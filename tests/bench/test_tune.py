@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import children
 import pytest
 
 pytest.importorskip("triton", reason="triton is for Linux")
@@ -48,8 +48,8 @@ def test_candidates_that_spill_are_not_timed() -> None:
     last = launches.TABLE[-1]
     call = tune.call_for(last)
     assert tune.flaws(last, call, ["jsd"], "sm_90") == []
-    found = tune.flaws(replace(last, unroll=2), call, ["jsd"], "sm_90")
-    assert any("spilled" in flaw for flaw in found), found
+    reasons = tune.flaws(replace(last, unroll=2), call, ["jsd"], "sm_90")
+    assert any("spilled" in flaw for flaw in reasons), reasons
 
 
 def test_a_candidate_is_what_runs() -> None:
@@ -61,20 +61,16 @@ from fusedkd.kernels.triton import config, launches
 
 def timer(step):
     step()
-    seen.append(config.choose(3, 50, 132))
+    launched.append(config.choose(3, 50, 132))
     return 4.0
 
-seen = []
+launched = []
 entry = replace(launches.TABLE[0], warps=2)
 took = tune.time_of(0, entry, tune.step_of(3, 50), ["forward_kl", "jsd"], timer)
-assert abs(took - 4.0) < 1e-9 and [launch.warps for launch in seen] == [2, 2], (took, seen)
+assert abs(took - 4.0) < 1e-9 and [launch.warps for launch in launched] == [2, 2], (took, launched)
 assert launches.TABLE[0].warps != 2
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    children.python(script, TRITON_INTERPRET="1")
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

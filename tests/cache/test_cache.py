@@ -316,9 +316,11 @@ def test_what_is_read_is_what_the_teacher_said(disk: Path, cache: Path) -> None:
 
 
 def blocks(disk: Path) -> Dataset:
-    from fusedkd.models.loading import load_blocks
+    from fusedkd.data.arguments import DataArguments
+    from fusedkd.data.loading import load_rows
 
-    return load_blocks([str(disk / "text")], [], 0.25, tokenizer(), BLOCK)[0]
+    flags = DataArguments(data=[str(disk / "text")], eval_share=0.25, max_length=BLOCK)
+    return load_rows(flags, tokenizer()).train
 
 
 def test_batches_are_found_however_they_are_made(disk: Path, cache: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import torch
 import transformers as tf
@@ -21,6 +23,7 @@ from fusedkd.benchmarks.cache import measure
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
+ROOTS = ("fusedkd", "kernels", "benchmarks")
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.M | re.S)
 BLOCKS = [
@@ -34,10 +37,17 @@ COMMANDS = sorted(c for c in QUOTED if re.match(r"(make|fusedkd|python|pip|pytes
 
 # What makes a command small enough for a test. Of some only the help: what they do with files that
 # a document does not show is tested where these are made.
+SHORT = (
+    "--max_steps 1 --use_cpu true --report_to none --per_device_train_batch_size 2 "
+    "--disable_tqdm true"
+)
 SMALL = {
-    "fusedkd distill": "--max_steps 1 --use_cpu true --block_size 8 --report_to none"
-    " --per_device_train_batch_size 2 --disable_tqdm true",
+    "fusedkd distill": SHORT + " --block_size 8",
+    "fusedkd distill --teacher ./teacher --student ./student --data chat.jsonl": SHORT,
+    "fusedkd distill --teacher_cache cache/ --student ./student --data chat.jsonl": SHORT,
     "fusedkd cache": "--block-size 8 --top-k 4",
+    "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
+    "fusedkd data": "",
     "fusedkd bench": "--n 4 --vocab 100 --repeats 1 --budget 0.1 --providers fusedkd",
     "fusedkd bench --end-to-end": "--memory-limit 0.001",
     "fusedkd doctor": "",
@@ -46,7 +56,9 @@ SMALL = {
     "python -m fusedkd.benchmarks.cache": "--only size",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
 }
-HELP = "fusedkd (distill|distill --config|cache|cache info|cache verify|student)"
+CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant {% endif %}"
+HELP = "fusedkd (distill|distill --config|cache|data|cache info|cache verify|student)"
 
 
 @pytest.fixture
@@ -56,13 +68,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "words.txt").write_text(" ".join(WORDS * 8))
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    for name in ("chat.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text((json.dumps({"messages": turns}) + "\n") * 8)
     narrow = {**bert().config.to_dict(), "num_attention_heads": 12}
     deep = tf.BertConfig(**{**narrow, "num_hidden_layers": 12})
     models = {"teacher": llama(), "student": llama(), "bert": tf.BertForMaskedLM(deep)}
     models["narrow"] = tf.BertForMaskedLM(tf.BertConfig(**narrow))
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-        tokenizer().save_pretrained(tmp_path / name)
+        reader = tokenizer()
+        reader.chat_template = CHAT
+        reader.save_pretrained(tmp_path / name)
     return tmp_path
 
 
@@ -87,6 +104,13 @@ def taken_for_granted(snippet: str) -> dict[str, Any]:
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command, comments=True)
+    environment = dict(word.split("=") for word in words if re.match(r"[A-Z_]+=", word))
+    words = words[len(environment) :]
+    if words[0] == "pytest":
+        children.tests(
+            "--collect-only", f"--rootdir={ROOT}", f"../{words[1]}", *words[2:], **environment
+        )
+        return
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
@@ -117,6 +141,9 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
     elif re.match(r"fusedkd/ ", text):  # where things are
         for name in re.findall(r"([\w/]+\.py)\b", text):
             assert any(ROOT.glob(f"*/**/{name}")), name
+        rooms = {path.parent for top in ROOTS for path in (ROOT / top).glob("*/__init__.py")}
+        named = set(re.findall(r"^ *(\w+/) ", text, re.M))
+        assert {f"{room.name}/" for room in rooms if not room.is_symlink()} <= named
     else:
         for command in text.splitlines():
             run(command, monkeypatch)

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import subprocess
-import sys
 from typing import Any
 
+import children
 import pytest
 import torch
 from liger_kernel import chunked_loss as theirs
@@ -453,4 +452,4 @@ def test_needs_no_liger() -> None:
         "import fusedkd.integrations.liger\n"
         "assert 'transformers' not in sys.modules and 'triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    children.python(code)

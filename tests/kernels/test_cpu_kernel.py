@@ -9,13 +9,11 @@ import math
 import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import children
 import pytest
 import torch
 from torch import Tensor
@@ -509,7 +507,7 @@ def test_label_smoothing(smoothing: float) -> None:
         student, teacher = logits(1, 4, 3001, dtype=dtype), logits(1, 4, 3001, dtype=dtype)
         spec = make_spec(3001, ce_weight=1.0, label_smoothing=smoothing, temperature=2.0)
         check(student, teacher, torch.randint(0, 3001, (4,)), spec)
-        check(student, teacher, torch.randint(0, 3001, (4,)), replace(spec, kd_weight=0.0))
+        check(student, teacher, torch.randint(0, 3001, (4,)), spec._replace(kd_weight=0.0))
 
 
 def test_ties_go_to_the_first_index() -> None:
@@ -588,37 +586,15 @@ def test_every_instruction_set() -> None:
     best = cpu.instruction_set()
     order = ["base", "avx2", "avx512"]
     for name in order[: order.index(best)]:
-        environment = {**os.environ, "FUSEDKD_CPU_ISA": name}
-        here = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
         chosen = "sizes and 1025 or masks or eager or nan_is or transforms or scale or mix"
-        command = [
-            sys.executable,
-            "-c",
-            here,
-            __file__,
-            "-q",
-            "-x",
-            "-k",
-            chosen,
-            "-p",
-            "no:cacheprovider",
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+        children.tests(__file__, "-k", chosen, FUSEDKD_CPU_ISA=name)
         ask = "from fusedkd.kernels import cpu; print(cpu.instruction_set())"
-        said = subprocess.run(
-            [sys.executable, "-c", ask], env=environment, capture_output=True, text=True
-        )
-        assert said.stdout.strip() == name
+        assert children.python(ask, FUSEDKD_CPU_ISA=name).strip() == name
 
 
 def test_an_instruction_set_that_is_not_there() -> None:
-    environment = {**os.environ, "FUSEDKD_CPU_ISA": "mmx"}
     ask = "from fusedkd.kernels import cpu; print(cpu.unavailable())"
-    done = subprocess.run(
-        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True
-    )
-    assert "FUSEDKD_CPU_ISA=mmx" in done.stdout
+    assert "FUSEDKD_CPU_ISA=mmx" in children.python(ask, FUSEDKD_CPU_ISA="mmx")
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 4097), (2, 3, 1_000_000)])
@@ -689,8 +665,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "cannot allocate memory: 4000000000000 bytes" in done.stdout, done.stderr
+    assert "cannot allocate memory: 4000000000000 bytes" in children.python(script)
 
 
 def large(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -24,9 +24,9 @@ from triton.runtime import driver as active
 
 from fusedkd import SparseTeacher, divergences
 from fusedkd.benchmarks import resources
+from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import RowCall
 from fusedkd.kernels.triton import config, device, ops, sparse_ops
-from fusedkd.sparse import canonical
 from fusedkd.spec import LossSpec
 
 TARGET = "sm_90"
@@ -87,9 +87,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Launch]]:
 
 def _call(n: int, v: int, name: str, tail: str, temperature: float = 1.7) -> None:
     """A loss with a gradient, in bf16, against all logits or against three of them."""
-    spec = LossSpec(
-        divergences.make(name), v, ce_weight=0.5, temperature=temperature, tail=tail or None
-    )
+    spec = LossSpec(divergences.make(name), v, ce_weight=0.5, temperature=temperature)
     student = torch.zeros(1, n, v, dtype=torch.bfloat16)
     grad, weights = torch.empty_like(student), torch.ones(n)
     labels = torch.zeros(n, dtype=torch.int64)
@@ -97,7 +95,7 @@ def _call(n: int, v: int, name: str, tail: str, temperature: float = 1.7) -> Non
     if tail:
         ids = torch.arange(3).expand(n, 3)
         teacher = SparseTeacher(ids, torch.full((n, 3), -2.0))
-        entries = canonical(teacher.indices, teacher.log_probs, weights, spec)
+        entries = canonical(teacher.indices, teacher.log_probs, weights, spec, tail)
         sparse_ops.rows(call._replace(teacher=entries))
     else:
         ops.rows(call)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd import divergences
+from fusedkd.distributions.sparse import SparseRows, canonical
 from fusedkd.kernels import METRICS, Part, RowCall, Rows, Statistics, cpu, reference
 from fusedkd.kernels.pieces import merge
-from fusedkd.sparse import SparseRows, canonical
 from fusedkd.spec import LossSpec, Transform
 
 INF, NAN = math.inf, math.nan
@@ -110,7 +110,7 @@ def make(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     spec = LossSpec(
         divergences.make(name), V, temperature=temperature, teacher_temperature=1.5, ce_weight=0.3,
-        tail=tail or None, **fields,  # type: ignore[arg-type]
+        **fields,  # type: ignore[arg-type]
     )  # fmt: skip
     student, teacher = s.to(dtype), t.to(dtype)
     rows: Tensor | SparseRows = teacher
@@ -118,7 +118,7 @@ def make(
     if tail:
         log_probs, ids = teacher[0].to(wide).log_softmax(-1).nan_to_num().topk(20)
         ids[8, 11:] = -1
-        rows = canonical(ids, log_probs.clamp(max=0), weights, spec)
+        rows = canonical(ids, log_probs.clamp(max=0), weights, spec, tail)
     return RowCall(student, rows, labels, weights, spec, torch.empty_like(student), True)
 
 
@@ -191,7 +191,7 @@ def test_options(module: ModuleType, tail: str) -> None:
         for name in ("reverse_kl", "jsd"):
             check(module, make(torch.float32, name, tail, **fields), SPLITS[2])  # type: ignore[arg-type]
     call = make(torch.bfloat16, "mixed_kl", tail)
-    call = call._replace(labels=None, spec=LossSpec(call.spec.divergence, V, tail=tail or None))
+    call = call._replace(labels=None, spec=LossSpec(call.spec.divergence, V))
     check(module, call, SPLITS[3])
     call = make(torch.float32, "jsd", tail, label_smoothing=0.2)
     student = call.student.clone()

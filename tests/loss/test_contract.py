@@ -4,9 +4,8 @@ import copy
 import math
 import os
 import pickle
-import subprocess
-import sys
 
+import children
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -480,7 +479,7 @@ def test_import_is_light():
         "assert not any('_native' in line for line in open('/proc/self/maps'))\n"
         "import transformers"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    children.python(code)
 
 
 def test_fp16_holds_what_its_weights_cancel(backend: str, device: torch.device) -> None:

@@ -2,29 +2,41 @@
 a child process. Random calls there are `make test-slow`."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import children
 import pytest
 import torch
 
 FILES = (
     "kernels/test_triton_rows",
     "loss/test_contract",
-    "loss/test_precision",
     "loss/test_counted",
+    "loss/test_precision",
+)
+TRITON = {"TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
+
+pytestmark = pytest.mark.skipif(
+    "FUSEDKD_TEST_BACKEND" in os.environ or torch.cuda.is_available(),
+    reason="already the child, or triton runs in this process, on the GPU",
 )
 
 
-@pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs in this process, on the GPU")
 def test_the_kernels_in_the_interpreter() -> None:
-    tests = Path(__file__).parents[1]
-    environment = dict(os.environ, TRITON_INTERPRET="1", FUSEDKD_TEST_BACKEND="triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-    command += ["-n", "2", "--dist", "loadfile"]  # the last test of all to end, on idle cores
-    command += [str(tests / f"{name}.py") for name in FILES]
-    done = subprocess.run(command, env=environment, cwd=tests, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    paths = [f"{name}.py" for name in FILES]
+    # two processes: this is the last test of all to end, on idle cores
+    assert "passed" in children.tests(*paths, "-n", "2", "--dist", "loadfile", **TRITON)
+
+
+def test_sparse_teachers_in_the_interpreter() -> None:
+    children.tests("loss/test_sparse.py", "-k", "triton", **TRITON)
+
+
+@pytest.mark.slow
+def test_random_calls_in_the_interpreter() -> None:
+    """Triton's share of these files."""
+    probe = "from fusedkd.backends import load; print(load('triton').unavailable())"
+    if (reason := children.python(probe, **TRITON).strip()) != "None":
+        pytest.skip(f"triton: {reason}")
+    paths = [f"loss/test_{name}.py" for name in ("kd_loss", "contract", "sparse", "precision")]
+    seeds = os.environ.get("FUSEDKD_TEST_TRITON_SEEDS", "60")
+    children.tests(*paths, FUSEDKD_TEST_SEEDS=seeds, **TRITON)

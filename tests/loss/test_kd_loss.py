@@ -7,8 +7,6 @@ dtype.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,27 +71,3 @@ def test_backend_is_tested(name: str, request: pytest.FixtureRequest) -> None:
     )
     if reason := conftest.unavailable(name):
         pytest.skip(f"{name}: {reason}")
-
-
-@pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs in this process, on the GPU")
-@pytest.mark.slow
-def test_triton_in_its_interpreter() -> None:
-    """Triton's share of these files, in one child that sets TRITON_INTERPRET before it starts."""
-    here = Path(__file__).parent
-    settings = {"TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
-    settings["FUSEDKD_TEST_SEEDS"] = os.environ.get("FUSEDKD_TEST_TRITON_SEEDS", "60")
-    environment = {**os.environ, **settings}
-    probe = "from fusedkd.backends import load; print(load('triton').unavailable())"
-    found = subprocess.run(
-        [sys.executable, "-c", probe], env=environment, cwd=here, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    if (reason := found.stdout.strip()) != "None":
-        pytest.skip(f"triton: {reason}")
-    files = [here / f"test_{name}.py" for name in ("kd_loss", "contract", "sparse", "precision")]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, *map(str, files)], env=environment, cwd=here, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fusedkd import LMHead, SparseTeacher, divergences, kd_loss, kd_loss_and_metrics
-from fusedkd.sparse import PADDING, canonical
+from fusedkd.distributions.sparse import PADDING, canonical
 from fusedkd.spec import LossSpec
 
 INF = math.inf
@@ -465,27 +462,11 @@ def test_rounding_is_no_excess(dtype):
 
 
 def test_canonical_form():
-    spec = LossSpec(divergences.forward_kl(), 10, tail="bucket")
+    spec = LossSpec(divergences.forward_kl(), 10)
     ids = torch.tensor([[7, -1, 2], [4, 4, 99]])
     lp = torch.tensor([[0.25, math.nan, 0.5], [1.0, 1.0, 1.0]]).log()
-    rows = canonical(ids, lp, torch.tensor([1.0, 0.0]), spec)
+    rows = canonical(ids, lp, torch.tensor([1.0, 0.0]), spec, "bucket")
     assert rows.indices.tolist() == [[2, 7, PADDING], [PADDING] * 3]
     assert rows.log_probs.dtype == torch.float64
     torch.testing.assert_close(rows.log_probs[0].exp().float(), torch.tensor([0.5, 0.25, 0, 0.25]))
     assert rows.indices.dtype == torch.int32 and rows.part(slice(1)).indices.shape == (1, 3)
-
-
-# ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("FUSEDKD_TEST_BACKEND" in os.environ, reason="already the child")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs in this process, on the GPU")
-def test_triton_in_its_interpreter() -> None:
-    """This file on triton, in a child (conftest.py says why)."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "triton"]
-    done = subprocess.run(
-        [*command, __file__], env=environment, cwd=Path(__file__).parent, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -99,9 +99,9 @@ def check(case: Case, backend: str, metrics: bool = False) -> None:
     truth = answer(*arguments, **keywords)
     eager = answer(*arguments, **keywords, dtype=torch.float32)
     if metrics:
-        loss, found = kd_loss_and_metrics(*arguments, **case.keywords, backend=backend)
+        loss, metric_values = kd_loss_and_metrics(*arguments, **case.keywords, backend=backend)
         for name, expected in truth.metrics.items():
-            got = getattr(found, name)
+            got = getattr(metric_values, name)
             assert got.dim() == 0 and not got.requires_grad
             assert got.item() == pytest.approx(expected, rel=2e-4, abs=2e-5, nan_ok=True), name
     else:

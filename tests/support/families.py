@@ -74,13 +74,13 @@ ENCODERS = ["bert", "albert", "roberta", "modernbert", "distilbert"]
 def rows(n: int = 4, length: int = 12, seed: int = 3) -> list[dict[str, Tensor]]:
     """Blocks whose number of counted tokens differs from row to row."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    blocks = []
     for i in range(n):
         ids = torch.randint(3, V, (length,), generator=generator)
         labels = ids.clone()
         labels[: (5 * i) % (length - 2)] = -100
-        found.append({"input_ids": ids, "labels": labels})
-    return found
+        blocks.append({"input_ids": ids, "labels": labels})
+    return blocks
 
 
 def batch(data: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -40,13 +40,13 @@ def trainer(
 ) -> Any:
     """One step on four rows; ``loss`` are keywords of ``kd_loss``, the rest the Trainer's or its
     arguments'."""
-    own = ("compute_loss_func", "compute_metrics", "model_init", "data_collator")
-    given = {name: options.pop(name) for name in own if name in options}
+    names = ("compute_loss_func", "compute_metrics", "model_init", "data_collator")
+    keywords = {name: options.pop(name) for name in names if name in options}
     data = options.pop("data", tiny.rows())
     common = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     common |= {"per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1}
     options = {**common, **options}
-    sets = {"train_dataset": data, "eval_dataset": data, **given}
+    sets = {"train_dataset": data, "eval_dataset": data, **keywords}
     if kind == "trainer":
         args = DistillationArguments(str(out), **options, **(loss or {}))
         return DistillationTrainer(student, teacher, args, **sets)

@@ -188,9 +188,9 @@ def _compared(
         return torch.log_softmax(t / cool, -1), lq
     if teacher.tail != "bucket":
         return t[:, :-1], lq
-    known = t[:, :-1] > ABSENT / 2
-    rest = torch.where(known, ABSENT, lq).logsumexp(-1, keepdim=True)
-    return t, torch.cat([torch.where(known, lq, ABSENT), rest], -1)
+    listed = t[:, :-1] > ABSENT / 2
+    others = torch.where(listed, ABSENT, lq).logsumexp(-1, keepdim=True)
+    return t, torch.cat([torch.where(listed, lq, ABSENT), others], -1)
 
 
 def answer(
@@ -486,7 +486,7 @@ class _Maker:
         temperature = rng.choice([1.0, 2.0, rng.uniform(0.5, 5)])
         if self.extreme:
             temperature = rng.choice([0.01, 0.1, 50.0, 1000.0])
-        found: dict[str, Any] = {
+        options: dict[str, Any] = {
             # fp16 has no range to spare for gradients of 1e5 either
             "divergence": random_divergence(rng, self.extreme or self.dtype == torch.float16),
             "temperature": temperature,
@@ -495,20 +495,20 @@ class _Maker:
             "reduction": rng.choice(["mean", "mean", "sum", "none"]),
         }
         if rng.random() < 0.25 and not self.extreme:
-            found["teacher_temperature"] = rng.uniform(0.5, 4)
-        if found["reduction"] != "none" and rng.random() < 0.3:
+            options["teacher_temperature"] = rng.uniform(0.5, 4)
+        if options["reduction"] != "none" and rng.random() < 0.3:
             number = rng.uniform(0.5, 20)
-            found["normalizer"] = rng.choice([number, torch.tensor(number, device=self.device)])
+            options["normalizer"] = rng.choice([number, torch.tensor(number, device=self.device)])
         if self.padded:
-            found["vocab_size"] = self.v
+            options["vocab_size"] = self.v
         if rng.random() < 0.5:
-            found["chunk_bytes"] = rng.choice([1, 300, 2000])
+            options["chunk_bytes"] = rng.choice([1, 300, 2000])
         if rng.random() < 0.4:
             w = torch.rand(self.leading, generator=self.generator) * 2
             w = w * (torch.rand(self.leading, generator=self.generator) < 0.7)
             kind = rng.choice([torch.float32, torch.float64, torch.int64, torch.bool])
-            found["token_weights"] = w.to(kind).to(self.device)
-        return found
+            options["token_weights"] = w.to(kind).to(self.device)
+        return options
 
     def labels(self, keywords: dict[str, Any]) -> Tensor | None:
         rng = self.rng

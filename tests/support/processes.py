@@ -32,10 +32,10 @@ def run(script: str, function: str, world: int, out: Path, *arguments: Any) -> l
     shared |= {"TRL_EXPERIMENTAL_SILENCE": "1", "LOCAL_WORLD_SIZE": str(world)}
     workers = []
     for rank in range(world):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = (out / f"log{rank}").open("wb")
         command = [sys.executable, str(HERE / script)]
-        environment = {**os.environ, **shared, **own}
+        environment = {**os.environ, **shared, **place}
         workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
         codes = [worker.wait(TIMEOUT) for worker in workers]

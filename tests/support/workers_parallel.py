@@ -26,13 +26,13 @@ def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     make = torch.Generator().manual_seed(0)
     shapes = {"s": (N, V), "t": (N, V), "hs": (N, H), "ws": (V, H), "bs": (V,), "ht": (N, H + 3)}
     shapes |= {"wt": (V, H + 3), "bt": (V,)}
-    found = {name: torch.randn(shape, generator=make).to(dtype) for name, shape in shapes.items()}
-    found["s"] *= 3
-    found["labels"] = torch.randint(0, V, (N,), generator=make)
-    found["labels"][[1, 4]] = -100
-    found["weights"] = torch.rand(N, generator=make).to(dtype)
-    found["weights"][5] = 0
-    return found
+    values = {name: torch.randn(shape, generator=make).to(dtype) for name, shape in shapes.items()}
+    values["s"] *= 3
+    values["labels"] = torch.randint(0, V, (N,), generator=make)
+    values["labels"][[1, 4]] = -100
+    values["weights"] = torch.rand(N, generator=make).to(dtype)
+    values["weights"][5] = 0
+    return values
 
 
 def sparse(t: Tensor, tail: str, k: int = 7) -> SparseTeacher:
@@ -48,18 +48,18 @@ Case = tuple[str, str, torch.dtype, dict[str, Any]]  # student, teacher, dtype, 
 
 def cases() -> dict[str, Case]:
     wide, single = torch.float64, torch.float32
-    found: dict[str, Case] = {}
+    cases_by_name: dict[str, Case] = {}
     for name in divergences.names():
         options = {**OPTIONS, "divergence": name}
-        found[f"dense {name}"] = ("dense", "dense", wide, options)
-        found[f"dense {name} fp32"] = ("dense", "dense", single, options)
-        found[f"heads {name}"] = ("head", "head", wide, {**options, "chunk_bytes": 5000})
-        found[f"bucket {name}"] = ("dense", "bucket", wide, options)
+        cases_by_name[f"dense {name}"] = ("dense", "dense", wide, options)
+        cases_by_name[f"dense {name} fp32"] = ("dense", "dense", single, options)
+        cases_by_name[f"heads {name}"] = ("head", "head", wide, {**options, "chunk_bytes": 5000})
+        cases_by_name[f"bucket {name}"] = ("dense", "bucket", wide, options)
     for name in ("forward_kl", "total_variation"):
         for tail in ("drop", "renormalize"):
             options = {**OPTIONS, "divergence": name}
-            found[f"{tail} {name}"] = ("head", tail, single, options)
-    found |= {
+            cases_by_name[f"{tail} {name}"] = ("head", tail, single, options)
+    cases_by_name |= {
         "mixed": ("head", "dense", single, OPTIONS),
         "other mix": ("dense", "head", single, OPTIONS),
         "transforms": ("capped", "capped", wide, OPTIONS),
@@ -80,7 +80,7 @@ def cases() -> dict[str, Case]:
         "nothing counted": ("dense", "dense", wide, {**OPTIONS, "weights": 0}),
         "no tokens": ("head", "head", wide, {**OPTIONS, "rows": 0}),
     }
-    return found
+    return cases_by_name
 
 
 def sides(case: Case) -> tuple[dict[str, Tensor], Any, Any]:
@@ -174,14 +174,14 @@ def compare(
 
 def failures(function: Callable[[str], None], names: Any) -> dict[str, str | None]:
     """What went wrong in each case, so that one does not hide the others."""
-    found: dict[str, str | None] = {}
+    values: dict[str, str | None] = {}
     for name in names:
         try:
             function(name)
-            found[name] = None
+            values[name] = None
         except Exception:
-            found[name] = traceback.format_exc()
-    return found
+            values[name] = traceback.format_exc()
+    return values
 
 
 def plain(rank: int) -> dict[str, str | None]:
@@ -251,24 +251,24 @@ def messages(rank: int) -> dict[str, str]:
             lambda a: kd_loss_and_metrics(a, t, group=group)[0], fullgraph=True, backend="eager"
         )(s),
     }
-    found = {}
+    values = {}
     for name, call in calls.items():
         try:
             call()
-            found[name] = "no error"
+            values[name] = "no error"
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
+            values[name] = f"{type(error).__name__}: {error}"
     eager = kd_loss_and_metrics(s, t, group=group)[0]
     compiled = torch.compile(lambda a: kd_loss_and_metrics(a, t, group=group)[0], backend="eager")
-    found["graph break"] = "same" if torch.equal(compiled(s), eager) else "another loss"
-    return found
+    values["graph break"] = "same" if torch.equal(compiled(s), eager) else "another loss"
+    return values
 
 
 def everything(rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"plain": plain(rank), "dtensors": dtensors(rank)}
+    values: dict[str, Any] = {"plain": plain(rank), "dtensors": dtensors(rank)}
     if dist.get_world_size() == 2:
-        found["messages"] = messages(rank)
-    return found
+        values["messages"] = messages(rank)
+    return values
 
 
 if __name__ == "__main__":

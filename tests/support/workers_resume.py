@@ -20,7 +20,7 @@ class Kill(tf.TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, *args_left: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -26,12 +26,12 @@ CUTS = {1: ((4, 1), (2, 2)), 2: ((2, 1), (1, 2))}  # batch size, accumulation
 
 def data(counts: tuple[int, ...]) -> list[dict[str, Tensor]]:
     make = torch.Generator().manual_seed(5)
-    found = []
+    rows = []
     for count in counts:
         ids = torch.randint(3, tiny.V, (LENGTH,), generator=make)
         labels = ids.masked_fill(torch.arange(LENGTH) < LENGTH - count, -100)
-        found.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
-    return found
+        rows.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    return rows
 
 
 def collate(rows: list[Any]) -> dict[str, Tensor]:
@@ -50,12 +50,12 @@ class Gradients(tf.TrainerCallback):
     """Keeps the first step's."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
+        self.by_name: dict[str, Tensor] = {}
 
     def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                self.found[name.removeprefix("module.")] = parameter.grad.clone()
+                self.by_name[name.removeprefix("module.")] = parameter.grad.clone()
 
 
 class Mixed(DistillationMixin, tf.Trainer):
@@ -95,7 +95,7 @@ def one_step(kind: str, counts: tuple[int, ...], batch: int, accumulation: int) 
         shared["data_collator"] = with_prompts
         trainer = host(student, teacher, args, processing_class=tiny.tokenizer(), **shared)
     trainer.train()
-    return trainer.state.log_history[0]["loss"], gradients.found
+    return trainer.state.log_history[0]["loss"], gradients.by_name
 
 
 def steps(rank: int) -> Any:
@@ -109,7 +109,12 @@ def steps(rank: int) -> Any:
 
 
 def distil(
-    student: nn.Module, teacher: nn.Module, head: Any, there: Any, share: slice, engine: Any = None
+    student: nn.Module,
+    teacher: nn.Module,
+    head: Any,
+    teacher_head: Any,
+    share: slice,
+    engine: Any = None,
 ) -> Any:
     """Loss and gradients for a share of the rows, divided by what one process's share is.
     ``engine``: DeepSpeed's, around the student."""
@@ -117,13 +122,13 @@ def distil(
     mine = {name: x[share] for name, x in rows.items()}
     labels = nn.functional.pad(mine.pop("labels"), (0, 1), value=-100)[..., 1:]
     hidden: list[Tensor] = []
-    with torch.no_grad(), tap(there, hidden.append):
+    with torch.no_grad(), tap(teacher_head, hidden.append):
         teacher(**mine)
-    answer = there.of(hidden[0])
+    answer = teacher_head.of(hidden[0])
     total = sum(COUNTS["uneven"]) * len(labels) / ROWS
 
-    def compute(here: Any) -> Any:
-        return kd_loss(here, answer, labels, divergence="jsd", normalizer=total), None
+    def compute(student_head: Any) -> Any:
+        return kd_loss(student_head, answer, labels, divergence="jsd", normalizer=total), None
 
     loss = loss_in_forward(engine or student, student, head, mine, compute)[0]
     (engine.backward if engine else Tensor.backward)(loss)
@@ -133,9 +138,9 @@ def distil(
 def sharded(rank: int, layers: bool) -> Any:
     """The same through FSDP2, of both models, and as it is on one device."""
     student, teacher = tiny.build(1), tiny.build(2)
-    head, there = plain_head(student), plain_head(teacher)
+    head, teacher_head = plain_head(student), plain_head(teacher)
     world = torch.distributed.get_world_size()
-    want = distil(student, teacher, head, there, slice(None))
+    want = distil(student, teacher, head, teacher_head, slice(None))
     student.zero_grad()
     if layers:
         for part in (*student.model.layers, student.lm_head):
@@ -144,7 +149,7 @@ def sharded(rank: int, layers: bool) -> Any:
     fully_shard(teacher)  # its weights are gathered for its forward, and its head once
     share = ROWS // world
     loss, gradients = distil(
-        student, teacher, head, there, slice(rank * share, rank * share + share)
+        student, teacher, head, teacher_head, slice(rank * share, rank * share + share)
     )
     torch.distributed.all_reduce(loss)
     return (loss / world, {name: x.full_tensor() for name, x in gradients.items()}), want

@@ -38,20 +38,20 @@ def gradients(rank: int, teacher_too: bool, dtype: torch.dtype) -> Any:
     from deepspeed.utils import safe_get_full_grad
 
     student, teacher = tiny.build(1).to(dtype), tiny.build(2).to(dtype)
-    head, there = plain_head(student), plain_head(teacher)
-    want = trainers.distil(student, teacher, head, there, slice(None))
+    head, teacher_head = plain_head(student), plain_head(teacher)
+    want = trainers.distil(student, teacher, head, teacher_head, slice(None))
     student.zero_grad()
     wrapped = engine(student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
     if teacher_too:
         engine(teacher.requires_grad_(False))
     share = trainers.ROWS // torch.distributed.get_world_size()
     rows = slice(rank * share, rank * share + share)
-    loss, _ = trainers.distil(student, teacher, head, there, rows, wrapped)
+    loss, _ = trainers.distil(student, teacher, head, teacher_head, rows, wrapped)
     torch.distributed.all_reduce(loss)
     with pytest.raises(RuntimeError, match="in parts"):
         head.of(torch.zeros(1, 16))  # outside of the forward
-    found = {name: safe_get_full_grad(x).to(dtype) for name, x in student.named_parameters()}
-    return (loss / torch.distributed.get_world_size(), found), want
+    by_name = {name: safe_get_full_grad(x).to(dtype) for name, x in student.named_parameters()}
+    return (loss / torch.distributed.get_world_size(), by_name), want
 
 
 def losses(rank: int, folder: str, zero: bool) -> list[float]:

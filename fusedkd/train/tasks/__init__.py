@@ -10,7 +10,8 @@ from torch import nn
 
 from fusedkd.errors import UserError
 from fusedkd.models.columns import base_model
-from fusedkd.models.loading import architectures, read_config
+from fusedkd.models.loading import architectures
+from fusedkd.models.saved import SavedModel
 from fusedkd.train.tasks.base import Task, TaskData, config_of
 from fusedkd.train.tasks.classes import (
     ImageClassification,
@@ -87,8 +88,9 @@ def task_of(model: Any) -> Task | None:
     return _find([kind.__name__ for kind in type(inner).__mro__], config_of(inner))
 
 
-def saved_task(role: str, name: str, known: bool = True) -> Task | None:
-    """What a saved model does, by the classes that its config names; None where it names none.
+def saved_task(model: SavedModel, known: bool = True) -> Task | None:
+    """What a saved model does, by the classes that its config names, or by its adapter; None where
+    neither says.
 
     Args:
         known: raise where it is nothing that can be distilled, instead of returning None.
@@ -96,11 +98,13 @@ def saved_task(role: str, name: str, known: bool = True) -> Task | None:
     Raises:
         UserError: there is no model, or see ``known``.
     """
-    config = read_config(role, name)
+    config = model.config()
     names = architectures(config)
-    task = _find(names, config)
+    kind = None if model.adapter is None else model.adapter.task_type
+    by_adapter = next((task for task in TASKS if kind and task.adapter == str(kind)), None)
+    task = by_adapter or _find(names, config)
     if task is None and names and known:
-        raise UserError(unknown(f"--{role} {name}", names))
+        raise UserError(unknown(f"--{model.role} {model.name}", names))
     return task
 
 

@@ -17,7 +17,7 @@ from fusedkd.models.columns import own_columns
 from fusedkd.models.kinds import own_positions
 from fusedkd.train.compare import Compare, distributions
 
-__all__ = ["Task", "TaskData", "config_of", "same_classes"]
+__all__ = ["Task", "TaskData", "check_pads", "config_of", "same_classes"]
 
 
 class TaskData(NamedTuple):
@@ -38,6 +38,7 @@ class Task:
     title: ClassVar[str]  # for messages
     auto: ClassVar[str]  # the class of transformers that loads such a model
     lists: ClassVar[tuple[str, ...]]  # transformers' MODEL_FOR_{}_MAPPING_NAMES: who does it
+    adapter: ClassVar[str | None] = None  # peft's task_type
     collator: ClassVar[str]  # of transformers, for a message
     unit: ClassVar[str] = "token"  # what the loss is a mean over
     asked_for: ClassVar[bool] = False  # other numbers than ``logits``: only where it is named
@@ -132,6 +133,12 @@ class Task:
 def config_of(model: Any) -> Any:
     """A model's config; None where it has none, as an ensemble of one's own may."""
     return getattr(model, "config", None)
+
+
+def check_pads(tokenizer: Any) -> None:
+    """Raises UserError unless batches of sequences can be padded."""
+    if tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer has no padding token, which batches of sequences need.")
 
 
 def same_classes(student: Any, teacher: Any) -> None:

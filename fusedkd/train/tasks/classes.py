@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.labelled import load_examples
-from fusedkd.errors import UserError, as_user_error
+from fusedkd.data.labelled import load_examples, load_words
 from fusedkd.train.compare import Compare, bernoulli, distributions, squared_error
-from fusedkd.train.tasks.base import Task, TaskData, config_of, same_classes
+from fusedkd.train.tasks.base import Task, TaskData, check_pads, config_of, same_classes
 
 __all__ = [
     "ImageClassification",
@@ -36,6 +35,7 @@ class SequenceClassification(Task):
     name = "sequence_classification"
     title = "sequence classification"
     auto = "AutoModelForSequenceClassification"
+    adapter: ClassVar[str | None] = "SEQ_CLS"
     lists = ("SEQUENCE_CLASSIFICATION",)
     collator = "DataCollatorWithPadding(tokenizer), from rows with a label"
     unit = "example"
@@ -77,16 +77,23 @@ class SequenceClassification(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Rows of text and label."""
-        if tokenizer.pad_token_id is None:
-            raise UserError("the tokenizer has no padding token, which batches of sequences need.")
-        label2id = {label: number for number, label in teacher.id2label.items()}
-        with as_user_error("--data"):
-            train, test = load_examples(
-                *(flags.data, flags.eval_data, flags.eval_share),
-                *(tokenizer, flags.block_size, label2id),
-            )
-        student = {"id2label": teacher.id2label, "label2id": label2id}
+        check_pads(tokenizer)
+        problem = teacher.problem_type
+        train, test = load_examples(flags, tokenizer, _ids(teacher), problem == "regression")
+        if problem is None and isinstance(train[0]["labels"], list):
+            problem = "multi_label_classification"
+        student = _same(teacher) | ({} if problem is None else {"problem_type": problem})
         return TaskData(train, test, DataCollatorWithPadding(tokenizer), student)
+
+
+def _ids(config: Any) -> dict[str, int]:
+    """Of the classes of a config, which may have only their names."""
+    return {label: number for number, label in config.id2label.items()}
+
+
+def _same(teacher: Any) -> dict[str, Any]:
+    """What the config of a student of the same classes has."""
+    return {"id2label": teacher.id2label, "label2id": _ids(teacher)}
 
 
 def _problem(model: Any) -> str | None:
@@ -99,6 +106,7 @@ class ImageClassification(SequenceClassification):
     name = "image_classification"
     title = "image classification"
     auto = "AutoModelForImageClassification"
+    adapter = None
     lists = ("IMAGE_CLASSIFICATION",)
     collator = "DefaultDataCollator, from rows with pixel_values and labels"
 
@@ -109,6 +117,7 @@ class TokenClassification(Task):
     name = "token_classification"
     title = "token classification"
     auto = "AutoModelForTokenClassification"
+    adapter = "TOKEN_CLS"
     lists = ("TOKEN_CLASSIFICATION",)
     collator = "DataCollatorForTokenClassification(tokenizer)"
     over_tokens = False
@@ -117,6 +126,12 @@ class TokenClassification(Task):
     def check(self, student: Any, teacher: Any) -> None:
         """The same classes."""
         same_classes(student, teacher)
+
+    def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
+        """Rows of words and their labels."""
+        check_pads(tokenizer)
+        train, test = load_words(flags, tokenizer, _ids(teacher))
+        return TaskData(train, test, DataCollatorForTokenClassification(tokenizer), _same(teacher))
 
 
 class MultipleChoice(Task):
@@ -138,6 +153,7 @@ class QuestionAnswering(Task):
     name = "question_answering"
     title = "question answering"
     auto = "AutoModelForQuestionAnswering"
+    adapter = "QUESTION_ANS"
     lists = ("QUESTION_ANSWERING",)
     collator = "DefaultDataCollator, from rows with start_positions and end_positions"
     unit = "position"

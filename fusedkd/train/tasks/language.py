@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import default_data_collator
+from transformers import DataCollatorForSeq2Seq
 
 from fusedkd.data.arguments import DataArguments
+from fusedkd.data.labelled import load_pairs
+from fusedkd.data.loading import load_rows, say
 from fusedkd.data.masking import FrequencyMasking, count_tokens
-from fusedkd.errors import as_user_error
+from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.columns import own_columns
 from fusedkd.models.heads import next_labels
-from fusedkd.models.loading import load_blocks
-from fusedkd.train.tasks.base import Task, TaskData
+from fusedkd.train.tasks.base import Task, TaskData, check_pads
 
 __all__ = ["Causal", "Masked", "Seq2Seq"]
 
@@ -36,6 +36,7 @@ class Causal(Task):
     name = "causal"
     title = "causal language modelling"
     auto = "AutoModelForCausalLM"
+    adapter = "CAUSAL_LM"
     lists = _WRITERS
     collator = (
         "DataCollatorForLanguageModeling(tokenizer, mlm=False), or DataCollatorForSeq2Seq for an "
@@ -55,12 +56,10 @@ class Causal(Task):
         return labels if shifted else next_labels(labels)
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
-        """Blocks of text."""
-        return TaskData(*_blocks(flags, tokenizer), default_data_collator, {})
-
-
-def _blocks(flags: DataArguments, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    return load_blocks(flags.data, flags.eval_data, flags.eval_share, tokenizer, flags.block_size)
+        """Text, conversations, prompts and answers."""
+        rows = load_rows(flags, tokenizer)
+        say(rows.summary)
+        return TaskData(rows.train, rows.test, rows.collator, {})
 
 
 class Masked(Task):
@@ -86,7 +85,12 @@ class Masked(Task):
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
         """Blocks of text, masked anew whenever a batch is made."""
-        train, test = _blocks(flags, tokenizer)
+        if flags.packing == "flatten" or flags.data_streaming:
+            raise UserError(
+                "--packing flatten, --data_streaming: expected neither for a masked model."
+            )
+        train, test, *_, summary = load_rows(flags, tokenizer)
+        say(summary)
         with as_user_error():
             ids = train.select_columns("input_ids").with_format("numpy")
             counts = count_tokens(ids, len(tokenizer))
@@ -103,6 +107,7 @@ class Seq2Seq(Task):
     name = "seq2seq"
     title = "sequence to sequence"
     auto = "AutoModelForSeq2SeqLM"
+    adapter = "SEQ_2_SEQ_LM"
     lists = _WRITERS
     collator = "DataCollatorForSeq2Seq(tokenizer)"
     per_token = False
@@ -119,6 +124,11 @@ class Seq2Seq(Task):
         if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             found["decoder_input_ids"] = _decoder_inputs(model, labels)
         return found
+
+    def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:
+        """Pairs of texts."""
+        check_pads(tokenizer)
+        return TaskData(*load_pairs(flags, tokenizer), DataCollatorForSeq2Seq(tokenizer), {})
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:

@@ -1,24 +1,97 @@
-"""What a sparse teacher's entries mean, settled once for all backends."""
+"""A teacher of K entries a token: what its entries mean, settled once for all backends."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedkd import divergences
+from fusedkd.checks import check_device, check_logits, check_tensor
+from fusedkd.distributions.side import Side
 from fusedkd.divergences import Divergence
 from fusedkd.spec import LossSpec
 
-__all__ = ["PADDING", "SparseRows", "canonical"]
+__all__ = ["PADDING", "TAILS", "SparseRows", "SparseTeacher", "canonical", "sparse_side"]
 
+TAILS = ("bucket", "renormalize", "drop")
 PADDING = 2**31 - 1  # sorts behind every id
 INF = float("inf")
 # How far above 1 probabilities may sum, besides the rounding of log_probs: what softmaxes in half
 # precision leave.
 EXCESS = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTeacher:
+    """A teacher of which only K entries per token are known: its top k, or a sample.
+
+    With q the student's softmax over the whole vocabulary at ``temperature`` and I the token's ids,
+    every divergence sum f(log p, log q) of :mod:`fusedkd.divergences` compares, by ``tail``:
+
+    * ``"bucket"``: K + 1 categories, the ids and everything else, with p_* = 1 - sum_I p and q_* =
+      sum of q outside I. The last one's derivative reaches the entries outside in proportion to
+      their q: d D / d s_v = (g_* q_v / q_* - q_v G) / T there, and (g_v - q_v G) / T for an id,
+      where g = d f / d log q and G is the sum of all K + 1. The right choice where p_* is not
+      negligible (Sparse Logit Sampling, Anshumann et al. 2025, arXiv 2503.16870, shows what goes
+      wrong without).
+    * ``"renormalize"``: the K entries scaled to sum to 1; everything else has p = 0.
+    * ``"drop"``: the entries as they are, also where they sum to less than 1; everything else has p
+      = 0. Forward KL is then sum_I p log(p / q), with gradient (q sum_I p - p) / T.
+
+    The last two leave p = 0 < q outside I, so a divergence that is infinite there (reverse KL and
+    whatever contains it) raises ValueError. With the bucket none is refused; one that is infinite
+    at p = 0 < q is so where an id has log-probability -inf, or where p_* is 0: if the entries sum
+    to 1 up to rounding, p_* is taken to be what fp32 may have lost of it (sum_I p abs(log p) /
+    2^24), which is 0 for a one-hot teacher only.
+
+    Where the student has nothing outside the ids (they cover the vocabulary, or the rest is
+    masked), a p_* within the rounding of ``log_probs`` counts as 0: with K = V the result is that
+    of the dense teacher.
+
+    Args:
+        indices: (..., K) int64 or int32 vocabulary ids in any order, none twice in a token; -1 is
+            padding, so tokens may have different numbers of entries (0 is fine, except with
+            ``"renormalize"``). K may be 0.
+        log_probs: (..., K) fp64, fp32, bf16 or fp16 natural-log probabilities, made at
+            ``teacher_temperature``: nothing here can change their temperature. Constants; ignored
+            at padding. Their rounding is the teacher's rounding, so prefer fp32.
+        tail: "bucket", "renormalize" or "drop".
+
+    Metrics: ``teacher_entropy`` is that of the K or K + 1 categories, not of the teacher that was
+    cut; ``student_entropy`` that of q over the whole vocabulary; the teacher's top-1 is its most
+    probable id (smallest id at a tie), even where the tail holds more.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    tail: str = "bucket"
+
+
+def sparse_side(teacher: SparseTeacher) -> Side:
+    """The teacher's side, checked as far as shapes and types go."""
+    indices, log_probs = teacher.indices, teacher.log_probs
+    check_tensor("teacher.indices", indices)
+    check_logits("teacher.log_probs", log_probs)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"teacher.indices is {indices.dtype}: expected torch.int64 or torch.int32 vocabulary "
+            "ids; use indices.long()."
+        )
+    if indices.dim() < 1 or indices.shape != log_probs.shape:
+        raise ValueError(
+            f"teacher.indices has shape {tuple(indices.shape)}, teacher.log_probs "
+            f"{tuple(log_probs.shape)}: expected (..., K) for both, with index -1 as padding."
+        )
+    check_device("teacher.indices", indices, "teacher.log_probs", log_probs)
+    if not isinstance(teacher.tail, str) or teacher.tail not in TAILS:
+        raise ValueError(
+            f"teacher.tail={teacher.tail!r}: expected one of {', '.join(map(repr, TAILS))}."
+        )
+    return Side("teacher", log_probs, None, indices=indices, tail=teacher.tail)
 
 
 class SparseRows(NamedTuple):
@@ -33,7 +106,9 @@ class SparseRows(NamedTuple):
         return self._replace(indices=self.indices[rows], log_probs=self.log_probs[rows])
 
 
-def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossSpec) -> SparseRows:
+def canonical(
+    indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossSpec, tail: str
+) -> SparseRows:
     """Sort, check and complete a :class:`fusedkd.SparseTeacher`'s entries (see its docstring).
 
     Args:
@@ -45,7 +120,6 @@ def canonical(indices: Tensor, log_probs: Tensor, row_scale: Tensor, spec: LossS
             than 1, nothing to renormalise, a divergence that is infinite for this ``tail``. On a
             GPU all but the last are one device-side assertion: no synchronisation.
     """
-    tail = spec.tail or "drop"
     _check_tail(spec.divergence, tail)
     shape = (row_scale.numel(), indices.shape[-1])
     raw = indices.reshape(shape)

@@ -1,0 +1,156 @@
+"""Documents of each kind to rows of token ids and labels, one row per document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from fusedkd.data.chat import IGNORED, Chat, as_messages, common_prefix
+from fusedkd.data.columns import kind_of
+
+__all__ = ["Encoder", "encode", "mapped"]
+
+# What is known of a row beside its ids and labels: its tokens before it was truncated, and how
+# many of those left have a label, and one that counts (the first token is nobody's next one).
+LENGTH, LABELLED, COUNTED = "length", "labelled", "counted"
+
+
+def mapped(rows: Any, fn: Callable[..., Any], desc: str, batch_size: int = 1000, **how: Any) -> Any:
+    """``rows.map`` over batches, of a data set or a stream; its old columns go."""
+    names = list(rows.column_names or next(iter(rows.take(1))))
+    more = {"desc": desc} if isinstance(rows, Dataset) else {}
+    return rows.map(
+        fn, batched=True, batch_size=batch_size, remove_columns=names, fn_kwargs=how, **more
+    )
+
+
+def encode(rows: Any, encoder: Encoder) -> Any:
+    """``input_ids``, ``labels``, ``length`` and ``counted`` of every document.
+
+    Raises:
+        ValueError: a row that is no document of its kind.
+    """
+    kind = kind_of(rows.column_names or list(next(iter(rows.take(1)))))
+    return mapped(rows, _encode, "Tokenizing", encoder=encoder, kind=kind)
+
+
+def _encode(rows: dict[str, list[Any]], encoder: Encoder, kind: str) -> dict[str, list[Any]]:
+    pairs = getattr(encoder, kind)(rows)
+    names = ("input_ids", "labels", LENGTH, LABELLED, COUNTED)
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for ids, labels in pairs:
+        found[LENGTH].append(len(ids))
+        if encoder.max_length is not None:
+            ids, labels = ids[: encoder.max_length], labels[: encoder.max_length]
+        found["input_ids"].append(ids)
+        found["labels"].append(labels)
+        found[LABELLED].append(sum(label != IGNORED for label in labels))
+        found[COUNTED].append(sum(label != IGNORED for label in labels[1:]))
+    return found
+
+
+Pairs = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One method for each kind of rows, from a batch of them to pairs of ids and labels.
+
+    Args:
+        tokenizer: None where rows have ids.
+        train_on: see :class:`~fusedkd.data.arguments.DataArguments`.
+        max_length: where rows are truncated; None: nowhere.
+        joined: whether documents become one text: no special tokens then stand before them.
+    """
+
+    tokenizer: Any
+    train_on: str = "assistant"
+    max_length: int | None = None
+    joined: bool = False
+
+    def input_ids(self, rows: dict[str, list[Any]]) -> Pairs:
+        """Ids and labels as they are."""
+        pairs = list(zip(rows["input_ids"], rows.get("labels", rows["input_ids"]), strict=True))
+        for ids, labels in pairs:
+            if len(ids) != len(labels):
+                raise ValueError(
+                    f"a row has {len(ids)} input_ids and {len(labels)} labels: expected one label "
+                    "per token (-100 where it does not count; nothing is shifted)."
+                )
+        return pairs
+
+    def text(self, rows: dict[str, list[Any]]) -> Pairs:
+        """All of it, and the end of text after it."""
+        ids = self._tokenized(rows["text"], begin=not self.joined)
+        return [(row, row) for row in map(self._ended, ids)]
+
+    def messages(self, rows: dict[str, list[Any]]) -> Pairs:
+        """Labels on the assistant's turns."""
+        chat = Chat(self.tokenizer, self.train_on)
+        tools = rows.get("tools", [None] * len(rows["messages"]))
+        return [chat(*pair) for pair in zip(rows["messages"], tools, strict=True)]
+
+    def completion(self, rows: dict[str, list[Any]]) -> Pairs:
+        """Labels on the completion, of text or of messages."""
+        tools = rows.get("tools", [None] * len(rows["prompt"]))
+        triples = zip(rows["prompt"], rows["completion"], tools, strict=True)
+        return [self._completion(*triple) for triple in triples]
+
+    def prompt(self, rows: dict[str, list[Any]]) -> Pairs:
+        """No labels: the student is to write."""
+        tools = rows.get("tools", [None] * len(rows["prompt"]))
+        pairs = zip(rows["prompt"], tools, strict=True)
+        ids = [self._prompt(prompt, listed) for prompt, listed in pairs]
+        return [(row, [IGNORED] * len(row)) for row in ids]
+
+    def _completion(self, prompt: Any, completion: Any, tools: Any) -> tuple[list[int], list[int]]:
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise ValueError("prompt and completion: expected both as text or both as messages.")
+        if not isinstance(prompt, str):
+            before, after = as_messages(prompt), as_messages(completion)
+            return Chat(self.tokenizer, self.train_on)([*before, *after], tools, len(before))
+        begin = not self.joined
+        ids = self._ended(self._tokenized([prompt + completion], begin)[0])
+        if self.train_on == "all":
+            return ids, ids
+        hidden = common_prefix(self._without_end(self._tokenized([prompt], begin)[0]), ids)
+        return ids, [IGNORED] * hidden + ids[hidden:]
+
+    def _prompt(self, prompt: Any, tools: Any) -> list[int]:
+        if not isinstance(prompt, str):
+            return Chat(self.tokenizer, self.train_on).prompt(prompt, tools)
+        return self._without_end(self._tokenized([prompt], begin=not self.joined)[0])
+
+    def _tokenized(self, texts: list[Any], begin: bool) -> list[list[int]]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"{text!r:.80}: expected text.")
+        encoded = self.tokenizer(
+            texts, add_special_tokens=begin, return_attention_mask=False, verbose=False
+        )
+        if not begin:
+            return list(encoded["input_ids"])
+        bos, end = self.tokenizer.bos_token_id, self._end()
+        return [_once(ids, bos, end) for ids in encoded["input_ids"]]
+
+    def _end(self) -> int | None:
+        eos = self.tokenizer.eos_token_id
+        return self.tokenizer.sep_token_id if eos is None else eos
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """A prompt goes on: without what some tokenizers put after every text."""
+        return ids[:-1] if ids and ids[-1] == self._end() else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self._end()
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _once(ids: list[int], bos: int | None, end: int | None) -> list[int]:
+    """Without a second beginning or end: a text may have been saved with the one that the tokenizer
+    adds."""
+    ids = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+    return ids[:-1] if end is not None and ids[-2:] == [end, end] else ids

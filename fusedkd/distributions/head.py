@@ -1,0 +1,77 @@
+"""A distribution as hidden states and the output projection that turns them into logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedkd.checks import check_device, check_logits, is_finite
+from fusedkd.distributions.side import Side
+from fusedkd.spec import Transform
+
+__all__ = ["LMHead", "head_side"]
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """Hidden states and the output projection that turns them into logits, which then never exist
+    in full.
+
+    The logits are ``softcap * tanh(x / softcap)`` of ``x = logit_scale * (hidden @ weight.T +
+    bias)``, without the tanh where ``softcap`` is None.
+
+    Args:
+        hidden: (..., H) last hidden states, after the final norm.
+        weight: (V, H) the ``lm_head`` (or tied embedding) matrix.
+        bias: (V,) or None.
+        logit_scale: factor on the logits (Cohere's ``logit_scale``, 1 / Granite's
+            ``logits_scaling``).
+        softcap: Gemma 2's ``final_logit_softcapping``, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_side(name: str, head: LMHead, fewest: int) -> Side:
+    """The head as the side called ``name``, checked, of no fewer columns than ``fewest``."""
+    _check_head(name, head, fewest)
+    transform = Transform(float(head.logit_scale), float(head.softcap or 0.0))
+    return Side(name, head.hidden, head.weight.shape[0], head.weight, head.bias, transform)
+
+
+def _check_head(name: str, head: LMHead, fewest: int) -> None:
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and part == "bias":
+            continue
+        check_logits(f"{name}.{part}", tensor)
+        assert tensor is not None
+        check_device(f"{name}.{part}", tensor, f"{name}.hidden", hidden)
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"{name}.{part} is {tensor.dtype} but {name}.hidden is {hidden.dtype}: expected "
+                "one dtype. Convert one of them, or call under torch.autocast."
+            )
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: "
+            "expected (..., H) and (V, H), as in hidden @ weight.T. Transpose the weight?"
+        )
+    if weight.shape[0] < fewest or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"{name}: weight has shape {tuple(weight.shape)}, bias "
+            f"{None if bias is None else tuple(bias.shape)}: expected (V, H) and (V,), V > 0."
+        )
+    for part, number in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
+        if part == "softcap" and number is None:
+            continue
+        if not is_finite(number):
+            raise ValueError(f"{name}.{part}={number!r}: expected a finite Python number.")
+    if head.softcap is not None and head.softcap <= 0:
+        raise ValueError(f"{name}.softcap={head.softcap!r}: expected a number above 0, or None.")
