@@ -45,7 +45,9 @@ class _Split(NamedTuple):
 
 def is_sharded(*sides: Any) -> bool:
     """Whether some side is a DTensor whose vocabulary is sharded."""
-    return any(_mesh_dim(_columns(side), _dim(side)) is not None for side in sides)
+    columns = map(_columns, sides)
+    dtensors = [(x, side) for x, side in zip(columns, sides, strict=True) if _is_dtensor(x)]
+    return any(_mesh_dim(x, _dim(side)) is not None for x, side in dtensors)
 
 
 def shards(
@@ -130,7 +132,7 @@ def _dim(side: Any) -> int:
 
 def _is_dtensor(x: Any) -> bool:
     """Without importing DTensor, which takes as long as half of torch."""
-    return isinstance(x, Tensor) and hasattr(x, "placements")
+    return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "placements")
 
 
 def _mesh_dim(tensor: Any, dim: int) -> int | None:
