@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError
-from fusedkd.models.columns import own_columns
+from fusedkd.models.columns import known_ids, own_columns
 from fusedkd.models.kinds import own_positions
 from fusedkd.train.compare import Compare, distributions
 
@@ -87,7 +87,8 @@ class Task:
         self, model: Any, other: Any, inputs: Mapping[str, Any], labels: Tensor
     ) -> dict[str, Any]:
         """Of a batch without its labels, what ``model`` reads; not what only ``other`` does."""
-        return own_columns(model, other, inputs)
+        found = own_columns(model, other, inputs)
+        return known_ids(model, other, found) if self.over_tokens else found
 
     # ---- answers ----
 
