@@ -36,6 +36,7 @@ class Causal(Task):
     name = "causal"
     title = "causal language modelling"
     auto = "AutoModelForCausalLM"
+    also = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     adapter = "CAUSAL_LM"
     lists = _WRITERS
     collator = (
@@ -107,6 +108,7 @@ class Seq2Seq(Task):
     name = "seq2seq"
     title = "sequence to sequence"
     auto = "AutoModelForSeq2SeqLM"
+    also = ("AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
     adapter = "SEQ_2_SEQ_LM"
     lists = _WRITERS
     collator = "DataCollatorForSeq2Seq(tokenizer)"
