@@ -77,7 +77,7 @@ def _prepare(
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
     student_model = make_student(models, task, args, data.student)
-    teacher_side: Any = cached if teacher is None else teacher.load(task.auto)
+    teacher_side: Any = cached if teacher is None else teacher.load(task.loader(teacher.config()))
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
     with as_user_error():
@@ -168,6 +168,7 @@ def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
     table.add_row("steps", f"{trainer.state.global_step:,}")
     for name, (label, form) in ROWS.items():
         if name in metrics:
+            label = label.replace("cross-entropy, nats per token", trainer.measure)
             table.add_row(label, format(metrics[name], form))
     for name in trainer.terms.terms:
         if f"eval_{name}" in metrics:
