@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-__all__ = ["OnPolicy"]
+__all__ = ["OnPolicy", "greedy", "write"]
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class OnPolicy:
             return self._write(model, batch)
 
     def _write(self, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        prompts, mask = self._prompts(batch, _pad(model))
+        prompts, mask = self.prompts(batch, _pad(model))
         training = model.training
         model.eval()
         try:
-            written = self._generate(model, prompts, mask)
+            written = write(model, prompts, mask, _law(model, self.temperature, self.new_tokens))
         finally:
             model.train(training)
         return _batch(written, mask, _ends(model))
 
-    def _prompts(self, batch: dict[str, Any], pad: int) -> tuple[Tensor, Tensor]:
+    def prompts(self, batch: dict[str, Any], pad: int) -> tuple[Tensor, Tensor]:
         """(B, P) ids and mask, padded on the left."""
         found = [ids[: self._end(labelled)] for ids, labelled in _sequences(batch)]
         prompts = batch["input_ids"].new_full((len(found), max(map(len, found))), pad)
@@ -85,33 +85,41 @@ class OnPolicy:
         end = next((n for n in range(last, 0, -1) if not labelled[n - 1]), 0)
         return end or max(1, min(length // 2, self.prompt))
 
-    @torch.no_grad()
-    def _generate(self, model: Any, prompts: Tensor, mask: Tensor) -> Tensor:
-        law = _law(model, self.temperature, self.new_tokens)
-        device = model.device
-        with _generates_by(model, law):
-            return model.generate(
-                prompts.to(device), attention_mask=mask.to(device), generation_config=law
-            )
+
+@torch.no_grad()
+def write(model: Any, prompts: Tensor, mask: Tensor, law: GenerationConfig) -> Tensor:
+    """Prompts (B, P), padded on the left, continued by ``law`` and by nothing that the model's own
+    generation config adds: (B, P + new)."""
+    device = model.device
+    with _generates_by(model, law):
+        return model.generate(
+            prompts.to(device), attention_mask=mask.to(device), generation_config=law
+        )
+
+
+def greedy(model: Any, new_tokens: int) -> GenerationConfig:
+    """The most probable token, each time."""
+    return GenerationConfig(do_sample=False, max_new_tokens=new_tokens, **_special(model))
 
 
 def _law(model: Any, temperature: float, new_tokens: int) -> GenerationConfig:
     """Draws from the model's own distribution: of what may be configured, only which tokens are
     special is the model's."""
-    own = getattr(model, "generation_config", None)
-    special = {
-        name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")
-    }
     return GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=new_tokens,
-        pad_token_id=_pad(model),
-        eos_token_id=_ends(model) or None,
-        **special,
+        **_special(model),
     )
+
+
+def _special(model: Any) -> dict[str, Any]:
+    own = getattr(model, "generation_config", None)
+    names = ("bos_token_id", "decoder_start_token_id")
+    ends = {"pad_token_id": _pad(model), "eos_token_id": _ends(model) or None}
+    return {name: getattr(own, name, None) for name in names} | ends
 
 
 @contextmanager
