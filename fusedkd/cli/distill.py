@@ -141,7 +141,7 @@ def _prepare(
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
     student_model = make_student(models, task, args, data.student)
-    teacher_side: Any = cached if teacher is None else teacher.load(task.auto)
+    teacher_side: Any = cached if teacher is None else teacher.load(task.loader(teacher.config()))
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
     with as_user_error():
@@ -234,6 +234,7 @@ def _summary(trainer: DistillationTrainer, card: Card) -> None:
     table.add_row("steps", f"{trainer.state.global_step:,}")
     for name, (label, form) in ROWS.items():
         if card.get(name) is not None:
+            label = label.replace("cross-entropy, nats per token", trainer.measure)
             moves = name in card["before"] and "teacher_" not in name
             before = f"{card['before'][name]:{form}} -> " if moves else ""
             table.add_row(label, before + format(card[name], form))

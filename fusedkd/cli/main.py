@@ -10,8 +10,8 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
-from fusedkd.cli.parser import OneSentence, Parser, number
 from fusedkd.errors import UserError, as_user_error, of_the_machine
+from fusedkd.parser import OneSentence, Parser, number
 
 __all__ = ["main"]
 

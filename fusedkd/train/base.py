@@ -109,7 +109,7 @@ class FromHeads:
     ) -> tuple[Tensor, Any, Any]:
         """:func:`fusedkd.models.heads.loss_in_forward` of the student's head, or of its logits
         where ``dense``."""
-        head = None if dense else self._student_head.of(model)
+        head = None if dense else self._student_head.of(model, inputs)
         return loss_in_forward(model, bare(model), head, inputs, compute, self._task.logits)
 
     def _in_step(self, loss: Tensor, num_items: Any, model: nn.Module, outputs: Any) -> Tensor:

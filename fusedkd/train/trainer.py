@@ -159,6 +159,11 @@ class DistillationTrainer(FromHeads, Trainer):
         if self.terms and (compiles or is_compiled(model)):
             raise ValueError(f"terms={self.args.terms}: torch_compile traces past their hooks.")
 
+    @property
+    def measure(self) -> str:
+        """What ``eval_loss`` is, for people."""
+        return self._task.measure(bare(self.model))
+
     def call_model_init(self, trial: Any = None) -> Any:
         """As the Trainer's; terms are bound to the new model."""
         model: Any = super().call_model_init(trial)

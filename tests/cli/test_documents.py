@@ -18,7 +18,7 @@ from words import WORDS, V, bert, llama, rows, tokenizer
 
 from fusedkd import LMHead, cli
 from fusedkd.benchmarks import end_to_end, resources
-from fusedkd.benchmarks.cache import measure
+from fusedkd.benchmarks.cache import __main__ as cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,7 +153,7 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
 def test_command(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "LARGE", 300)
+    monkeypatch.setattr(cache, "LARGE", 300)
     monkeypatch.setattr(end_to_end, "VOCABULARIES", (300,))
     monkeypatch.setattr(
         end_to_end,

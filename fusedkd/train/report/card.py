@@ -49,6 +49,7 @@ def make_card(trainer: Any, metrics: Losses, samples: Mapping[str, Any]) -> Card
     teacher = next((x for log in history if (x := log.get("eval_teacher_loss")) is not None), None)
     return {
         **metrics,
+        "measure": trainer.measure,
         "steps": trainer.state.global_step,
         "before": dict(before),
         "eval_teacher_loss": teacher,
@@ -155,6 +156,7 @@ def _table(card: Card) -> str:
         cells = [card["before"].get(name), card.get(name), theirs]
         if cells[1] is not None:
             texts = ["" if cell is None else format(cell, form) for cell in cells]
+            label = label.replace("cross-entropy, nats per token", card["measure"])
             rows.append(f"| {label} | {' | '.join(texts)} |")
     return "\n".join(rows) if len(rows) > 2 else "Nothing was held out."
 

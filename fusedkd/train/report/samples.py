@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fusedkd.files import read_json, write_json
 from fusedkd.train.on_policy import OnPolicy, greedy, write
 
 __all__ = ["Samples"]
+
+logger = logging.getLogger(__name__)
 
 _PROMPT = 32  # tokens of a text, where labels do not tell where a prompt ends
 
@@ -61,16 +64,23 @@ class Samples(TrainerCallback):
         write_json(self.path, self.texts)
 
     def _continue(self, who: str, model: Any) -> None:
+        """A model that cannot write is no reason to end a run."""
+        try:
+            self._write(who, model)
+        except Exception as error:  # of a model's own generate, which may be anybody's
+            logger.warning("no samples of %s: %s: %s", who, type(error).__name__, error)
+            self.count = 0
+
+    def _write(self, who: str, model: Any) -> None:
         rows = self.trainer.eval_dataset
         rows = self.trainer.train_dataset if rows is None else rows
         rows = list(islice(rows, self.count))
-        prompts, mask = OnPolicy(0.0, _PROMPT, 1, 1.0).prompts(
-            self.trainer.data_collator(rows), pad=0
-        )
+        batch = self.trainer.data_collator(rows)
+        prompts, mask = OnPolicy(0.0, _PROMPT, 1, 1.0).prompts(batch, pad=0)
         trained = model.training
         model.eval()
         with torch.random.fork_rng(range(torch.cuda.device_count())):
-            written = write(model, prompts, mask, greedy(model, self.new_tokens))
+            written = write(model, prompts, mask, greedy(model, self.new_tokens), {})
         model.train(trained)
         begin = mask.shape[1]
         decode = self.trainer.processing_class.decode
