@@ -137,7 +137,7 @@ def _prepare(
             raise UserError(task.no_cache)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
-    check_prompts(data.train, flags, args.on_policy_share)
+    check_prompts(data.train, data.test, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
     student_model = make_student(models, task, args, data.student)
