@@ -134,12 +134,13 @@ def _distill(argv: list[str]) -> int:
         from fusedkd.data.arguments import DataArguments
         from fusedkd.models.arguments import ModelArguments
         from fusedkd.train.arguments import DistillationArguments
+        from fusedkd.train.report.arguments import ReportArguments
 
     class Flags(OneSentence, HfArgumentParser):  # type: ignore[misc]
         pass
 
     parser = Flags(
-        (ModelArguments, DataArguments, DistillationArguments),  # type: ignore[arg-type]
+        (ModelArguments, DataArguments, DistillationArguments, ReportArguments),  # type: ignore[arg-type]
         prog="fusedkd distill",
         usage="fusedkd distill [--config FILE.yaml] [flags]",
         description=DISTILL,
@@ -157,7 +158,7 @@ def _distill(argv: list[str]) -> int:
     words = [*given, *rest]
     try:
         with as_user_error():
-            models, data, args, _, unknown = parser.parse_args_into_dataclasses(
+            models, data, args, report, _, unknown = parser.parse_args_into_dataclasses(
                 words, return_remaining_strings=True, look_for_args_file=False
             )
     except UserError as error:
@@ -169,7 +170,11 @@ def _distill(argv: list[str]) -> int:
         parser.refuse(unknown[0])
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from fusedkd.cli.distill import distill
-    return distill(models, data, args)
+        from fusedkd.cli.run_file import RunFile
+
+    ours, theirs = ({f.name for f in fields(c)} for c in (DistillationArguments, TrainingArguments))
+    run = RunFile(parser, words, (models, data, report), args, ours - theirs)
+    return distill(models, data, args, report, run)
 
 
 def _student(argv: list[str]) -> int:
