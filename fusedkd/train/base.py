@@ -13,8 +13,6 @@ from fusedkd.models.kinds import HeadOf, bare, router_loss
 from fusedkd.train.tasks import Task, task_between
 from fusedkd.train.tasks.language import Causal
 
-__all__ = ["FromHeads"]
-
 
 class FromHeads:
     """To be named before a subclass of ``transformers.Trainer``, for its ``compute_loss``: labels

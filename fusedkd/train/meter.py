@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fusedkd import KDMetrics
 
-__all__ = ["Measured", "Meter", "measured"]
-
 Measured = Mapping[str, tuple[Tensor, Tensor]]  # a mean, and over how many tokens it is one
 
 
