@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fusedkd import backends, fp16
+from fusedkd import backends, debug, fp16
 from fusedkd.counted import chosen, counted, sides_of
 from fusedkd.distributions.sparse import SparseRows, canonical
 from fusedkd.gradients import Gradients
@@ -64,7 +64,10 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    for part in _chunks(student, teacher, grads, backend, plan, index):
+    chunks = list(_chunks(student, teacher, grads, backend, plan, index))
+    if debug.ENABLED:
+        debug.show(inputs, spec, plan, backend, chunks)
+    for part in chunks:
         own = student.states(part)
         if masked:  # 0 times what a row that does not count may hold would be NaN
             own = own.masked_fill((part.of_flat(scale) == 0).view(1, -1, 1), 0.0)
