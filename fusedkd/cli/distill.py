@@ -16,7 +16,7 @@ from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
 from fusedkd.cli.run_file import RunFile
 from fusedkd.data.arguments import DataArguments
-from fusedkd.errors import UserError, as_user_error
+from fusedkd.errors import NotFinite, UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.loading import (
@@ -54,7 +54,7 @@ def distill(
     if run is not None and trainer.is_world_process_zero():
         _keep_flags(run, Path(args.output_dir or "."), resumed=checkpoint is not None)
     with what_is_asked(trainer):
-        metrics: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        metrics = _trained(trainer, checkpoint)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
         trainer.save_model()
@@ -69,6 +69,18 @@ def distill(
         _summary(trainer, card)
         _write(trainer, card, models, data, report)
     return 0
+
+
+def _trained(trainer: DistillationTrainer, checkpoint: str | None) -> dict[str, Any]:
+    """A run that is stopped leaves its log, for ``fusedkd doctor --run``."""
+    try:
+        return dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    except NotFinite as error:
+        step = trainer.state.global_step
+        history: list[Any] = trainer.state.log_history
+        history.append({"stopped": str(error), "step": step})
+        trainer.save_state()
+        raise
 
 
 def _report_on(

@@ -23,6 +23,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd data --tokenizer DIR --data corpus/     what a run would train on, token by token
   fusedkd demo                     a whole distillation on real text, in about six minutes
   fusedkd doctor                   what runs on this machine, and whether it is right
+  fusedkd doctor --run out         what is wrong with a run
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
 
 `fusedkd COMMAND --help` explains a command."""
@@ -226,11 +227,18 @@ def _demo(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    Parser(
+    parser = Parser(
         "doctor",
         "Versions, devices, which backend runs here and why another does not, and a check of each "
-        "against the fp64 reference. Exit code 1 if a check fails.",
-    ).parse_args(argv)
+        "against the fp64 reference. Exit code 1 if a check fails. With --run: what the log of a "
+        "run says is wrong with it, and what to do; exit code 1 if anything is.",
+    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the --output_dir of a run")
+    args = parser.parse_args(argv)
+    if args.run is not None:
+        from fusedkd.cli.diagnosis import report_on
+
+        return report_on(args.run)
     from fusedkd.cli.doctor import report
 
     return report()

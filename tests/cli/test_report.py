@@ -194,3 +194,21 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(
     assert distil(disk, out, "--max_steps", "1") == 2
     assert "report.md cannot be written" in capsys.readouterr().err
     assert (out / "report.md").read_text() == before and not list(out.glob("*.tmp"))
+
+
+def test_a_run_that_is_stopped_leaves_its_log_and_no_student(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    teacher = llama()
+    with torch.no_grad():
+        teacher.model.norm.weight.fill_(float("nan"))
+    teacher.save_pretrained(tmp_path / "broken")
+    tokenizer().save_pretrained(tmp_path / "broken")
+    out = tmp_path / "out"
+    assert distil(disk, out, "--teacher", str(tmp_path / "broken")) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "the teacher's answers" in said.lower()
+    assert not list(out.glob("*.safetensors")) and not (out / "distillation.json").exists()
+    assert main(["doctor", "--run", str(out)]) == 1
+    assert "stopped at evaluation at step 0" in capsys.readouterr().out
