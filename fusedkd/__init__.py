@@ -1,8 +1,13 @@
 """Fused knowledge-distillation losses for large vocabularies. See :func:`kd_loss`."""
 
-from fusedkd import divergences
-from fusedkd.distributions import LMHead, SparseTeacher
-from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
+from typing import TYPE_CHECKING
+
+from fusedkd.lazy import lazy
+
+if TYPE_CHECKING:
+    from fusedkd import divergences
+    from fusedkd.distributions import LMHead, SparseTeacher
+    from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
 
 __all__ = [
     "KDLoss",
@@ -13,3 +18,9 @@ __all__ = [
     "kd_loss",
     "kd_loss_and_metrics",
 ]
+
+# torch takes a second to import, which `fusedkd --help` should not
+_HOMES = dict.fromkeys(__all__, "fusedkd.loss")
+_HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "fusedkd.distributions")
+_HOMES["divergences"] = "fusedkd.divergences"
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -27,7 +27,7 @@ from torch.autograd.function import _functions
 
 from fusedkd import backends
 from fusedkd.call import Call
-from fusedkd.chunks import in_place
+from fusedkd.chunks import in_place, run
 from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.modes import in_functorch, stand_in
 from fusedkd.spec import LossSpec
@@ -53,12 +53,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *upstream: Any) -> Any:
-        if in_functorch():
+        if not torch.is_grad_enabled() or in_functorch():
             return backward(ctx, *upstream)
         with torch.no_grad():
             results = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return results
         several = results if isinstance(results, tuple) else (results,)
         refusing = _functions.DelayedError(SECOND.encode(), len(several) + len(ctx.roots))
         return refusing(*several, *ctx.roots)[: len(several)]
@@ -108,9 +106,7 @@ class _FusedLoss(torch.autograd.Function):
             labels,
             row_scale,
         )
-        if _deferred(spec, plan.wanted):
-            plan = plan._replace(wanted=Wanted(False, False, False, plan.wanted.metrics))
-        return tuple(dispatch(inputs, spec, plan))
+        return tuple(dispatch(inputs, spec, _in_forward(spec, plan)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,13 +166,14 @@ class _FusedLoss(torch.autograd.Function):
 
 class _EagerLoss(torch.autograd.Function):
     """The same in the form that torch.func cannot take: it spares each call the binding of its
-    arguments, 23 us (of 300 at 8 x 1,000, 2026-11-24)."""
+    arguments, 23 us (of 300 at 8 x 1,000, 2026-11-24), and outputs that nobody is given."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        output = _FusedLoss.forward(*arguments)
+        *tensors, spec, plan = arguments
+        output = tuple(run(Inputs(*tensors), spec, _in_forward(spec, plan)))
         _FusedLoss.setup_context(ctx, arguments, output)
-        return output
+        return output[: 1 + plan.wanted.metrics]
 
     backward = _FusedLoss.backward  # type: ignore[assignment]
 
@@ -196,6 +193,13 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         raise RuntimeError(SECOND)
+
+
+def _in_forward(spec: LossSpec, plan: Plan) -> Plan:
+    """Without the gradients that only the backward can make."""
+    if not _deferred(spec, plan.wanted):
+        return plan
+    return plan._replace(wanted=Wanted(False, False, False, plan.wanted.metrics))
 
 
 def _deferred(spec: LossSpec, wanted: Wanted) -> bool:

@@ -201,21 +201,20 @@ def _row_scale(
     weights: Tensor, normalizer: float | Tensor | None, spec: LossSpec, plan: Plan
 ) -> Tensor:
     """(N,) weights over what their weighted sum is divided by."""
-    divisor = _divisor(weights, normalizer, spec)
-    if divisor is None:
-        return weights
-    row_scale = (weights / divisor).masked_fill(weights == 0, 0.0)
+    tiny = torch.finfo(weights.dtype).tiny
+    if normalizer is None:
+        if spec.reduction != "mean":
+            return weights
+        # in fp64, so that weights of 0 between others change nothing; 0 over 0 is 0
+        row_scale = weights / weights.sum(dtype=torch.float64).clamp_(min=tiny)
+    else:
+        row_scale = (weights / _divisor(weights, normalizer)).masked_fill(weights == 0, 0.0)
     if plan.num_counted is not None:  # what underflows is no less counted
-        tiny = torch.finfo(weights.dtype).tiny
         row_scale = row_scale.masked_fill((row_scale == 0) & (weights != 0), tiny)
     return row_scale
 
 
-def _divisor(weights: Tensor, normalizer: float | Tensor | None, spec: LossSpec) -> Tensor | None:
-    if normalizer is None:
-        # in fp64, so that weights of 0 between others change nothing
-        mean = spec.reduction == "mean"
-        return weights.sum(dtype=torch.float64).to(weights.dtype) if mean else None
+def _divisor(weights: Tensor, normalizer: float | Tensor) -> Tensor:
     check_normalizer(normalizer)
     if isinstance(normalizer, Tensor):
         return normalizer.detach().reshape(()).to(device=weights.device, dtype=weights.dtype)

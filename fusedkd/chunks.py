@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fusedkd import backends, fp16
+from fusedkd import backends, debug, fp16
 from fusedkd.counted import chosen, counted, sides_of
 from fusedkd.distributions.sparse import SparseRows, canonical
 from fusedkd.gradients import Gradients
@@ -41,6 +41,13 @@ def run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
 
     Rows that do not count are never multiplied where there is a head.
     """
+    if plan.autocast is None:
+        return _run(inputs, spec, plan)
+    with torch.autocast(inputs.row_scale.device.type, enabled=False):  # casts are made explicitly
+        return _run(inputs, spec, plan)
+
+
+def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     row_scale, wanted = inputs.row_scale, plan.wanted
     backend = backends.resolve(plan.backend, row_scale.device)
     inplace = in_place(inputs, plan)
@@ -57,7 +64,10 @@ def run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    for part in _chunks(student, teacher, grads, backend, plan, index):
+    chunks = list(_chunks(student, teacher, grads, backend, plan, index))
+    if debug.ENABLED:
+        debug.show(inputs, spec, plan, backend, chunks)
+    for part in chunks:
         own = student.states(part)
         if masked:  # 0 times what a row that does not count may hold would be NaN
             own = own.masked_fill((part.of_flat(scale) == 0).view(1, -1, 1), 0.0)
@@ -154,8 +164,10 @@ def _common_rows(inputs: Inputs) -> tuple[int, int]:
     """(B, T) such that both sides' dense logits can be viewed as (B, T, V); 1 and N if there is no
     such view, or no dense logits."""
     dense = [x for x, weight in sides_of(inputs) if weight is None]
-    shapes = [row_shapes(x) for x in dense]
     leading = inputs.student.shape[:-1]
+    if all(x.is_contiguous() for x in dense):
+        return 1, leading.numel()
+    shapes = [row_shapes(x) for x in dense]
     everything = [(1, leading.numel()), (leading[:-1].numel(), leading[-1] if leading else 1)]
     common = (shape for shape in everything if all(shape in s for s in shapes))
     return next(common, everything[0])

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["UserError", "as_user_error", "of_the_machine"]
+__all__ = ["NotFinite", "UserError", "as_user_error", "of_the_machine"]
 
 
 class UserError(Exception):
     """Something that the user can put right. The message says what came, what was expected."""
+
+
+class NotFinite(UserError, ArithmeticError):
+    """A loss, or a model's answers, are NaN or infinite; the message says whose, where, and why."""
 
 
 @contextmanager

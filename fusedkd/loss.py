@@ -259,6 +259,11 @@ def _metrics(sums: Tensor, weights: Tensor, has_teacher: bool) -> KDMetrics:
     count = (weights != 0).sum()
     means = sums / count.clamp(min=1)
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
+    # of a side that is NaN there is no favourite token, though the kernels name one
+    student, other = 0.0 * named["student_entropy"], 0.0 * named["teacher_entropy"]
+    named["top1_agreement"] = named["top1_agreement"] + student + other
+    named["student_accuracy"] = named["student_accuracy"] + student
+    named["teacher_accuracy"] = named["teacher_accuracy"] + other
     if not has_teacher:
         named |= {name: named[name] * math.nan for name in OF_TEACHER}
     return KDMetrics(**named, num_tokens=count)

@@ -1,10 +1,9 @@
 """Vocabulary-parallel losses: each rank of a group holds some columns of the logits.
 
-Row statistics (maximum, sum of exponentials, weighted sums) are merged by all-reduces of a few
-numbers per token; nothing as wide as the vocabulary is ever sent. That is a backend whose rows lie
-across the ranks (:mod:`fusedkd.parallel_rows`), so the loop over chunks, the products, reductions
-and autograd are those of :mod:`fusedkd.autograd`. Plain torch: any device and any divergence, whose
-derivative autograd makes from ``Divergence.value``.
+Every rank's backend observes the columns that lie there; the statistics of rows, a few numbers per
+token, are gathered, and nothing as wide as the vocabulary is ever sent. That is a backend whose
+rows lie across the ranks (:mod:`fusedkd.parallel_rows`), so the loop over chunks, the products,
+reductions and autograd are those of :mod:`fusedkd.autograd`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from torch.nn import functional as F
 
 from fusedkd.chunks import chunk_budget
 from fusedkd.distributions import LMHead, SparseTeacher
-from fusedkd.parallel_rows import COPIES, SpreadRows
+from fusedkd.kernels import Part
+from fusedkd.parallel_rows import GroupRows
 
 __all__ = ["Shards", "is_sharded", "shards"]
 
@@ -29,7 +29,7 @@ class Shards(NamedTuple):
     student: Any  # plain tensors, this rank's columns
     teacher: Any
     vocab_size: int  # of all ranks
-    backend: SpreadRows
+    backend: GroupRows
     chunk_bytes: int
     chunk_columns: int  # the widest rank's: every rank makes chunks of as many tokens
 
@@ -45,7 +45,9 @@ class _Split(NamedTuple):
 
 def is_sharded(*sides: Any) -> bool:
     """Whether some side is a DTensor whose vocabulary is sharded."""
-    return any(_mesh_dim(_columns(side), _dim(side)) is not None for side in sides)
+    columns = map(_columns, sides)
+    dtensors = [(x, side) for x, side in zip(columns, sides, strict=True) if _is_dtensor(x)]
+    return any(_mesh_dim(x, _dim(side)) is not None for x, side in dtensors)
 
 
 def shards(
@@ -83,13 +85,12 @@ def shards(
     local_student = _here(student, split, groups[0], summed=True)
     device = _columns(local_student).device
     budget = chunk_budget(chunk_bytes, device.type) // 2
-    live = max(0, min(split.columns, size - split.offset))
-    rows = max(1, budget // (split.widest * 4 * COPIES))
+    part = Part(min(split.offset, size), max(0, min(split.columns, size - split.offset)))
     return Shards(
         local_student,
         _here(teacher, split, groups[0], summed=False),
         size,
-        SpreadRows(backend, device, groups[0], split.offset, live, rows),
+        GroupRows(backend, device, groups[0], part, split.widest, budget),
         budget,
         split.widest,
     )
@@ -131,7 +132,7 @@ def _dim(side: Any) -> int:
 
 def _is_dtensor(x: Any) -> bool:
     """Without importing DTensor, which takes as long as half of torch."""
-    return isinstance(x, Tensor) and hasattr(x, "placements")
+    return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "placements")
 
 
 def _mesh_dim(tensor: Any, dim: int) -> int | None:

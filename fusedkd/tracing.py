@@ -115,10 +115,7 @@ def dispatch(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
             **{name: getattr(spec, name) for name in SPEC},
             **{name: getattr(plan, name) for name in PLAN},
         )
-    if plan.autocast is None:
-        return run(inputs, spec, plan)
-    with torch.autocast(inputs.row_scale.device.type, enabled=False):  # casts are made explicitly
-        return run(inputs, spec, plan)
+    return run(inputs, spec, plan)
 
 
 def _packed(spec: LossSpec, like: Tensor) -> Tensor:

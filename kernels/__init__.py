@@ -30,6 +30,21 @@ numbers p; its top is the first largest of the K, or none, which agrees with not
 wider; gaps to a sparse teacher are formed in fp64. Bitwise repeatable, no host synchronisation on a
 GPU, and no compilation for other numbers in ``spec``.
 
+**A row in pieces**, in columns of a vocabulary or on the ranks of a group, takes four verbs, of
+which each piece sees ``call.part``; what is merged is the same for all pieces, and bitwise so:
+
+    ``observe(call) -> Tensor`` (N, len(:class:`Statistics`)) of the columns here
+    ``merge([...]) -> Tensor`` the statistics of whole rows (:func:`fusedkd.kernels.pieces.merge`)
+    ``compare(call, merged) -> Comparison | None``: the columns' share in D, where that takes the
+        rows' normalisers; the pieces' sums are added up in order. None, for all pieces alike, where
+        the statistics say all
+    ``finish(call, merged, comparison) -> (Rows, again)``: whole rows' loss and metrics, and the
+        gradient of the columns here. ``again`` (N,) bool or None: rows that fp32 cannot carry (p
+        and q hardly meet) and that were left out; all pieces go through them once more, with
+        ``Part.exact``. The same on every piece
+
+``block_rows(widest, budget)``: how many rows of so many columns such verbs take at a time.
+
 Beside rows a backend has what a head's chunks are made with:
 
 ``scale_(grad, factor, out=None)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by
@@ -60,7 +75,15 @@ from fusedkd.distributions.sparse import SparseRows
 from fusedkd.spec import METRIC_COLUMNS as METRICS
 from fusedkd.spec import LossSpec
 
-__all__ = ["METRICS", "RowCall", "Rows"]
+__all__ = ["METRICS", "Comparison", "Part", "RowCall", "Rows", "Statistics"]
+
+
+class Part(NamedTuple):
+    """Which columns of a longer row lie here."""
+
+    offset: int  # the vocabulary's id of the first of them
+    columns: int  # how many, perhaps none; those behind them are padding
+    exact: bool = False  # in fp64 throughout: the rows of ``again``
 
 
 class RowCall(NamedTuple):
@@ -76,6 +99,22 @@ class RowCall(NamedTuple):
     spec: LossSpec
     grad: Tensor | None  # (B, T, C), last stride 1, perhaps the student; None: no gradient wanted
     metrics: bool  # whether to compute them
+    part: Part | None = None  # None: whole rows, for ``rows``
+
+    def of(self, rows: slice | Tensor, part: Part) -> RowCall:
+        """Some rows, in pieces, of a call with B = 1; those of chosen indices are a copy."""
+        if isinstance(self.teacher, SparseRows):
+            teacher: Tensor | SparseRows = self.teacher.part(rows)
+        else:
+            teacher = self.teacher_logits[:, rows]
+        return self._replace(
+            student=self.student[:, rows],
+            teacher=teacher,
+            labels=None if self.labels is None else self.labels[rows],
+            row_scale=self.row_scale[rows],
+            grad=None if self.grad is None else self.grad[:, rows],
+            part=part,
+        )
 
     @property
     def teacher_logits(self) -> Tensor:
@@ -97,3 +136,50 @@ class Rows(NamedTuple):
     # (N, len(METRICS)): raw divergence, raw CE, entropies of p and q in nats, arg-max agreement and
     # accuracies as 0 or 1 (the first index wins a tie). CE and accuracies are NaN without labels
     metrics: Tensor | None
+
+    def put(self, rows: slice | Tensor, results: Rows) -> None:
+        """Write what came of some of the rows."""
+        self.loss[rows] = results.loss
+        if self.metrics is not None and results.metrics is not None:
+            self.metrics[rows] = results.metrics
+
+
+class Statistics(NamedTuple):
+    """What is kept of the columns that lie here, and then of whole rows: a monoid.
+
+    Each is (N,) fp64; together, in this order, they are the columns of ``observe``'s result. Sums
+    of exponentials, and all that is weighted by them, are in units of ``2 ** exponent``, and -inf
+    is the exponent of a sum of nothing. What a backend has no use for is 0.
+    """
+
+    student_max: Tensor  # largest logit after the transform
+    student_exponent: Tensor
+    student_sum: Tensor  # of exp(s / T)
+    unit_exponent: Tensor
+    unit_sum: Tensor  # of exp(s)
+    teacher_max: Tensor
+    teacher_exponent: Tensor
+    teacher_sum: Tensor  # of exp(t / T_teacher), of a dense teacher
+    outside_max: Tensor
+    outside_exponent: Tensor
+    outside_sum: Tensor  # of exp(s / T) where a sparse teacher has no id
+    forward: Tensor  # sums of gaps t - s, weighted by either side's exponentials, over the columns
+    reverse: Tensor  # where the gap is finite; in whatever units the backend likes
+    teacher_absent: Tensor  # sum of the teacher's exponentials where the student has -inf
+    student_absent: Tensor  # and the other way round
+    only_teacher: Tensor  # the largest of the teacher's logits there
+    only_student: Tensor
+    student_expected: Tensor  # mean logit under the softmax, for the entropy
+    teacher_expected: Tensor
+    mean: Tensor  # sum of s over the vocabulary's size, for label smoothing
+    label: Tensor  # s at the label, 0 where that lies elsewhere
+    student_top: Tensor  # the id of the largest logit, the first one of several
+    teacher_top: Tensor
+    teacher_at_top: Tensor  # t at student_top
+
+
+class Comparison(NamedTuple):
+    """What a divergence says of the columns here, or of whole rows."""
+
+    sums: Tensor  # (N, 2) fp64: D, and the sum of d D / d log q; without a sparse teacher's tail
+    kept: Tensor | None  # what ``finish`` of the same backend wants to find again

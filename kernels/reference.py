@@ -6,6 +6,7 @@ Shares no code with the other backends. It is also what a CPU without a compiler
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,10 +15,26 @@ from torch import Tensor, empty
 from torch.nn import functional as F
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.kernels import METRICS, RowCall, Rows
-from fusedkd.spec import LossSpec, Transform
+from fusedkd.kernels import RowCall, Rows, pieces
+from fusedkd.kernels.pieces import block_rows, metric_rows, transform
+from fusedkd.spec import LossSpec
 
-__all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "unavailable"]
+__all__ = [
+    "block_rows",
+    "compare",
+    "empty",
+    "finish",
+    "head_dtypes",
+    "mm_",
+    "observe",
+    "rows",
+    "scale_",
+    "unavailable",
+]
+
+observe = functools.partial(pieces.observe, dtype=torch.float64)
+compare = functools.partial(pieces.compare, dtype=torch.float64)
+finish = functools.partial(pieces.finish, dtype=torch.float64)
 
 
 def unavailable() -> str | None:
@@ -30,7 +47,7 @@ def rows(call: RowCall) -> Rows:
     with torch.inference_mode(False), torch.enable_grad():
         raw = _true_vocabulary(call.student, spec)[counted].double()
         raw.requires_grad_(call.grad is not None)
-        s = _transform(raw, spec.student_transform)
+        s = transform(raw, spec.student_transform)
         s = torch.where(s == -math.inf, s.detach(), s)  # a masked entry gets no gradient
         log_q = F.log_softmax(s / spec.temperature, dim=-1)
         pair = (_sparse if isinstance(call.teacher, SparseRows) else _dense)(call, counted, log_q)
@@ -48,7 +65,7 @@ def rows(call: RowCall) -> Rows:
     results.loss.zero_()[counted] = loss.detach().to(results.loss.dtype)
     if results.metrics is not None:
         tops = (s.argmax(-1), pair.teacher_top)
-        columns = _metrics(kd, ce, _entropy(pair.log_p), _entropy(log_q), tops, labels)
+        columns = metric_rows(kd, ce, _entropy(pair.log_p), _entropy(log_q), tops, labels)
         results.metrics.zero_()[counted] = columns.detach().to(results.loss.dtype)
     return results
 
@@ -63,7 +80,7 @@ class _Pair(NamedTuple):
 
 def _dense(call: RowCall, counted: Tensor, log_q: Tensor) -> _Pair:
     logits = _true_vocabulary(call.teacher_logits, call.spec)[counted].double()
-    t = _transform(logits, call.spec.teacher_transform)
+    t = transform(logits, call.spec.teacher_transform)
     return _Pair(F.log_softmax(t / call.spec.teacher_temperature, dim=-1), log_q, t.argmax(-1))
 
 
@@ -113,42 +130,10 @@ def _true_vocabulary(logits: Tensor, spec: LossSpec) -> Tensor:
     return logits.detach().reshape(-1, logits.shape[-1])[:, : spec.vocab_size]
 
 
-def _transform(logits: Tensor, transform: Transform) -> Tensor:
-    scaled = logits * transform.scale
-    return (
-        transform.softcap * torch.tanh(scaled / transform.softcap) if transform.softcap else scaled
-    )
-
-
 def _cross_entropy(s: Tensor, labels: Tensor | None, spec: LossSpec) -> Tensor:
     if labels is None:
         return s.new_full(s.shape[:1], math.nan)
     return F.cross_entropy(s, labels, reduction="none", label_smoothing=spec.label_smoothing)
-
-
-def _metrics(
-    kd: Tensor,
-    ce: Tensor,
-    teacher_entropy: Tensor,
-    student_entropy: Tensor,
-    tops: tuple[Tensor, Tensor],  # the student's and the teacher's most probable ids
-    labels: Tensor | None,
-) -> Tensor:
-    """(n, len(METRICS))."""
-    unknown = torch.full_like(kd, math.nan)
-    student_right, teacher_right = (
-        unknown if labels is None else (top == labels).to(kd.dtype) for top in tops
-    )
-    named = {
-        "kd": kd,
-        "ce": ce,
-        "teacher_entropy": teacher_entropy,
-        "student_entropy": student_entropy,
-        "top1_agreement": (tops[0] == tops[1]).to(kd.dtype),
-        "student_accuracy": student_right,
-        "teacher_accuracy": teacher_right,
-    }
-    return torch.stack([named[name] for name in METRICS], dim=-1)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

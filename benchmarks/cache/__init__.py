@@ -1,1 +1,1 @@
-"""The teacher cache, measured. See measure.py."""
+"""The teacher cache, measured. See __main__.py."""

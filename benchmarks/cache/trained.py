@@ -19,6 +19,7 @@ from rich.table import Table
 from fusedkd import SparseTeacher, kd_loss
 from fusedkd.cache import Job, Layout, Policy, TeacherCache, build, verify
 from fusedkd.cache.keys import tokenizer_hash
+from fusedkd.demo.corpus import corpus
 from fusedkd.demo.run import LOSSES, Demo, Setting
 from fusedkd.teachers import LiveTeacher
 
@@ -30,7 +31,7 @@ class OnDemo:
         disable_progress_bars()
         self.console, self.work, self.setting = console, work, Setting()
         size = self.setting
-        text = size.corpus()
+        text = corpus(size)
         self.demo = Demo(size, text, work, console)
         self.learn = partial(self.demo.experiment.train, data=text.transfer)
         self.teacher = self.demo.model(*size.teacher)

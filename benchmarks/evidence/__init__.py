@@ -1,1 +1,1 @@
-"""Does distillation help? See run.py."""
+"""Does distillation help? See __main__.py."""

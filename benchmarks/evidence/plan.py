@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fusedkd.data.masking import FrequencyMasking, count_tokens
-from fusedkd.demo.corpus import Corpus, corpus
+from fusedkd.demo.corpus import Sizes, corpus
 from fusedkd.students.copy import StudentPlan, build_student
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -29,11 +29,10 @@ LOSS = ("divergence", "temperature", "kd_weight", "kd_tokens", "ce_weight", "ter
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Sizes. The defaults fit an hour of two cores."""
+class Setting(Sizes):
+    """The defaults fit an hour of two cores."""
 
-    teacher_bytes: int = 6_000_000
-    limited_tokens: int = 60_000
+    transfer_tokens: int = 60_000
     held_out_blocks: int = 200
     vocabulary: int = 2000
     block: int = 64
@@ -95,13 +94,7 @@ class Text:
 
 def make_text(size: Setting) -> Text:
     """The standard library's sources, split by file; the tokenizer never saw the held-out ones."""
-    text: Corpus = corpus(
-        teacher_bytes=size.teacher_bytes,
-        transfer_tokens=size.limited_tokens,
-        held_out_blocks=size.held_out_blocks,
-        vocabulary=size.vocabulary,
-        block=size.block,
-    )
+    text = corpus(size)
     text.tokenizer.add_special_tokens({"mask_token": "<mask>", "pad_token": "<pad>"})
     sets = {"unlimited": text.teacher, "limited": text.transfer, "held out": text.held_out}
     short = {name: _cut(blocks, size.masked_block) for name, blocks in sets.items()}

@@ -1,21 +1,11 @@
-"""Does it help? Students of the recipes on real text, each with three controls, over seeds.
-
-    python -m fusedkd.benchmarks.evidence --output outputs/evidence --minutes 60
-
-A BERT-style and a GPT-style teacher are trained on the standard library's sources, then students of
-four kinds, with all of the text and with little of it: with distillation; without it for as many
-steps; without it for as long; and not trained at all. Every result is written as soon as it is
-there, and the same command goes on where it was stopped.
-"""
+"""The trainings of the evidence: teachers, then students, as many steps as there is time for."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +16,7 @@ from fusedkd.demo.experiment import Experiment
 from fusedkd.files import write_json
 from fusedkd.train.term_set import own_parameters
 
-from .plan import SMOKE, STUDENTS, Setting, Student, Text, make_teacher, make_text
-from .report import write_report
+from .plan import STUDENTS, Setting, Student, Text, make_teacher
 
 PROBE_STEPS = 8
 TEACHERS_SHARE = 0.3  # of the time; evaluations and loading take about a tenth
@@ -46,22 +35,6 @@ class Job(NamedTuple):
     @property
     def key(self) -> str:
         return "/".join(map(str, self))
-
-
-def main() -> None:
-    """Run everything that is not there yet; write ``results.json``, ``report.md`` and plots."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/evidence"))
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--seeds", type=int, help="default: 3")
-    parser.add_argument("--smoke", action="store_true", help="tiny: only shows that it works")
-    args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    size = SMOKE if args.smoke else Setting()
-    size = size if args.seeds is None else replace(size, seeds=args.seeds)
-    evidence = Evidence(size, make_text(size), args.output, 60 * args.minutes)
-    evidence.run()
-    write_report(args.output, evidence.results, size.__dict__)
 
 
 class Evidence:

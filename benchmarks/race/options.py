@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from fusedkd import divergences
+from fusedkd.parser import Parser, number
 
 from .case import Case
 from .providers import PROVIDERS
@@ -33,36 +31,9 @@ moving the bytes (two tensors read, one written); for heads, the bare matrix pro
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors that end in a remedy, and without the usage dump."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (\S+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], list(self._option_string_actions), n=1)
-            message = f"{unknown[1]} is not known" + (f": did you mean {near[0]}?" if near else ".")
-        self.exit(
-            2, f"{self.prog}: {message.replace('argument ', '', 1)}\nSee {self.prog} --help.\n"
-        )
-
-
-def _checked(kind: type, test: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value: float = kind(text.replace("_", "").replace(",", ""))
-            if test(value):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} came, {expected} was expected")
-
-    return convert
-
-
-_count = _checked(int, lambda x: x >= 1, "a whole number of at least 1, such as 512,")
-_positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0, such as 2.0,")
-_share = _checked(float, lambda x: 0 < x <= 1, "a number above 0 and up to 1, such as 0.25,")
-_weight = _checked(float, lambda x: 0 <= x < float("inf"), "a number of at least 0, such as 0.5,")
+LEAST = 1e-6  # of numbers that have to be above 0
+_count, _weight = number(1), number(0, 1e6, float)
+_positive, _share = number(LEAST, 1e6, float), number(LEAST, 1, float)
 
 
 def _divergence(text: str) -> str:
@@ -73,13 +44,13 @@ def _divergence(text: str) -> str:
     return text
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="fusedkd bench",
-        description="Time fusedkd against what else there is, and check everybody's answer.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    """
+    Raises:
+        UserError: an argument that cannot be.
+    """
+    about = "Time fusedkd against what else there is, and check everybody's answer."
+    parser = Parser("bench", about, EXAMPLES)
     _add_runs(parser)
     _add_axes(parser.add_argument_group("axes (several values: all combinations)"))
     _add_output(parser.add_argument_group("output"))

@@ -38,9 +38,6 @@ class Row:
     memory_reason: str | None = None
     note: str | None = None
 
-    def is_of(self, case: Case, provider: str) -> bool:
-        return self.provider == provider and self.case == dataclasses.asdict(case)
-
 
 @dataclass
 class BarResult:
@@ -61,9 +58,24 @@ class BarResult:
 
 @dataclass
 class GroupResult:
+    """The rows of one group, by case and provider; None where something is missing."""
+
     title: str
     rows: list[Row] = field(default_factory=list)
     bars: list[BarResult] = field(default_factory=list)
+
+    def row(self, case: Case, provider: str) -> Row | None:
+        fields = dataclasses.asdict(case)
+        rows = (row for row in self.rows if row.provider == provider and row.case == fields)
+        return next(rows, None)
+
+    def time(self, case: Case, provider: str) -> float | None:
+        row = self.row(case, provider)
+        return row.total_ms if row else None
+
+    def peak(self, case: Case, provider: str) -> int | None:
+        row = self.row(case, provider)
+        return row.peak_bytes if row else None
 
 
 @dataclass

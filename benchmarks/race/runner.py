@@ -23,30 +23,12 @@ OWN_FORMULA = (
 )
 
 
-class Measured:
-    """The rows of one group, by case and provider; None where something is missing."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-
-    def row(self, case: Case, provider: str) -> Row | None:
-        return next((row for row in self.rows if row.is_of(case, provider)), None)
-
-    def time(self, case: Case, provider: str) -> float | None:
-        row = self.row(case, provider)
-        return row.total_ms if row else None
-
-    def peak(self, case: Case, provider: str) -> int | None:
-        row = self.row(case, provider)
-        return row.peak_bytes if row else None
-
-
 @dataclass(frozen=True)
 class Bar:
-    """A promise of the project: ``value(measured)`` is at most, or at least, ``limit``."""
+    """A promise of the project: ``value(result)`` is at most, or at least, ``limit``."""
 
     label: str
-    value: Callable[[Measured], float | None]
+    value: Callable[[GroupResult], float | None]
     limit: float
     at_most: bool = True
     unit: str = "x"
@@ -90,9 +72,9 @@ def run_group(group: Group, effort: Effort, tick: Callable[[], None]) -> GroupRe
             if provider.name != FLOOR:
                 row.peak_bytes, row.memory_reason = peak_extra(case, provider.name)
             tick()
-    measured = Measured(rows)
-    bars = [BarResult(b.label, b.value(measured), b.limit, b.at_most, b.unit) for b in group.bars]
-    return GroupResult(group.title, rows, bars)
+    result = GroupResult(group.title, rows)
+    result.bars = [BarResult(**{**vars(bar), "value": bar.value(result)}) for bar in group.bars]
+    return result
 
 
 Ready = list[tuple[Row, Case, Provider]]

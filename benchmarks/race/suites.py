@@ -9,7 +9,8 @@ from fusedkd import divergences
 
 from .case import DTYPES, Case, native_dtype
 from .provider import FLOOR, OURS
-from .runner import Bar, Group, Measured
+from .results import GroupResult
+from .runner import Bar, Group
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 
@@ -19,14 +20,21 @@ def at_most(label: str, case: Case, against: str, limit: float) -> Bar:
     return Bar(label, lambda m: _ratio(m.time(case, OURS), m.time(case, against)), limit)
 
 
-def faster(case: Case, peer: str, limit: float) -> Bar:
-    label = f"faster than {'torch.compile' if peer == 'compile' else peer}"
-    return Bar(label, lambda m: _ratio(m.time(case, peer), m.time(case, OURS)), limit, False)
+def faster(case: Case, **limits: float) -> tuple[Bar, ...]:
+    """How many times as fast as peers."""
+    return tuple(
+        Bar(
+            f"faster than {'torch.compile' if peer == 'compile' else peer}",
+            lambda m, peer=peer: _ratio(m.time(case, peer), m.time(case, OURS)),  # type: ignore[misc]
+            *(limit, False),
+        )
+        for peer, limit in limits.items()
+    )
 
 
-def _relative(label: str, case: Case, other: Case, limit: float) -> Bar:
+def _relative(label: str, case: Case, other: Case, limit: float, at_most: bool = True) -> Bar:
     """fusedkd's time on one case over its time on another."""
-    return Bar(label, lambda m: _ratio(m.time(case, OURS), m.time(other, OURS)), limit)
+    return Bar(label, lambda m: _ratio(m.time(case, OURS), m.time(other, OURS)), limit, at_most)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
@@ -43,10 +51,10 @@ def quick(device: str) -> list[Group]:
             "Dense, forward KL + CE",
             (case,),
             (OURS, "eager", "compile", "gkd", FLOOR),
-            (faster(case, "compile", 8), faster(case, "eager", 32), _floor(case, device)),
+            (*faster(case, compile=8, eager=32), _floor(case, device)),
             memory=True,
         ),
-        Group("Dense, JSD + CE", (jsd,), (OURS, "eager", FLOOR), (faster(jsd, "eager", 25),)),
+        Group("Dense, JSD + CE", (jsd,), (OURS, "eager", FLOOR), faster(jsd, eager=25)),
         Group("LMHead, forward KL + CE", (head,), (OURS, "eager", FLOOR), (_floor(head, device),)),
         _small_call(device),
     ]
@@ -82,41 +90,25 @@ def _floor(case: Case, device: str) -> Bar:
 
 
 def _dense(device: str) -> list[Group]:
-    base = Case(n=4096 if device == "cuda" else 512, device=device)
+    gpu = device == "cuda"
+    base = Case(n=4096 if gpu else 512, device=device)
     warm, jsd = base.but(temperature=1.7), base.but(divergence="jsd")
     fp32 = base.but(dtype="fp32", n=base.n // 2)
-    gpu = device == "cuda"
-    bars_jsd = (faster(jsd, "compile", 10), faster(jsd, "eager", 25))
-    return [
-        Group(
-            "Dense bf16, forward KL + CE, T = 2",
-            (base,),
-            (OURS, "eager", "compile", "torchtune", "gkd", FLOOR),
-            (faster(base, "compile", 8), faster(base, "eager", 32), _floor(base, device))[
-                2 * gpu :
-            ],
-        ),
-        Group(
-            "Dense bf16, forward KL + CE, T = 1.7",
-            (warm,),
-            (OURS, "eager", "compile", FLOOR),
-            (faster(warm, "compile", 8), faster(warm, "eager", 32), _floor(warm, device))[
-                2 * gpu :
-            ],
-        ),
-        Group(
-            "Dense bf16, JSD + CE",
-            (jsd,),
-            (OURS, "eager", "compile", "gkd", FLOOR),
-            (_floor(jsd, device),) if gpu else bars_jsd,
-        ),
-        Group(
-            "Dense fp32, forward KL + CE",
-            (fp32,),
-            (OURS, "eager", "compile", FLOOR),
-            (_floor(fp32, device),) if gpu else (faster(fp32, "compile", 4),),
-        ),
+    # what is raced, against whom, and on a CPU how many times as fast; on a GPU the floor alone
+    races: list[tuple[str, Case, tuple[str, ...], dict[str, float]]] = [
+        ("bf16, forward KL + CE, T = 2", base, ("torchtune", "gkd"), {"compile": 8, "eager": 32}),
+        ("bf16, forward KL + CE, T = 1.7", warm, (), {"compile": 8, "eager": 32}),
+        ("bf16, JSD + CE", jsd, ("gkd",), {"compile": 10, "eager": 25}),
+        ("fp32, forward KL + CE", fp32, (), {"compile": 4}),
     ]
+    groups = []
+    for title, case, peers, limits in races:
+        bars = () if gpu else faster(case, **limits)
+        if gpu or case in (base, warm):
+            bars += (_floor(case, device),)
+        names = (OURS, "eager", "compile", *peers, FLOOR)
+        groups.append(Group(f"Dense {title}", (case,), names, bars))
+    return groups
 
 
 def _heads(device: str) -> list[Group]:
@@ -165,7 +157,7 @@ def _counted(device: str) -> list[Group]:
             "LMHead, a quarter of the rows counts",
             (quarter,),
             (OURS, "liger", "trl", FLOOR),
-            () if gpu else (faster(quarter, "liger", 8), faster(quarter, "trl", 15)),
+            () if gpu else faster(quarter, liger=8, trl=15),
         ),
         Group(
             "LMHead, frozen student head, a loss per row",
@@ -180,7 +172,7 @@ def _odd_vocabulary(device: str) -> Group:
     n = 8192 if device == "cuda" else 1024
     odd, even = (Case(n=n, vocab=v, device=device) for v in (50257, 50304))
 
-    def per_element(m: Measured) -> float | None:
+    def per_element(m: GroupResult) -> float | None:
         ratio = _ratio(m.time(odd, OURS), m.time(even, OURS))
         return ratio * even.vocab / odd.vocab if ratio else None
 
@@ -209,7 +201,7 @@ def _growth(device: str) -> list[Group]:
     ]
 
 
-def _slope(m: Measured, cases: Sequence[Case], axis: str) -> float | None:
+def _slope(m: GroupResult, cases: Sequence[Case], axis: str) -> float | None:
     """Least squares through (log axis, log time)."""
     times = [(getattr(case, axis), m.time(case, OURS)) for case in cases]
     points = [(math.log(x), math.log(t)) for x, t in times if t]
@@ -223,7 +215,7 @@ def _small_call(device: str) -> Group:
     small = Case(n=8, vocab=1000, device=device, threads=1 if device == "cpu" else None)
     large = small.but(vocab=8000)
 
-    def overhead(m: Measured) -> float | None:
+    def overhead(m: GroupResult) -> float | None:
         """Microseconds at V = 0 of the line through both: the call without its arithmetic. On a
         GPU what the host spends, which is what a step waits for."""
         a, b = m.row(small, OURS), m.row(large, OURS)
@@ -252,9 +244,7 @@ def _divergences(device: str) -> Group:
 
 def _threads() -> Group:
     one, two = (Case(threads=n) for n in (1, 2))
-    bar = Bar(
-        "2 threads against 1", lambda m: _ratio(m.time(one, OURS), m.time(two, OURS)), 1.8, False
-    )
+    bar = _relative("2 threads against 1", one, two, 1.8, at_most=False)
     return Group("Threads", (one, two), (OURS, FLOOR), (bar,))
 
 
@@ -270,18 +260,15 @@ def _memory(device: str) -> list[Group]:
     native = native_dtype(device)
     heads = tuple(Case(form="head", n=n, device=device, dtype=native) for n in sizes)
     inplace = tuple(case.but(inplace=True) for case in dense)
-    peers = ("eager", "gkd", "liger")
+    peers = (OURS, "eager", "gkd", "liger")
+    groups = [
+        ("dense", dense, (OURS,), _dense_bar),
+        ("dense, in place", inplace, (OURS,), _dense_bar),
+        ("LMHead", heads, peers, _head_bar),
+    ]
     return [
-        Group("Memory: dense", dense, (OURS,), tuple(map(_dense_bar, dense)), False, True),
-        Group(
-            "Memory: dense, in place",
-            inplace,
-            (OURS,),
-            tuple(map(_dense_bar, inplace)),
-            False,
-            True,
-        ),
-        Group("Memory: LMHead", heads, (OURS, *peers), tuple(map(_head_bar, heads)), False, True),
+        Group(f"Memory: {title}", cases, names, tuple(map(bar, cases)), False, True)
+        for title, cases, names, bar in groups
     ]
 
 
@@ -302,7 +289,7 @@ def _head_bar(case: Case) -> Bar:
 
 
 def _memory_bar(case: Case, allowed: int, what: str) -> Bar:
-    def value(m: Measured) -> float | None:
+    def value(m: GroupResult) -> float | None:
         peak = m.peak(case, OURS)
         return None if peak is None else peak / 2**20
 

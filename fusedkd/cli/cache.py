@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusedkd.cli.parser import Parser, add_fields, number, of_fields
 from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.parser import Parser, add_fields, number, of_fields
 
 __all__ = ["main"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import groupby, pairwise
 from typing import Any
 
-from fusedkd.cli.parser import Parser, add_fields, number, of_fields
 from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.parser import Parser, add_fields, number, of_fields
 
 __all__ = ["main"]
 
@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     with as_user_error("fusedkd data needs `pip install fusedkd[train]`"):
         from fusedkd.data.loading import load_rows
         from fusedkd.models.loading import load_tokenizer
-    models = {role: name for role in ("student", "teacher") if (name := getattr(args, role))}
+        from fusedkd.models.saved import SavedModel
+    named = {role: getattr(args, role) for role in ("student", "teacher")}
+    models = {role: SavedModel(role, name) for role, name in named.items() if name}
     if not (args.tokenizer or models):
         raise UserError("--tokenizer is missing: expected a folder or hub name, or --student.")
     tokenizer = load_tokenizer(args.tokenizer, **models)

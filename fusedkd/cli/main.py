@@ -10,8 +10,8 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
-from fusedkd.cli.parser import OneSentence, Parser, number
 from fusedkd.errors import UserError, as_user_error, of_the_machine
+from fusedkd.parser import OneSentence, Parser, number
 
 __all__ = ["main"]
 
@@ -131,7 +131,6 @@ def _distill(argv: list[str]) -> int:
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
 
-        from fusedkd.cli.distill import distill
         from fusedkd.data.arguments import DataArguments
         from fusedkd.models.arguments import ModelArguments
         from fusedkd.train.arguments import DistillationArguments
@@ -168,6 +167,8 @@ def _distill(argv: list[str]) -> int:
         raise
     if unknown:
         parser.refuse(unknown[0])
+    with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
+        from fusedkd.cli.distill import distill
     return distill(models, data, args)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from fusedkd.cli.parser import near
 from fusedkd.errors import UserError
+from fusedkd.parser import near
 
 __all__ = ["flags_of", "read_recipe"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusedkd.cli.parser import Parser, number
 from fusedkd.errors import as_user_error
+from fusedkd.parser import Parser, number
 
 __all__ = ["main"]
 

@@ -29,29 +29,34 @@ class Corpus:
     bytes_per_token: float
 
 
-def corpus(
-    *,
-    teacher_bytes: int,
-    transfer_tokens: int,
-    held_out_blocks: int,
-    vocabulary: int,
-    block: int,
-) -> Corpus:
+@dataclass(frozen=True)
+class Sizes:
+    """Of a corpus: in bytes, tokens, and blocks of ``block`` tokens."""
+
+    teacher_bytes: int = 6_000_000
+    transfer_tokens: int = 150_000
+    held_out_blocks: int = 192
+    vocabulary: int = 2048
+    block: int = 128
+
+
+def corpus(size: Sizes) -> Corpus:
     """Split the standard library by file, in an order that only the files' names decide."""
+    block, held_out_blocks = size.block, size.held_out_blocks
     texts = stdlib_texts()
     # 8 bytes per token are more than any tokenizer reaches here, so every set fills its blocks
     held_out = _take(texts, 8 * held_out_blocks * block)
-    transfer = _take(texts, 8 * transfer_tokens)
-    teacher = _take(texts, teacher_bytes)
+    transfer = _take(texts, 8 * size.transfer_tokens)
+    teacher = _take(texts, size.teacher_bytes)
     if not teacher:
         raise ValueError("the standard library of this Python has too few sources for the demo.")
-    tokenizer = _tokenizer(teacher[: max(1, len(teacher) // 2)] + transfer, vocabulary)
+    tokenizer = _tokenizer(teacher[: max(1, len(teacher) // 2)] + transfer, size.vocabulary)
     test = _packed(held_out, tokenizer, block)
     tokens = sum(len(ids) for ids in tokenizer(held_out)["input_ids"]) + len(held_out)
     every = max(1, len(test) // held_out_blocks)  # from all held-out files, not the first few
     return Corpus(
         teacher=_packed(teacher, tokenizer, block),
-        transfer=_packed(transfer, tokenizer, block).select(range(transfer_tokens // block)),
+        transfer=_packed(transfer, tokenizer, block).select(range(size.transfer_tokens // block)),
         held_out=test.select(range(0, every * held_out_blocks, every)),
         tokenizer=tokenizer,
         bytes_per_token=sum(len(text.encode()) for text in held_out) / tokens,

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,8 @@ class Run:
     """One training: what it ended with, and how it got there."""
 
     eval_loss: float  # held-out cross-entropy, nats per token, at the end
-    agreement: (
-        float | None
-    )  # share of held-out tokens on which it and the teacher have one favourite
+    # share of the held-out tokens on which it and the teacher have one favourite
+    agreement: float | None
     parameters: int
     train_seconds: float  # evaluations apart
     steps: int
@@ -83,16 +82,10 @@ def _report(results: Mapping[str, Run], facts: Mapping[str, Any]) -> dict[str, A
     to_bits = 1 / math.log(2) / facts["bytes_per_token"]
     runs = {
         name: {
-            "eval_loss": run.eval_loss,
+            **asdict(run),
             "bits_per_byte": run.eval_loss * to_bits,
             "perplexity": math.exp(min(run.eval_loss, 700.0)),
             "best_eval_loss": run.best_eval_loss,
-            "agreement": run.agreement,
-            "parameters": run.parameters,
-            "train_seconds": round(run.train_seconds, 2),
-            "steps": run.steps,
-            "tokens": run.tokens,
-            "curve": run.curve,
         }
         for name, run in results.items()
     }

@@ -18,20 +18,15 @@ from datasets import disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from fusedkd.demo.corpus import Corpus, corpus
+from fusedkd.demo.corpus import Corpus, Sizes, corpus
 from fusedkd.demo.experiment import Experiment
 from fusedkd.demo.report import Run, save_student, write_report
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Sizes. The steps are an upper bound: a slow or busy machine does as many as fit its time."""
+class Setting(Sizes):
+    """The steps are an upper bound: a slow or busy machine does as many as fit its time."""
 
-    teacher_bytes: int = 6_000_000
-    transfer_tokens: int = 150_000
-    held_out_blocks: int = 192
-    vocabulary: int = 2048
-    block: int = 128
     batch: int = 8
     teacher: tuple[int, int] = (128, 4)  # width, layers
     student: tuple[int, int] = (96, 3)
@@ -40,16 +35,6 @@ class Setting:
     teacher_share: float = 0.42  # of the time
     evaluations: int = 5  # per run
     learning_rate: float = 3e-3
-
-    def corpus(self) -> Corpus:
-        """The text to learn from and to be judged on."""
-        return corpus(
-            teacher_bytes=self.teacher_bytes,
-            transfer_tokens=self.transfer_tokens,
-            held_out_blocks=self.held_out_blocks,
-            vocabulary=self.vocabulary,
-            block=self.block,
-        )
 
 
 SMOKE = Setting(
@@ -90,7 +75,7 @@ def run_demo(output: Path, *, seed: int = 0, minutes: float = 5.0, smoke: bool =
     console.print("[bold]Text[/]: the Python standard library's sources, split by file")
     disable_progress_bars()
     try:
-        text = setting.corpus()
+        text = corpus(setting)
     finally:
         enable_progress_bars()
     with tempfile.TemporaryDirectory() as work:

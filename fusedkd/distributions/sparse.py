@@ -102,7 +102,7 @@ class SparseRows(NamedTuple):
     rounding: float  # a tail below this counts as 0 where the student has none
     tail: str  # "bucket", "renormalize" or "drop"; of the latter two nothing is left but the ids
 
-    def part(self, rows: slice) -> SparseRows:
+    def part(self, rows: slice | Tensor) -> SparseRows:
         return self._replace(indices=self.indices[rows], log_probs=self.log_probs[rows])
 
 

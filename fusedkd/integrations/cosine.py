@@ -18,7 +18,7 @@ class CosineRows(CustomRows):
 
     def rows(self, call: RowCall) -> Rows:
         """Heads come with one leading dimension."""
-        student, _, labels, row_scale, spec, grad, metrics = call
+        student, _, labels, row_scale, spec, grad, metrics, _ = call
         loss = torch.zeros_like(row_scale)
         found = row_scale.new_zeros(len(row_scale), len(METRICS))
         for rows in pieces(student[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fusedkd import LMHead
-from fusedkd.models.heads import NoPlainHead, PlainHead, is_partitioned, plain_head
+from fusedkd.models.proof import NoPlainHead, NotTried, PlainHead, is_partitioned, plain_head
 
 __all__ = [
     "HeadOf",
@@ -81,13 +82,21 @@ def is_compiled(model: Any) -> bool:
     return False
 
 
-def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
-    """The model's plain head; where there is none a warning says why."""
+def plain_head_or_none(
+    model: nn.Module, role: str, inputs: Mapping[str, Any] | None = None
+) -> PlainHead | None:
+    """The model's plain head; where there is none a warning says why.
+
+    Raises:
+        NotTried: from :func:`fusedkd.models.proof.plain_head`.
+    """
     inner = bare(model)
     try:
         if is_compiled(model):
             raise NoPlainHead("torch_compile traces past hooks")
-        return plain_head(inner)
+        return plain_head(inner, inputs)
+    except NotTried:
+        raise
     except NoPlainHead as reason:
         logger.warning(
             "%s %s: dense logits are used, because %s.", role, type(inner).__name__, reason
@@ -97,7 +106,8 @@ def plain_head_or_none(model: nn.Module, role: str) -> PlainHead | None:
 
 class HeadOf:
     """The plain head of a model, if it has one: looked for anew whenever the model is another
-    (``model_init``), its output embedding is (``resize_token_embeddings``), or it was compiled.
+    (``model_init``), its output embedding is (``resize_token_embeddings``), or it was compiled. A
+    model that does not run on made-up ids is looked at with its first batch.
 
     Args:
         role: "student" or "teacher", for warnings.
@@ -115,16 +125,22 @@ class HeadOf:
         if not any(map(is_partitioned, model.parameters())):
             self.of(model)
 
-    def of(self, model: nn.Module) -> PlainHead | None:
-        """The head of ``model``, which may be wrapped."""
+    def of(self, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> PlainHead | None:
+        """The head of ``model``, which may be wrapped and is to be called with ``inputs``."""
         if not self.wanted:
             return None
         inner = bare(model)
         embedding = _output_embedding(inner)
         # which FSDP may have wrapped since
         seen = (inner, None if embedding is None else bare(embedding), is_compiled(model))
-        if any(now is not before for now, before in zip(seen, self._seen, strict=True)):
+        if all(now is before for now, before in zip(seen, self._seen, strict=True)):
+            return self.found
+        try:
             self.found, self._seen = plain_head_or_none(model, self.role), seen
+        except NotTried:
+            self.found = None
+            if inputs is not None:
+                self.found, self._seen = plain_head_or_none(model, self.role, inputs), seen
         return self.found
 
 

@@ -60,7 +60,7 @@ class LiveTeacher:
             inputs = {**inputs, "use_cache": False}
         hidden: list[Tensor] = []
         device = next(x.device for x in inputs.values() if isinstance(x, Tensor))
-        head = self._head.of(self.model)
+        head = self._head.of(self.model, inputs)
         with self.context():
             if head is None:
                 return self.logits(self.model(**inputs)).to(device)

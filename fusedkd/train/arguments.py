@@ -11,13 +11,15 @@ from fusedkd import KDLoss, backends, divergences
 from fusedkd.distributions import TAILS
 from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
-from fusedkd.train.tasks import TASKS, task_named
 from fusedkd.train.terms import parse_term
 
 __all__ = ["DistillationArguments"]
 
 KD_TOKENS = ("labels", "all")
 METRICS = ("every", "logging_steps", "none")
+# those of fusedkd.train.tasks, which reads data: too much for a help text
+TASK_NAMES = """masked, causal, seq2seq, sequence_classification, token_classification, \
+multiple_choice, question_answering, image_classification"""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class DistillationArguments(TrainingArguments):
     task: str | None = field(
         default=None,
         metadata={
-            "help": f"What is distilled, {', '.join(task.name for task in TASKS)} (default: by the "
+            "help": f"What is distilled, {TASK_NAMES} (default: by the "
             "student's class; question_answering has to be named)."
         },
     )
@@ -137,6 +139,8 @@ class DistillationArguments(TrainingArguments):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected a whole number of at least 1.")
         if self.task is not None:
+            from fusedkd.train.tasks import task_named
+
             task_named(self.task)
         if self.teacher_tail not in TAILS:
             raise ValueError(

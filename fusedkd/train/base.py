@@ -1,5 +1,5 @@
-"""How a student's loss is made of its head within its forward: what the trainer, the hosts' trainers
-and :mod:`fusedkd.hf` share, and what subclasses of ``transformers.Trainer`` need beside it."""
+"""How a student's loss is made of its head within its forward: what the trainer, the hosts' and
+:mod:`fusedkd.hf` share, and what subclasses of ``transformers.Trainer`` need beside it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class HeadLoss:
     ) -> tuple[Tensor, Any, Any]:
         """:func:`fusedkd.models.heads.loss_in_forward` of the student's head, or of its logits
         where ``dense``."""
-        head = None if dense else self.head.of(model)
+        head = None if dense else self.head.of(model, inputs)
         return loss_in_forward(model, bare(model), head, inputs, compute, self.task.logits)
 
 

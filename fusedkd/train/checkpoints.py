@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fusedkd.errors import UserError
 
-__all__ = ["checkpoint_of"]
+__all__ = ["checkpoint_of", "newest", "staged"]
 
 LAST = ("last", "true")  # --resume_from_checkpoint
 WEIGHTS = r"(model|adapter_model)\.safetensors(\.index\.json)?|pytorch_model_fsdp.*|global_step\d+"
@@ -28,16 +33,16 @@ def checkpoint_of(folder: Path, asked: str | None, optimizer: bool = True) -> st
     Raises:
         UserError: there are checkpoints, and nothing was asked for; or it is none.
     """
-    found = sorted(filter(Path.is_dir, folder.glob("checkpoint-*")), key=_step, reverse=True)
+    found = _checkpoints(folder)
     if asked is None:
-        if found and _step(found[0]) >= 0:
+        if found:
             raise UserError(
                 f"--output_dir {folder} has {found[0].name} of an earlier run: go on from it with "
                 "--resume_from_checkpoint last, or choose another folder."
             )
         return None
     if asked.lower() in LAST:
-        return _newest([path for path in found if _step(path) >= 0], optimizer)
+        return _newest(found, optimizer)
     if not Path(asked).is_dir():
         raise UserError(
             f"--resume_from_checkpoint {asked}: expected a checkpoint folder or 'last'."
@@ -45,6 +50,46 @@ def checkpoint_of(folder: Path, asked: str | None, optimizer: bool = True) -> st
     if lacking := _lacking(Path(asked), optimizer=False):
         raise UserError(f"--resume_from_checkpoint {asked}: {lacking}: expected a whole one.")
     return asked
+
+
+def newest(folder: Path, before: int) -> Path | None:
+    """The newest whole checkpoint of fewer steps than ``before``."""
+    older = (path for path in _checkpoints(folder) if _step(path) < before)
+    return next((path for path in older if not _lacking(path, optimizer=False)), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
+    return sorted(found, key=_step, reverse=True)
+
+
+@contextmanager
+def staged(trainer: Any, asked: str | None) -> Iterator[str | None]:
+    """Where to write a model for ``asked``: a run's own folder may hold an older one, which stays
+    until all files of the new one are there. Killed in between, it leaves a folder that ends in
+    .tmp."""
+    final = Path(trainer.args.output_dir)
+    if asked is not None and Path(asked) != final:
+        yield asked
+        return
+    stage = final / "model.tmp"  # one name, as every process may write its part
+    if trainer.args.should_save:
+        shutil.rmtree(stage, ignore_errors=True)
+    try:
+        yield str(stage)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            for file in sorted(stage.iterdir(), key=_last):
+                os.replace(file, final / file.name)
+    finally:
+        if trainer.args.should_save:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _last(file: Path) -> bool:
+    """The config comes last: without one there is no model."""
+    return file.name in ("config.json", "adapter_config.json")
 
 
 def _step(checkpoint: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -86,19 +87,43 @@ class OnPolicy:
 
     @torch.no_grad()
     def _generate(self, model: Any, prompts: Tensor, mask: Tensor) -> Tensor:
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self.new_tokens,
-            pad_token_id=_pad(model),
-            eos_token_id=_ends(model) or None,
-        )
+        law = _law(model, self.temperature, self.new_tokens)
         device = model.device
-        return model.generate(
-            prompts.to(device), attention_mask=mask.to(device), generation_config=config
-        )
+        with _generates_by(model, law):
+            return model.generate(
+                prompts.to(device), attention_mask=mask.to(device), generation_config=law
+            )
+
+
+def _law(model: Any, temperature: float, new_tokens: int) -> GenerationConfig:
+    """Draws from the model's own distribution: of what may be configured, only which tokens are
+    special is the model's."""
+    own = getattr(model, "generation_config", None)
+    special = {
+        name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")
+    }
+    return GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+        pad_token_id=_pad(model),
+        eos_token_id=_ends(model) or None,
+        **special,
+    )
+
+
+@contextmanager
+def _generates_by(model: Any, law: GenerationConfig) -> Iterator[None]:
+    """While open, the model has no generation config of its own: ``generate`` fills from it what
+    ``law`` leaves unset (repetition penalty, min_p, suppressed tokens, beams, anything custom)."""
+    own = getattr(model, "generation_config", None)
+    model.generation_config = law
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _sequences(batch: dict[str, Any]) -> Iterator[tuple[Tensor, list[bool]]]:
@@ -133,12 +158,14 @@ def _batch(written: Tensor, mask: Tensor, ends: list[int]) -> dict[str, Tensor]:
 
 
 def _ends(model: Any) -> list[int]:
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = model.config.get_text_config().eos_token_id if ends is None else ends
+    """Ids that end a text: the generation config's, which may be several, else the config's."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = model.config.get_text_config().eos_token_id if own is None else own
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _pad(model: Any) -> int:
-    pad = model.config.get_text_config().pad_token_id
-    return pad if pad is not None else next(iter(_ends(model)), 0)
+    """What fills rows up; none counts, so any id will do."""
+    own = getattr(getattr(model, "generation_config", None), "pad_token_id", None)
+    pad = model.config.get_text_config().pad_token_id if own is None else own
+    return pad if pad is not None and pad >= 0 else next(iter(_ends(model)), 0)

@@ -20,6 +20,8 @@ from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
 from fusedkd.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.base import FromHeads
+from fusedkd.train.checkpoints import staged
+from fusedkd.train.finite import Finite, check_weights, finite_rows
 from fusedkd.train.meter import Measured, Meter
 from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
@@ -113,6 +115,7 @@ class DistillationTrainer(FromHeads, Trainer):
             raise ValueError("on_policy_share: expected a decoder, which can write.")
         self._meters = {True: Meter(), False: Meter()}  # by model.training
         self._objective = Objective(args, self._loss_keywords)
+        self._finite = Finite()
         self._step_tokens: Tensor | int | None = None
 
     def _run(self, teacher: nn.Module) -> None:
@@ -214,7 +217,7 @@ class DistillationTrainer(FromHeads, Trainer):
         self._loss_keywords["vocab_size"] = self._vocabulary(inner)
         weights = self._objective.numbers(done)
         with self.terms.in_forward(inner, states, tokens, num_tokens, weights) as extra:
-            loss, metrics, outputs = self._from_head.in_forward(
+            loss, (metrics, rows), outputs = self._from_head.in_forward(
                 *(model, ours, lambda student: self._loss(student, teacher, targets), dense)
             )
         if dense or self._student_head.found is None:  # the terms were there before the loss
@@ -222,6 +225,7 @@ class DistillationTrainer(FromHeads, Trainer):
         if measured:
             metrics = {**metrics, **extra.measured(tokens, num_tokens)}
         self._meters[model.training].add(metrics)
+        self._finite.see(self, model.training, loss.detach(), rows, ours)
         return loss, metrics, outputs
 
     def _measures_this_step(self) -> bool:
@@ -234,12 +238,29 @@ class DistillationTrainer(FromHeads, Trainer):
 
     def _loss(
         self, student: Tensor | LMHead, teacher: Teacher, targets: Targets
-    ) -> tuple[Tensor, Measured]:
+    ) -> tuple[Tensor, tuple[Measured, dict[str, Tensor | None]]]:
+        """The loss, what was measured, and which rows of either side are finite."""
         student = self._task.trimmed(self.model, student, targets.labels)
+        counted = targets.tokens if targets.everywhere else targets.labels != -100
+        sides = {"teacher": teacher, "student": student}
+        rows = {name: finite_rows(side, counted) for name, side in sides.items()}
         with self.accelerator.autocast():  # a head's hidden states and weight may differ in dtype
-            return self._objective(student, teacher, targets)
+            loss, metrics = self._objective(student, teacher, targets)
+        return loss, (metrics, rows)
 
     # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, but no model with NaN in it: what was saved before stays. Files in
+        ``args.output_dir`` itself are replaced when all of them are written.
+
+        Raises:
+            NotFinite: some weight is.
+        """
+        self._finite.check(self, wait=True)
+        check_weights(self)
+        with staged(self, output_dir) as folder:
+            super().save_model(folder, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -257,6 +278,7 @@ class DistillationTrainer(FromHeads, Trainer):
         """As the Trainer's; a training log also gets the means of the metrics since the last
         one."""
         if "loss" in logs:
+            self._finite.check(self, wait=True)  # the Trainer has just waited for the loss
             logs.update(self._meters[True].means())
         super().log(logs, start_time)
 
@@ -290,6 +312,7 @@ class DistillationTrainer(FromHeads, Trainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        self._finite.check(self, wait=True)
         means = meter.means()
         if output.metrics is not None:
             held_out = next((means[name] for name in _HELD_OUT if name in means), None)

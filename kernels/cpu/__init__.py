@@ -18,21 +18,29 @@ import torch
 from torch import Tensor
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.kernels import RowCall, Rows
+from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
 
 from .products import head_dtypes, mm_
 
 __all__ = [
+    "block_rows",
+    "compare",
     "empty",
+    "finish",
     "head_dtypes",
     "instruction_set",
     "mm_",
+    "observe",
     "rows",
     "scale_",
     "unavailable",
 ]
 
 LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
+
+# Of rows in pieces, both sides in bf16: what one verb has read the next one finds in the caches.
+BLOCK_BYTES = 4 << 20
+LONGEST_TILE = 4096  # of kernel.h
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
 
@@ -103,15 +111,65 @@ def rows(call: RowCall) -> Rows:
     return results
 
 
+# The verbs on pieces, in the order of kernel.h.
+OBSERVE, COMPARE, FINISH = 1, 2, 3
+
+
+def observe(call: RowCall) -> Tensor:
+    shape = (call.row_scale.numel(), len(Statistics._fields))
+    statistics = call.row_scale.new_empty(shape, dtype=torch.float64)
+    _piece(OBSERVE, call, statistics)
+    return statistics
+
+
+def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
+    spec, part = call.spec, call.part
+    sparse = isinstance(call.teacher, SparseRows)
+    entrywise = _ops().keeps(spec.divergence.name)
+    if not (spec.kd_scale or call.metrics) or not (sparse or entrywise):
+        return None
+    assert part is not None
+    n, kept = call.row_scale.numel(), None
+    if entrywise and call.grad is not None and spec.kd_scale and not _buckets(call):
+        wide = part.exact or call.row_scale.dtype == torch.float64
+        lines = -(-(part.columns + LONGEST_TILE) // 16)
+        kept = torch.empty(n, lines * 16 * (8 if wide else 4), dtype=torch.uint8)
+    sums = call.row_scale.new_empty((n, 2), dtype=torch.float64)
+    _piece(COMPARE, call, statistics, sums, kept)
+    return Comparison(sums, kept)
+
+
+def finish(call: RowCall, statistics: Tensor, comparison: Comparison | None) -> tuple[Rows, Tensor]:
+    results = call.results()
+    again = torch.zeros(call.row_scale.numel(), dtype=torch.bool)
+    _piece(FINISH, call, statistics, *(comparison or (None, None)), *results, again)
+    return results, again
+
+
+def _piece(verb: int, call: RowCall, statistics: Tensor, *results: Tensor | None) -> None:
+    assert call.part is not None
+    results += (None,) * (5 - len(results))
+    _ops().piece.default(
+        verb, *_arguments(call), list(call.part), call.metrics, call.grad, statistics, *results
+    )
+
+
+def block_rows(widest: int, budget: int) -> int:
+    return max(1, BLOCK_BYTES // (4 * widest))  # by nothing that the ranks may differ in
+
+
+def _buckets(call: RowCall) -> bool:
+    return isinstance(call.teacher, SparseRows) and call.teacher.tail == "bucket"
+
+
 def _arguments(call: RowCall) -> tuple[Any, ...]:
     """What all operators on rows begin with."""
     spec, teacher = call.spec, call.teacher
     _check(spec.divergence.name)
     if isinstance(teacher, SparseRows):
         side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
-        bucket = teacher.tail == "bucket"
     else:
-        side, indices, rounding, bucket = call.teacher_logits, None, 0.0, False
+        side, indices, rounding = call.teacher_logits, None, 0.0
     numbers = Numbers(
         spec.temperature,
         spec.teacher_temperature,
@@ -123,7 +181,7 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         rounding,
     )
     name, every = spec.divergence.name, (*numbers, *spec.divergence.params)
-    head = call.student, side, indices, bucket, call.labels, call.row_scale
+    head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
     return *head, name, every, spec.vocab_size
 
 

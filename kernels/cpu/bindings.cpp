@@ -108,15 +108,18 @@ void for_rows(int64_t rows, int64_t columns, const One& one) {
 RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor& teacher,
                  const std::optional<Tensor>& indices, bool bucket, const std::optional<Tensor>& labels,
                  const Tensor& row_scale, const std::string& divergence, const std::vector<double>& numbers,
-                 int64_t vocabulary) {
+                 int64_t vocabulary, const std::vector<int64_t>& part) {
   constexpr size_t kMost = sizeof(Numbers) / sizeof(double), kLeast = kMost - kParameters;
   RowsCall call{};
   STD_TORCH_CHECK(numbers.size() >= kLeast && numbers.size() <= kMost, "fusedkd_cpu: wrong number of parameters");
   std::copy(numbers.begin(), numbers.end(), reinterpret_cast<double*>(static_cast<Numbers*>(&call)));
   call.student = logits_of(student, call.student_scale, call.student_softcap);
-  call.batch = student.size(0), call.tokens = student.size(1), call.vocabulary = vocabulary;
+  call.batch = student.size(0), call.tokens = student.size(1);
+  call.vocabulary = call.columns = vocabulary;
+  if (part.size() == 3) call.offset = part[0], call.columns = part[1], call.exact = part[2] != 0;
   const int64_t count = call.batch * call.tokens;
-  STD_TORCH_CHECK(vocabulary >= 0 && vocabulary <= student.size(2) && row_scale.numel() == count &&
+  STD_TORCH_CHECK(call.columns >= 0 && call.columns <= student.size(2) && call.offset >= 0 &&
+                      call.offset + call.columns <= vocabulary && row_scale.numel() == count &&
                       (!labels || labels->numel() == count),
                   "fusedkd_cpu: shapes of student, labels and row_scale do not match");
   call.divergence = set.find(divergence.c_str());
@@ -126,7 +129,7 @@ RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor&
   call.row_scale = pointer(row_scale), call.wide = dtype_of(row_scale) == DType::f64;
   if (!indices) {
     call.teacher = logits_of(teacher, call.teacher_scale, call.teacher_softcap);
-    STD_TORCH_CHECK(teacher.size(0) == call.batch && teacher.size(1) == call.tokens && vocabulary <= teacher.size(2),
+    STD_TORCH_CHECK(teacher.size(0) == call.batch && teacher.size(1) == call.tokens && call.columns <= teacher.size(2),
                     "fusedkd_cpu: shapes of student and teacher do not match");
     return call;
   }
@@ -141,33 +144,36 @@ RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor&
   return call;
 }
 
-// Where the results go.
-void write_to(RowsCall& call, const Tensor& loss, const std::optional<Tensor>& grad,
-              const std::optional<Tensor>& metrics) {
+// Where the gradient goes.
+void write_to(RowsCall& call, const Tensor& grad) {
+  STD_TORCH_CHECK(grad.size(0) == call.batch && grad.size(1) == call.tokens && grad.size(2) >= call.columns,
+                  "fusedkd_cpu: grad has another shape than student");
+  call.grad = logits_of(grad, 1, 0);
+  call.grad_columns = grad.size(2);
+  const int64_t bytes = call.batch * call.tokens * call.columns * static_cast<int64_t>(grad.element_size());
+  const bool large = bytes >= kStreamBytes || call.verb != Verb::rows;  // a piece's rows come in blocks
+  call.stream = call.grad.data != call.student.data && large;
+}
+// Where the other results go.
+void write_to(RowsCall& call, const Tensor& loss, const std::optional<Tensor>& metrics) {
   const int64_t count = call.batch * call.tokens;
   STD_TORCH_CHECK(loss.numel() == count && (!metrics || metrics->numel() == count * kMetrics),
                   "fusedkd_cpu: shapes of loss, metrics and row_scale do not match");
   STD_TORCH_CHECK(call.wide == (dtype_of(loss) == DType::f64), "fusedkd_cpu: row_scale is not of the accumulation type");
   call.loss = pointer(loss), call.metrics = metrics ? pointer(*metrics) : nullptr;
-  if (!grad) return;
-  STD_TORCH_CHECK(grad->size(0) == call.batch && grad->size(1) == call.tokens && grad->size(2) >= call.vocabulary,
-                  "fusedkd_cpu: grad has another shape than student");
-  call.grad = logits_of(*grad, 1, 0);
-  call.grad_columns = grad->size(2);
-  const int64_t bytes = count * call.vocabulary * static_cast<int64_t>(grad->element_size());
-  call.stream = call.grad.data != call.student.data && bytes >= kStreamBytes;
 }
 
 void for_each_row(const InstructionSet& set, const RowsCall& call) {
   const size_t lane = sizeof(double);  // some rows of fp32 are computed in fp64
-  const bool fits = 2 * call.vocabulary * (size_of(call.student.dtype) + size_of(call.teacher.dtype)) <= l2_bytes();
+  const bool fits = 2 * call.columns * (size_of(call.student.dtype) + size_of(call.teacher.dtype)) <= l2_bytes();
   const bool keeps = call.grad.data && call.kd_scale != 0 && !call.bucket && set.keeps(call.divergence);
-  const size_t kept_bytes = keeps ? (call.vocabulary + kLongestTile) * lane : 0;
-  const size_t minima = (call.vocabulary / kShortestTile + 4) * 2 * lane;
+  const size_t kept_bytes = keeps ? (call.columns + kLongestTile) * lane : 0;
+  const size_t minima = (call.columns / kShortestTile + 4) * 2 * lane;
   const size_t entries = call.indices ? kEntryFields * ((call.entries + kEntryStep) / kEntryStep * kEntryStep) : 0;
-  for_rows(call.batch * call.tokens, call.vocabulary, [&](int64_t row, int64_t next) {
+  for_rows(call.batch * call.tokens, call.columns, [&](int64_t row, int64_t next) {
     thread_local Scratch kept, extremes, sparse;
-    const Workspace work{keeps ? kept.at_least<char>(kept_bytes) : nullptr, extremes.at_least<char>(minima),
+    void* const given = call.kept ? static_cast<char*>(call.kept) + row * call.kept_stride : nullptr;
+    const Workspace work{given ? given : keeps ? kept.at_least<char>(kept_bytes) : nullptr, extremes.at_least<char>(minima),
                          sparse.at_least<double>(entries), fits ? next : -1};
     set.row(call, work, row);
   });
@@ -178,10 +184,37 @@ void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, bool bu
           std::optional<Tensor> grad, std::optional<Tensor> metrics) {
   const InstructionSet& set = instructions();
   RowsCall call =
-      call_of(set, student, teacher, indices, bucket, labels, row_scale, divergence, numbers, vocabulary);
-  write_to(call, loss, grad, metrics);
+      call_of(set, student, teacher, indices, bucket, labels, row_scale, divergence, numbers, vocabulary, {});
+  call.measures = metrics.has_value();
+  write_to(call, loss, metrics);
+  if (grad) write_to(call, *grad);
   for_each_row(set, call);
 }
+
+// One verb of fusedkd.kernels on the columns from part[0] on, part[1] in number, in fp64 where part[2] says so.
+void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> indices, bool bucket,
+           std::optional<Tensor> labels, Tensor row_scale, std::string divergence, std::vector<double> numbers,
+           int64_t vocabulary, std::vector<int64_t> part, bool measures, std::optional<Tensor> grad, Tensor statistics,
+           std::optional<Tensor> sums, std::optional<Tensor> kept, std::optional<Tensor> loss,
+           std::optional<Tensor> metrics, std::optional<Tensor> again) {
+  const InstructionSet& set = instructions();
+  RowsCall call =
+      call_of(set, student, teacher, indices, bucket, labels, row_scale, divergence, numbers, vocabulary, part);
+  const int64_t count = call.batch * call.tokens, lane = call.wide || call.exact ? 8 : 4;
+  call.verb = static_cast<Verb>(verb), call.measures = measures;
+  if (grad) write_to(call, *grad);
+  STD_TORCH_CHECK(statistics.numel() == count * static_cast<int64_t>(sizeof(Statistics) / sizeof(double)) &&
+                      (!sums || sums->numel() == 2 * count) &&
+                      (!kept || (kept->size(0) == count && kept->size(1) >= (call.columns + kLongestTile) * lane)),
+                  "fusedkd_cpu: statistics, sums or what is kept have another shape than they should");
+  call.statistics = pointer<Statistics>(statistics);
+  call.comparison = sums ? pointer<Comparison>(*sums) : nullptr;
+  if (kept) call.kept = pointer(*kept), call.kept_stride = kept->size(1);
+  if (loss) write_to(call, *loss, metrics);
+  call.again = again ? pointer<bool>(*again) : nullptr;
+  for_each_row(set, call);
+}
+bool keeps(std::string divergence) { return instructions().keeps(instructions().find(divergence.c_str())); }
 
 // Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one; `out` is the same tensor, or
 // contiguous.
@@ -244,6 +277,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def(
       "rows(Tensor student, Tensor teacher, Tensor? indices, bool bucket, Tensor? labels, Tensor row_scale, "
       "str divergence, float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? metrics) -> ()");
+  m.def(
+      "piece(int verb, Tensor student, Tensor teacher, Tensor? indices, bool bucket, Tensor? labels, Tensor row_scale, "
+      "str divergence, float[] numbers, int vocabulary, int[] part, bool measures, Tensor(a!)? grad, "
+      "Tensor(b!) statistics, Tensor(c!)? sums, Tensor(d!)? kept, Tensor(e!)? loss, Tensor(f!)? metrics, "
+      "Tensor(g!)? again) -> ()");
+  m.def("keeps(str divergence) -> bool");
   m.def("scale_(Tensor(a!) out, Tensor data, Tensor factor) -> ()");
   m.def("spare(int[] shape, ScalarType dtype, int bytes) -> Tensor");
 }
@@ -252,10 +291,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&fusedkd::instruction_set));
   m.impl("knows", TORCH_BOX(&fusedkd::knows));
+  m.impl("keeps", TORCH_BOX(&fusedkd::keeps));
   m.impl("spare", TORCH_BOX(&fusedkd::spare));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CPU, m) {
   m.impl("rows", TORCH_BOX(&fusedkd::rows));
+  m.impl("piece", TORCH_BOX(&fusedkd::piece));
   m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
 }

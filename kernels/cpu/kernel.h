@@ -1,4 +1,4 @@
-// What the instruction-set builds of rows.h and the bindings say to each other: plain data, no functions but static ones
+// What the instruction-set builds of sparse.h and the bindings say to each other: plain data, no functions but static ones
 // (of the others, one compiled with AVX-512 could be the copy that the linker keeps for everybody).
 #pragma once
 
@@ -21,6 +21,20 @@ struct Metrics {
 };
 constexpr int kMetrics = sizeof(Metrics) / sizeof(double);
 
+// What a row's pieces tell one another, in the order of fusedkd.kernels.Statistics.
+struct Statistics {
+  double student_max, student_exponent, student_sum, unit_exponent, unit_sum;
+  double teacher_max, teacher_exponent, teacher_sum;
+  double outside_max, outside_exponent, outside_sum;
+  double forward, reverse, teacher_absent, student_absent, only_teacher, only_student;
+  double student_expected, teacher_expected, mean, label;
+  double student_top, teacher_top, teacher_at_top;
+};
+struct Comparison {  // in the order of fusedkd.kernels.COMPARED
+  double value, slope;
+};
+enum class Verb : int { rows, observe, compare, finish };
+
 // In the order of Numbers in __init__.py.
 struct Numbers {
   double temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing;
@@ -39,11 +53,20 @@ struct Logits {  // (batch, tokens, columns), last stride 1
 struct RowsCall : Numbers {
   Logits student, teacher;
   Logits grad;  // data null: no gradient wanted
-  int64_t batch, tokens, vocabulary, grad_columns;
+  Verb verb;
+  int64_t batch, tokens, grad_columns;
+  int64_t vocabulary, offset, columns;  // of a row; where what lies here begins in it; how many of them that is
   const int64_t* labels;  // null: no cross-entropy
   const void* row_scale;  // (rows,) fp64 if `wide`, else fp32; also loss and metrics
   void* loss;
   void* metrics;  // (rows, kMetrics) or null
+  bool measures;  // whether there will be metrics
+  bool exact;     // fp64 throughout, as rows need it whose p and q hardly meet
+  Statistics* statistics;  // of this piece, or merged
+  Comparison* comparison;  // of this piece, or merged
+  void* kept;              // (rows, kept_stride) what Workspace::kept is for one row, from `compare` to `finish`
+  int64_t kept_stride;     // bytes
+  bool* again;             // rows that `finish` leaves to be computed with `exact`
   // A sparse teacher, in whose place `teacher` stands as a copy of `student`; null: a dense one.
   const int32_t* indices;   // (rows, entries), ascending, padding of kPadding behind
   const double* log_probs;  // (rows, entries + 1), the last one the tail's

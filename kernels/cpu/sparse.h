@@ -3,7 +3,8 @@
 // The K entries are gathered and computed in fp64, and written over what the last sweep left in their places.
 #pragma once
 
-#include "rows.h"
+#include "dense.h"
+#include "scale.h"
 
 namespace fusedkd {
 namespace FUSEDKD_ISA {
@@ -20,55 +21,52 @@ inline double log_sum_exp(double x, double rate, const double* z, int64_t n) {
 }
 
 template <class X>
-class SparseRow : OneRow<X> {
+class SparseRow : public OneRow<X> {
   typedef OneRow<X> Dense;
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
-  using Dense::begin, Dense::call_, Dense::end, Dense::far, Dense::grad_, Dense::grad_sum_, Dense::kept, Dense::kind_,
-      Dense::label_, Dense::log_student_, Dense::log_unit_, Dense::minima, Dense::n_, Dense::padded, Dense::row_,
-      Dense::student_, Dense::student_label_, Dense::sums_, Dense::teacher_, Dense::tiles_, Dense::top_student_,
-      Dense::unit_;
+  using Dense::begin, Dense::call_, Dense::end, Dense::expected_student_, Dense::far, Dense::grad_, Dense::grad_sum_,
+      Dense::kept, Dense::kind_, Dense::label_, Dense::log_student_, Dense::log_unit_, Dense::minima, Dense::n_,
+      Dense::padded, Dense::row_, Dense::student_, Dense::student_label_, Dense::sums_, Dense::teacher_, Dense::tiles_,
+      Dense::top_student_, Dense::unit_;
 
  public:
   SparseRow(const RowsCall& call, const Workspace& work, int64_t n)
-      : Dense(call, work, n), indices_(call.indices + n * call.entries) {
+      : Dense(call, work, n, call.exact) {
     padded_ = (call.entries + 1 + kEntryStep - 1) / kEntryStep * kEntryStep;
     z_ = work.entries, slopes_ = z_ + padded_, lp_ = slopes_ + padded_, lq_ = lp_ + padded_, entry_grad_ = lq_ + padded_;
   }
 
-  void run() {
-    const double weight = this->row_scale();
-    if (weight == 0) return this->drop();
-    this->plan();
+  void plan() {
+    Dense::plan();
     outside_ = kind_ == kEntrywise && !call_.bucket;
     gather();
-    statistics();
-    const double kd = kind_ == kNone ? 0 : divergence();
-    const double ce = call_.labels ? this->cross_entropy() : __builtin_nan("");
-    this->write_loss(weight, kd, ce);
-    if (call_.metrics) report(kd, ce);
-    if (call_.grad.data) gradient(weight);
   }
+  bool cancels(double) const { return false; }
+  void again() const {}
 
- private:
+  // The ids that lie here. All are asked for before the first is needed: each lies in another line of memory.
   void gather() {
-    // All at once, before the first is needed: each lies in another line of memory.
-    for (; count_ < call_.entries && indices_[count_] != kPadding; ++count_)
-      __builtin_prefetch((const char*)student_.row + indices_[count_] * size_of(call_.student.dtype));
-    for (int64_t i = 0; i < padded_; ++i) z_[i] = lp_[i] = lq_[i] = -kInfinity;
+    const int32_t *all = call_.indices + n_ * call_.entries, *last = all + call_.entries;
     const double* log_probs = call_.log_probs + n_ * (call_.entries + 1);
+    for (indices_ = all; indices_ < last && *indices_ < call_.offset;) ++indices_;
+    const int64_t first = indices_ - all;
+    for (; indices_ + count_ < last && column(count_) < call_.columns; ++count_)
+      __builtin_prefetch((const char*)student_.row + column(count_) * size_of(call_.student.dtype));
+    for (int64_t i = 0; i < padded_; ++i) z_[i] = lp_[i] = lq_[i] = -kInfinity;
     for (int64_t i = 0; i < count_; ++i) {
-      z_[i] = logit(call_.student, student_.row, indices_[i], slopes_ + i);
-      lp_[i] = log_probs[i];
+      z_[i] = logit(call_.student, student_.row, column(i), slopes_ + i);
+      lp_[i] = log_probs[first + i];
     }
     lp_[count_] = log_probs[call_.entries];
   }
+  int64_t column(int64_t i) const { return indices_[i] - call_.offset; }
 
   static void put(F value, X* to) {
     write(sizeof(X) == 2 ? DType::bf16 : sizeof(X) == 4 ? DType::f32 : DType::f64, &value, to, 1);
   }
   X* cover(X* tile, int64_t k, const int32_t* from, const int32_t* to, F value) {
-    for (const int32_t* id = from; id < to; ++id) put(value, tile + (*id - begin(k)));
+    for (const int32_t* id = from; id < to; ++id) put(value, tile + (*id - call_.offset - begin(k)));
     return tile;
   }
   X* in_buffer(const X* tile, int64_t n) {
@@ -76,7 +74,7 @@ class SparseRow : OneRow<X> {
     return student_.buffer;
   }
   const int32_t* ids_until(const int32_t* id, int64_t column) const {
-    while (id < indices_ + count_ && *id < column) ++id;
+    while (id < indices_ + count_ && *id < column + call_.offset) ++id;
     return id;
   }
   const X* without_ids(int64_t k, const int32_t** id) {
@@ -91,15 +89,14 @@ class SparseRow : OneRow<X> {
   // taken off again: -inf would cost nearly every tile the fast sweep. Where that could cancel, -inf it is.
   void statistics() {
     const int32_t* id = indices_;
-    Reference<F> all;
     for (int64_t k = 0; k < tiles_; ++k) {
       const int64_t n = end(k) - begin(k);
       Tile<X> t = this->tile(k, false);
       F hi, fill = 0;
       extremes(t.student, t.n, minima(k), &hi);
-      if (call_.metrics) {
-        this->best(t.student, begin(k), end(k), hi, all, &top_student_);
-        all.advance(hi);
+      if (call_.measures) {
+        this->best(t.student, begin(k), end(k), hi, all_, &top_student_);
+        all_.advance(hi);
       }
       const int32_t* from = id;
       id = ids_until(from, end(k));
@@ -116,24 +113,76 @@ class SparseRow : OneRow<X> {
       sums_.student -= (id - from) * power(row_.student, fill);
       if (unit_) sums_.unit -= (id - from) * power(row_.unit, fill);
     }
+    top_student_ += call_.offset;
     log_tail_ = log_sum(row_.student, sums_.student);
     log_student_ = log_sum_exp(log_tail_, row_.student.inverse_temperature(), z_, padded_);
     log_unit_ = log_student_;
     if (unit_) log_unit_ = log_sum_exp(log_sum(row_.unit, sums_.unit), row_.unit.inverse_temperature(), z_, padded_);
+  }
+  void put_statistics() const {
+    fusedkd::Statistics& put = call_.statistics[n_];
+    put = {};
+    put.student_max = this->most(all_);
+    put_log_sum(log_student_, &put.student_exponent, &put.student_sum);
+    if (unit_) put_log_sum(log_unit_, &put.unit_exponent, &put.unit_sum);
+    put.outside_max = this->most(row_.student), put.outside_exponent = this->exponent(row_.student);
+    put.outside_sum = sums_.student;
+    this->put_measured(put);
+  }
+  static void put_log_sum(double x, double* exponent, double* sum) {
+    *exponent = x == -kInfinity ? x : ::nearbyint(x / kLn2), *sum = x == -kInfinity ? 0 : ::exp(x - *exponent * kLn2);
+  }
+  void restore() {
+    const fusedkd::Statistics& merged = call_.statistics[n_];
+    row_.student.advance((F)merged.outside_max), row_.unit.advance((F)merged.outside_max);
+    sums_.student = merged.outside_sum;
+    log_tail_ = log_sum(row_.student, sums_.student);
+    log_student_ = merged.student_exponent * kLn2 + ::log(merged.student_sum);
+    log_unit_ = unit_ ? merged.unit_exponent * kLn2 + ::log(merged.unit_sum) : log_student_;
+    this->restore_measured(merged);
+  }
+  void measure() {
+    this->measure_label();
+    if (!call_.measures) return;
+    const double rate = row_.student.inverse_temperature();
+    double moment = 0, unused = 0;
+    const int32_t* id = indices_;
+    for (int64_t k = 0; k < tiles_; ++k)
+      moments(without_ids(k, &id), padded(end(k) - begin(k)), row_.student, 0, &moment, &unused);
+    if (log_tail_ != -kInfinity)
+      expected_student_ = ::exp(log_tail_ - log_student_) * (row_.student.max + moment / sums_.student);
+    for (int64_t i = 0; i < count_; ++i)
+      expected_student_ += z_[i] == -kInfinity ? 0 : ::exp(z_[i] * rate - log_student_) * z_[i];
   }
   static double power(const Reference<F>& r, F x) { return ::exp2((double)x * r.scale - r.whole); }
   static double log_sum(const Reference<F>& r, double sum) { return r.seen ? r.log_sum(sum) : -kInfinity; }
   // log-probability of what Reference makes 1
   double log_one(const Reference<F>& r, double log_sum) const { return r.whole * kLn2 - log_sum; }
 
+  // Over the ids and, in a whole row, the tail; else that is added where the pieces' sums are.
   double divergence() {
     const double rate = row_.student.inverse_temperature();
+    const double lq_tail = call_.bucket ? log_tail_ - log_student_ : -kInfinity;
+    lp_tail_ = log_tail_ == -kInfinity && ::exp(lp_[count_]) <= call_.rounding ? -kInfinity : lp_[count_];
     for (int64_t i = 0; i < count_; ++i) lq_[i] = z_[i] * rate - log_student_;
-    if (call_.bucket) lq_[count_] = log_tail_ - log_student_;
-    if (log_tail_ == -kInfinity && ::exp(lp_[count_]) <= call_.rounding) lp_[count_] = -kInfinity;
-    double sum = kEntries[call_.divergence](call_.parameters, this->weights_, lp_, lq_, entry_grad_, padded_);
+    const bool whole = call_.verb == Verb::rows;
+    lp_[count_] = whole ? lp_tail_ : -kInfinity, lq_[count_] = whole ? lq_tail : -kInfinity;
+    double sum = categories(lp_, lq_, entry_grad_, padded_);
+    if (call_.verb == Verb::finish) return sum_with_tail(lq_tail);
     for (int64_t i = 0; i <= count_; ++i) grad_sum_ += entry_grad_[i];
     return outside_ ? sum + outside() : sum;
+  }
+  double sum_with_tail(double lq_tail) {
+    double lp[kEntryStep], lq[kEntryStep], grad[kEntryStep];
+    for (int64_t i = 0; i < kEntryStep; ++i) lp[i] = lq[i] = -kInfinity;
+    lp[0] = lp_tail_, lq[0] = lq_tail;
+    const double value = categories(lp, lq, grad, kEntryStep);
+    entry_grad_[count_] = grad[0];
+    grad_sum_ = call_.comparison[n_].slope + grad[0];
+    return call_.comparison[n_].value + value;
+  }
+  double categories(const double* lp, const double* lq, double* grad, int64_t n) const {
+    return kEntries[call_.divergence](call_.parameters, this->weights_, lp, lq, grad, n);
   }
 
   // The middle sweep of dense rows over the entries that are no ids, where p = 0.
@@ -150,30 +199,25 @@ class SparseRow : OneRow<X> {
     for (int64_t k = 0; k < tiles_; ++k) {
       Tile<X> t = this->tile(k, false);
       t.student = without_ids(k, &id), t.teacher = teacher_.buffer;
-      if (!call_.grad.data || call_.kd_scale == 0) t.kept = nullptr;
       this->listed_.middle(X())[true](t, row_, m);
     }
     grad_sum_ += m.grad;
     return m.value;
   }
 
+  // The teacher's entropy and top are those of all its ids, wherever they lie.
   void report(double kd, double ce) {
-    double moment = 0, unused = 0, of_teacher = 0, of_student = 0;
-    const int32_t* id = indices_;
-    for (int64_t k = 0; k < tiles_; ++k)
-      moments(without_ids(k, &id), padded(end(k) - begin(k)), row_.student, 0, &moment, &unused);
-    int64_t top = -1;
-    for (int64_t i = 0; i < count_; ++i)
-      if (lp_[i] > (top < 0 ? -kInfinity : lp_[top])) top = i;
-    for (int64_t i = 0; i <= count_; ++i) of_teacher += lp_[i] == -kInfinity ? 0 : ::exp(lp_[i]) * lp_[i];
-    for (int64_t i = 0; i < count_; ++i) of_student += lq_[i] == -kInfinity ? 0 : ::exp(lq_[i]) * lq_[i];
-    if (log_tail_ != -kInfinity) {
-      const double mean = row_.student.max + moment / sums_.student;
-      of_student += ::exp(log_tail_ - log_student_) * (row_.student.inverse_temperature() * mean - log_student_);
+    const int32_t* ids = call_.indices + n_ * call_.entries;
+    const double* log_probs = call_.log_probs + n_ * (call_.entries + 1);
+    double most = -kInfinity, entropy = entropy_of(lp_tail_);
+    this->top_teacher_ = -1;
+    for (int64_t i = 0; i < call_.entries; ++i) {
+      entropy += entropy_of(log_probs[i]);
+      if (log_probs[i] > most) most = log_probs[i], this->top_teacher_ = ids[i];
     }
-    this->top_teacher_ = top < 0 ? -1 : indices_[top];
-    this->put_metrics(kd, ce, -of_teacher, -of_student);
+    this->put_metrics(kd, ce, entropy, this->student_entropy());
   }
+  static double entropy_of(double lp) { return lp == -kInfinity ? 0 : -::exp(lp) * lp; }
 
   // Outside the ids d loss / d s = A q + C q_1 + ..., with the tail's derivative as part of A.
   void gradient(double weight) {
@@ -186,24 +230,24 @@ class SparseRow : OneRow<X> {
     if (!separate) student += unit;
     const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary, student, soft, 0, 0, 0, unit};
     if (const double every = student + unit + log_student_; every - every != 0) {  // the row holds a NaN
-      fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.vocabulary);
+      fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.columns);
     } else {
       double slope = 0;
-      const bool label_outside = hard != 0 && !is_id(label_);
+      const bool label_outside = hard != 0 && this->owns_label() && !is_id(label_);
       const double label = label_outside ? label_outside_gradient(soft, hard, &slope) : 0;
       const Kind kind = outside_ && soft != 0 ? kEntrywise : kNone;
       const double reach = c.reach(kind, separate);
       for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, kind, separate, c, reach);
       if (label_outside) put(label_, student_label_, label * slope);
       for (int64_t i = 0; i < count_; ++i)
-        put(indices_[i], z_[i], slopes_[i] * at(indices_[i], z_[i], soft == 0 ? 0 : entry_grad_[i], soft, hard));
+        put(column(i), z_[i], slopes_[i] * at(column(i), z_[i], soft == 0 ? 0 : entry_grad_[i], soft, hard));
     }
-    this->zero(call_.vocabulary, call_.grad_columns);
+    this->zero(call_.columns, call_.grad_columns);
   }
   bool tail() const { return call_.bucket && kind_ != kNone; }
   bool is_id(int64_t column) const {
     const int32_t* id = ids_until(indices_, column);
-    return id < indices_ + count_ && *id == column;
+    return id < indices_ + count_ && *id == column + call_.offset;
   }
 
   // The gradient of one logit in fp64; `own` is d value / d log q of its entry.
@@ -233,17 +277,22 @@ class SparseRow : OneRow<X> {
   const int32_t* indices_;
   int64_t padded_, count_ = 0;
   double *z_, *slopes_, *lp_, *lq_, *entry_grad_;
-  double log_tail_;
+  double log_tail_, lp_tail_ = -kInfinity;
+  Reference<F> all_;  // the largest logit, ids among them
   bool outside_;
 };
 
 template <class X>
 void row_of(const RowsCall& call, const Workspace& work, int64_t n) {
-  if (call.indices) return SparseRow<X>(call, work, n).run();
-  OneRow<X>(call, work, n).run();
+  if (call.indices) {
+    SparseRow<X> row(call, work, n);
+    return compute(row, call);
+  }
+  OneRow<X> row(call, work, n, call.exact);
+  compute(row, call);
 }
 inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
-  if (call.wide) return row_of<double>(call, work, n);
+  if (call.wide || call.exact) return row_of<double>(call, work, n);
   if (native_bf16(call)) return row_of<uint16_t>(call, work, n);
   row_of<float>(call, work, n);
 }

@@ -153,7 +153,7 @@ struct Sum {
 constexpr int64_t kFold = 8;  // steps
 
 template <class X, Kind kKind, bool kUnit, bool kFar>
-struct Statistics {
+struct StatisticsSweep {
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
   typedef typename Fmt::V V;
@@ -162,7 +162,7 @@ struct Statistics {
   Sum<V> zs, zt, zu, forward, reverse, teacher_absent, student_absent;
   V only_teacher = splat<V>(-kInfinity), only_student = splat<V>(-kInfinity);
 
-  FUSEDKD_INLINE explicit Statistics(const Row<F>& row)
+  FUSEDKD_INLINE explicit StatisticsSweep(const Row<F>& row)
       : power_s(row.student), power_t(row.teacher), power_u(row.unit),
         ratio(splat<V>(kFar ? row.ratio / (F)kGapUnit : row.ratio)) {}
 
@@ -200,7 +200,7 @@ struct Statistics {
 
   static void run(const Tile<X>& tile, const Row<F>& row, Sums<F>& sums) {
     constexpr bool teacher = kKind != kNone, gaps = teacher && kKind != kEntrywise;
-    Statistics self(row);
+    StatisticsSweep self(row);
     for (int64_t i = 0; i < tile.n;) {
       const int64_t end = i + kFold * Fmt::step < tile.n ? i + kFold * Fmt::step : tile.n;
       for (; i < end; i += Fmt::step) {
@@ -360,7 +360,7 @@ struct Coefficients {
 };
 
 template <class X, Kind kKind, bool kUnit, bool kFar>
-struct Gradient {
+struct GradientSweep {
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
   typedef typename Fmt::V V;
@@ -368,7 +368,7 @@ struct Gradient {
   Power<V, kFar> power_s, power_t, power_u;
   V ratio, constant, kept_factor, student, student_far, student_absent, gap_factor;
 
-  FUSEDKD_INLINE Gradient(const Row<F>& row, const Coefficients& c)
+  FUSEDKD_INLINE GradientSweep(const Row<F>& row, const Coefficients& c)
       : power_s(row.student, reverse ? 1 : c.student), power_t(row.teacher, c.teacher), power_u(row.unit, c.unit),
         ratio(splat<V>(kFar ? row.ratio / (F)kGapUnit : row.ratio)), constant(splat<V>(c.constant)),
         kept_factor(splat<V>(c.teacher)), student(splat<V>(c.student)), student_far(splat<V>(c.student_far)),
@@ -393,7 +393,7 @@ struct Gradient {
   }
 
   static void run(const Tile<X>& tile, const Row<F>& row, const Coefficients& c) {
-    const Gradient self(row, c);
+    const GradientSweep self(row, c);
     const bool stream = tile.stream;
     for (int64_t i = 0; i < tile.n; i += Fmt::step) {
       constexpr bool kept = kKind == kEntrywise, teacher = kKind != kNone && !kept;

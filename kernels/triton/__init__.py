@@ -7,8 +7,20 @@ from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
+from fusedkd.kernels.pieces import block_rows, compare, finish, observe
 
-__all__ = ["empty", "head_dtypes", "mm_", "rows", "scale_", "unavailable"]
+__all__ = [
+    "block_rows",
+    "compare",
+    "empty",
+    "finish",
+    "head_dtypes",
+    "mm_",
+    "observe",
+    "rows",
+    "scale_",
+    "unavailable",
+]
 
 
 def unavailable() -> str | None:

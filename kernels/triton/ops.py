@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fusedkd import debug
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec
 
@@ -23,6 +24,8 @@ def rows(call: RowCall) -> Rows:
     if n == 0:
         return results
     launch = config.choose(n, call.spec.vocab_size, device.processors(call.student.device))
+    if debug.ENABLED:
+        debug.note(f"{n:,} rows by {launch}")
     variant = _variant(call)
     arguments = {
         "student": call.student,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fusedkd import debug
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY
@@ -25,6 +26,8 @@ def rows(call: RowCall) -> Rows:
     if n == 0:
         return results
     launch = config.choose(n, call.spec.vocab_size, device.processors(student.device))
+    if debug.ENABLED:
+        debug.note(f"{n:,} rows by {launch}")
     variant, bucket = _variant(call), teacher.tail == "bucket"
     arguments = {
         "student": student,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from words import WORDS, V, bert, llama, rows, tokenizer
 
 from fusedkd import LMHead, cli
 from fusedkd.benchmarks import end_to_end, resources
-from fusedkd.benchmarks.cache import measure
+from fusedkd.benchmarks.cache import __main__ as cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,10 +37,17 @@ COMMANDS = sorted(c for c in QUOTED if re.match(r"(make|fusedkd|python|pip|pytes
 
 # What makes a command small enough for a test. Of some only the help: what they do with files that
 # a document does not show is tested where these are made.
+SHORT = (
+    "--max_steps 1 --use_cpu true --report_to none --per_device_train_batch_size 2 "
+    "--disable_tqdm true"
+)
 SMALL = {
-    "fusedkd distill": "--max_steps 1 --use_cpu true --block_size 8 --report_to none"
-    " --per_device_train_batch_size 2 --disable_tqdm true",
+    "fusedkd distill": SHORT + " --block_size 8",
+    "fusedkd distill --teacher ./teacher --student ./student --data chat.jsonl": SHORT,
+    "fusedkd distill --teacher_cache cache/ --student ./student --data chat.jsonl": SHORT,
     "fusedkd cache": "--block-size 8 --top-k 4",
+    "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
+    "fusedkd data": "",
     "fusedkd bench": "--n 4 --vocab 100 --repeats 1 --budget 0.1 --providers fusedkd",
     "fusedkd bench --end-to-end": "--memory-limit 0.001",
     "fusedkd doctor": "",
@@ -48,7 +56,9 @@ SMALL = {
     "python -m fusedkd.benchmarks.cache": "--only size",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
 }
-HELP = "fusedkd (distill|distill --config|cache|cache info|cache verify|student)"
+CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant {% endif %}"
+HELP = "fusedkd (distill|distill --config|cache|data|cache info|cache verify|student)"
 
 
 @pytest.fixture
@@ -58,13 +68,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "words.txt").write_text(" ".join(WORDS * 8))
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    for name in ("chat.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text((json.dumps({"messages": turns}) + "\n") * 8)
     narrow = {**bert().config.to_dict(), "num_attention_heads": 12}
     deep = tf.BertConfig(**{**narrow, "num_hidden_layers": 12})
     models = {"teacher": llama(), "student": llama(), "bert": tf.BertForMaskedLM(deep)}
     models["narrow"] = tf.BertForMaskedLM(tf.BertConfig(**narrow))
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-        tokenizer().save_pretrained(tmp_path / name)
+        reader = tokenizer()
+        reader.chat_template = CHAT
+        reader.save_pretrained(tmp_path / name)
     return tmp_path
 
 
@@ -138,7 +153,7 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
 def test_command(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "LARGE", 300)
+    monkeypatch.setattr(cache, "LARGE", 300)
     monkeypatch.setattr(end_to_end, "VOCABULARIES", (300,))
     monkeypatch.setattr(
         end_to_end,

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = [
     *(
@@ -54,6 +55,17 @@ def tokenizer(template: str | None, **more: Any) -> PreTrainedTokenizerFast:
         extra_special_tokens=SPECIAL[4:],
         **{**named, **more},
     )
+
+
+def llama(seed: int) -> LlamaForCausalLM:
+    """A tiny random one, for this tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer(None)), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128,
+        initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def user(text: str) -> dict[str, str]:

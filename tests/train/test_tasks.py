@@ -158,6 +158,7 @@ def test_a_task(case: str, host: str, tmp_path: Path) -> None:
         tested.distil_from(teacher, **weights)
     items = tested._get_num_items_in_batch([batch], torch.device("cpu"))
     loss = tested.compute_loss(student, dict(batch), num_items_in_batch=items)
+    assert (tested._student_head.found is not None) == tested._task.over_tokens
     loss.backward()
     found = gradients(student)
     student.zero_grad()

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, EncoderDecoderModel
 
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.labelled import load_pairs
 from fusedkd.data.loading import load_rows, say
 from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.models.columns import own_columns
+from fusedkd.models.columns import base_model, own_columns
 from fusedkd.models.heads import next_labels
 from fusedkd.train.tasks.base import Task, TaskData, check_pads
 
@@ -122,7 +122,11 @@ class Seq2Seq(Task):
         """With the decoder's, where the batch has none."""
         found = own_columns(model, other, inputs)
         if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-            found["decoder_input_ids"] = _decoder_inputs(model, labels)
+            found["decoder_input_ids"] = ids = _decoder_inputs(model, labels)
+            if isinstance(base_model(model), EncoderDecoderModel):
+                found.setdefault(
+                    "decoder_attention_mask", (ids != model.config.pad_token_id).long()
+                )
         return found
 
     def data(self, flags: DataArguments, tokenizer: Any, teacher: Any) -> TaskData:

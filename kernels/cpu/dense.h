@@ -1,71 +1,10 @@
 // One row: which sweeps it takes and what they must be told. A sweep is linear in V, this is not; sums here are fp64.
 #pragma once
 
-#include "entries.h"
-#include "sweeps.h"
+#include "tables.h"
 
 namespace fusedkd {
 namespace FUSEDKD_ISA {
-
-// ---------------------------------------------------------------------------------------------------------------------
-// tables over what is known only at run time
-
-template <class X>
-using StatisticsRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, Sums<typename Format<X>::F>&);
-template <class X>
-using MiddleRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, Middle<typename Format<X>::F>&);
-template <class X>
-using GradientRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, const Coefficients&);
-
-#define FUSEDKD_FLAVOURS(run_of, X, kind)                                  \
-  {                                                                        \
-    {run_of<X, kind, false, false>::run, run_of<X, kind, false, true>::run}, \
-    {run_of<X, kind, true, false>::run, run_of<X, kind, true, true>::run}    \
-  }
-#define FUSEDKD_KINDS(run_of, X)                                                                         \
-  {                                                                                                      \
-    FUSEDKD_FLAVOURS(run_of, X, kNone), FUSEDKD_FLAVOURS(run_of, X, kForward),                           \
-        FUSEDKD_FLAVOURS(run_of, X, kReverse), FUSEDKD_FLAVOURS(run_of, X, kBoth),                       \
-        FUSEDKD_FLAVOURS(run_of, X, kEntrywise)                                                          \
-  }
-template <class X>
-struct Runs {  // [kind][cross-entropy at another temperature][far]
-  static constexpr StatisticsRun<X> statistics[5][2][2] = FUSEDKD_KINDS(Statistics, X);
-  static constexpr GradientRun<X> gradient[5][2][2] = FUSEDKD_KINDS(Gradient, X);
-};
-
-// What pointwise.h holds, as a table. A divergence with `kl` has no sweep of its own.
-struct Listed {
-  const char* name;
-  KlWeights (*kl)(const double*);
-  MiddleRun<uint16_t> bf16[2];
-  MiddleRun<float> f32[2];
-  MiddleRun<double> f64[2];
-  const MiddleRun<uint16_t>* middle(uint16_t) const { return bf16; }
-  const MiddleRun<float>* middle(float) const { return f32; }
-  const MiddleRun<double>* middle(double) const { return f64; }
-};
-template <class D>
-constexpr auto listed(const char* name, int) -> decltype(D::kl(nullptr), Listed{}) {
-  return {name, &D::kl, {}, {}, {}};
-}
-template <class D>
-constexpr Listed listed(const char* name, long) {
-  return {name,
-          nullptr,
-          {Entrywise<D, uint16_t, false>::run, Entrywise<D, uint16_t, true>::run},
-          {Entrywise<D, float, false>::run, Entrywise<D, float, true>::run},
-          {Entrywise<D, double, false>::run, Entrywise<D, double, true>::run}};
-}
-template <class>
-struct List;
-template <int... n>
-struct List<std::integer_sequence<int, n...>> {
-  static constexpr Listed all[] = {listed<typename Registered<n>::type>(Registered<n>::name, 0)...};
-};
-constexpr const Listed* kListed = List<std::make_integer_sequence<int, kDivergences>>::all;
-
-// ---------------------------------------------------------------------------------------------------------------------
 
 FUSEDKD_INLINE const char* row_start(const Logits& side, int64_t tokens, int64_t row) {
   int64_t offset = row / tokens * side.stride_batch + row % tokens * side.stride_token;
@@ -103,30 +42,37 @@ struct Side {
   }
 };
 
+// The order of work, for rows of both forms of teacher: all at once, or one verb of it on a piece of a row.
+template <class Row>
+void compute(Row& row, const RowsCall& call) {
+  const double weight = row.row_scale();
+  if (weight == 0) return row.drop();
+  row.plan();
+  if (call.verb == Verb::rows || call.verb == Verb::observe)
+    row.statistics();
+  else
+    row.restore();
+  if (call.verb == Verb::observe) return row.measure(), row.put_statistics();
+  const double kd = row.compares() ? row.divergence() : 0;
+  if (call.verb == Verb::compare) return row.put_comparison(kd);
+  if (row.cancels(kd)) return row.again();
+  if (call.verb == Verb::rows) row.measure();
+  const double ce = call.labels ? row.cross_entropy() : __builtin_nan("");
+  row.write_loss(weight, kd, ce);
+  if (call.metrics) row.report(kd, ce);
+  if (call.grad.data) row.gradient(weight);
+}
+
 template <class X>
 class OneRow {
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
 
  public:
-  OneRow(const RowsCall& call, const Workspace& work, int64_t n, bool apart = false)
+  OneRow(const RowsCall& call, const Workspace& work, int64_t n, bool apart)
       : call_(call), work_(work), n_(n), apart_(apart), listed_(kListed[call.divergence]), student_(call.student, call.tokens, n, work.next),
         teacher_(call.teacher, call.tokens, n, work.next), grad_((char*)row_start(call.grad, call.tokens, n)) {}
 
-  void run() {
-    const double weight = row_scale();
-    if (weight == 0) return drop();
-    plan();
-    statistics();
-    const double kd = kind_ == kNone ? 0 : divergence();
-    if (sizeof(F) < sizeof(double) && cancels(kd)) return OneRow<double>(call_, work_, n_, true).run();
-    const double ce = call_.labels ? cross_entropy() : __builtin_nan("");
-    write_loss(weight, kd, ce);
-    if (call_.metrics) report(kd, ce);
-    if (call_.grad.data) gradient(weight);
-  }
-
- protected:
   // The call's own numbers are of its accumulation type, whatever the row's is.
   double row_scale() const {
     return call_.wide ? ((const double*)call_.row_scale)[n_] : ((const float*)call_.row_scale)[n_];
@@ -139,6 +85,8 @@ class OneRow {
     for (int i = 0; i < kMetrics; ++i) put_number(call_.metrics, n_ * kMetrics + i, ((const double*)&metrics)[i]);
   }
   void drop() {
+    if (call_.verb == Verb::observe) return void(call_.statistics[n_] = {});
+    if (call_.verb == Verb::compare) return void(call_.comparison[n_] = {});
     put_number(call_.loss, n_, 0);
     if (call_.metrics) put_metrics(Metrics{});
     if (call_.grad.data) zero(0, call_.grad_columns);
@@ -154,22 +102,23 @@ class OneRow {
     weights_ = listed_.kl ? listed_.kl(call_.parameters) : KlWeights{0, 0};
     kind_ = kEntrywise;
     if (listed_.kl) kind_ = (Kind)((weights_.forward > 0 ? kForward : 0) | (weights_.reverse > 0 ? kReverse : 0));
-    if (call_.kd_scale == 0 && !call_.metrics) kind_ = kNone;
+    if (call_.kd_scale == 0 && !call_.measures) kind_ = kNone;
     row_.unit.scale = (F)kLog2E;
     row_.student.scale = kind_ == kNone ? row_.unit.scale : (F)(kLog2E / call_.temperature);
     row_.teacher.scale = (F)(kLog2E / call_.teacher_temperature);
     row_.ratio = row_.teacher.scale / row_.student.scale;
-    const bool wanted = call_.labels && (call_.ce_weight != 0 || call_.metrics);
+    const bool wanted = call_.labels && (call_.ce_weight != 0 || call_.measures);
     unit_ = wanted && row_.unit.scale != row_.student.scale;
     // Streaming stores want whole cache lines: a short first tile takes up what lies before the first of them. It goes
     // by the student's address, so that the same input is added up in the same order whatever becomes of the gradient.
     const int64_t size = size_of(call_.student.dtype), past = (intptr_t)student_.row % 64;
-    head_ = student_.as_is && call_.vocabulary >= kStreamed && past % size == 0 ? (64 - past) % 64 / size : 0;
+    head_ = student_.as_is && call_.columns >= kStreamed && past % size == 0 ? (64 - past) % 64 / size : 0;
     stream_ = call_.grad.data && call_.stream && writes_directly() && ((intptr_t)grad_ + head_ * size) % 64 == 0;
     // What is left after whole vectors is a tile of its own: it takes the slow sweeps because of its padding.
-    body_ = (call_.vocabulary - head_) / Fmt::step * Fmt::step;
+    body_ = (call_.columns - head_) / Fmt::step * Fmt::step;
     whole_ = (head_ > 0) + (body_ + kTile<X> - 1) / kTile<X>;
-    tiles_ = whole_ + (head_ + body_ < call_.vocabulary);
+    tiles_ = whole_ + (head_ + body_ < call_.columns);
+    if (call_.labels) label_ = call_.labels[n_] - call_.offset;
   }
   bool writes_directly() const { return !transforms(call_.student) && size_of(call_.grad.dtype) == sizeof(X); }
 
@@ -177,7 +126,7 @@ class OneRow {
     if (k >= whole_) return head_ + body_;
     return head_ == 0 ? k * kTile<X> : k == 0 ? 0 : head_ + (k - 1) * kTile<X>;
   }
-  int64_t end(int64_t k) const { return k + 1 == tiles_ ? call_.vocabulary : begin(k + 1); }
+  int64_t end(int64_t k) const { return k + 1 == tiles_ ? call_.columns : begin(k + 1); }
   static int64_t padded(int64_t n) { return (n + Fmt::step - 1) / Fmt::step * Fmt::step; }
   F* kept(int64_t k) const {
     int64_t shift = k > 0 ? padded(head_) - head_ : 0;
@@ -206,6 +155,16 @@ class OneRow {
              (!teacher || row_.teacher.near(lo[1], reach)));
   }
 
+  bool compares() const { return kind_ != kNone; }
+  bool owns_label() const { return 0 <= label_ && label_ < call_.columns; }
+  // Those of a tile, for far(); in a whole row the first sweep has left them.
+  void bounds(int64_t k, const Tile<X>& t, bool teacher) {
+    F hi;
+    if (call_.verb == Verb::rows) return;
+    extremes(t.student, t.n, minima(k), &hi);
+    if (teacher) extremes(t.teacher, t.n, minima(k) + 1, &hi);
+  }
+
   // First sweep: each tile's extremes, then its exponentials relative to the largest logit so far, while it is in L1.
   void statistics() {
     const bool teacher = kind_ != kNone;
@@ -214,17 +173,22 @@ class OneRow {
       F hi;
       extremes(t.student, t.n, minima(k), &hi);
       if (!(hi <= row_.student.max) || !row_.student.seen) peak_tile_ = k;
-      if (call_.metrics) best(t.student, begin(k), end(k), hi, row_.student, &top_student_);
+      if (call_.measures) best(t.student, begin(k), end(k), hi, row_.student, &top_student_);
       const double by = row_.student.advance(hi), by_unit = row_.unit.advance(hi);
       sums_.student *= by, sums_.reverse *= by, sums_.student_absent *= by, sums_.unit *= by_unit;
       if (teacher) {
         extremes(t.teacher, t.n, minima(k) + 1, &hi);
-        if (call_.metrics) best(t.teacher, begin(k), end(k), hi, row_.teacher, &top_teacher_);
+        if (call_.measures) best(t.teacher, begin(k), end(k), hi, row_.teacher, &top_teacher_);
         const double by_teacher = row_.teacher.advance(hi);
         sums_.teacher *= by_teacher, sums_.forward *= by_teacher, sums_.teacher_absent *= by_teacher;
       }
       Runs<X>::statistics[kind_][unit_][far(k, teacher)](t, row_, sums_);
     }
+    normalise();
+    top_student_ += call_.offset, top_teacher_ += call_.offset;
+  }
+  void normalise() {
+    const bool teacher = kind_ != kNone;
     log_student_ = row_.student.log_sum(sums_.student);
     log_unit_ = unit_ ? row_.unit.log_sum(sums_.unit) : log_student_;
     log_teacher_ = teacher ? row_.teacher.log_sum(sums_.teacher) : 0;
@@ -232,17 +196,102 @@ class OneRow {
     const double excess = (row_.teacher.scale - (double)row_.ratio * row_.student.scale) * kLn2;
     gap_ = log_student_ - log_teacher_ + (excess != 0 ? excess * row_.teacher.max : 0);
   }
+  // What label and metrics need of the logits: the label's, their mean, those that p and q expect.
+  void measure() {
+    measure_label();
+    if (!call_.measures) return;
+    expected_student_ = expected(student_, row_.student, sums_.student);
+    expected_teacher_ = expected(teacher_, row_.teacher, sums_.teacher);
+  }
+  void measure_label() {
+    double slope, unused = 0;
+    if (call_.labels && owns_label()) student_label_ = logit(call_.student, student_.row, label_, &slope);
+    if (call_.labels && call_.label_smoothing != 0) {
+      for (int64_t k = 0; k < tiles_; ++k)
+        moments(padded_tile(student_, k, row_.student), padded(end(k) - begin(k)), row_.student, 1.0 / call_.vocabulary,
+                &unused, &mean_);
+      mean_ += row_.student.max * (call_.columns / (double)call_.vocabulary);
+    }
+  }
+  const X* padded_tile(Side<X>& side, int64_t k, const Reference<F>& r) {
+    return side.get(begin(k), end(k) - begin(k), r.max, nullptr);
+  }
+  double expected(Side<X>& side, const Reference<F>& r, double sum) {
+    double moment = 0, unused = 0;
+    for (int64_t k = 0; k < tiles_; ++k)
+      moments(padded_tile(side, k, r), padded(end(k) - begin(k)), r, 0, &moment, &unused);
+    return sum == 0 ? 0 : r.max + moment / sum;
+  }
+
+  // The row's statistics go to whoever merges its pieces; exponents and sums are as Reference has them.
+  void put_statistics() {
+    const Reference<F>&s = row_.student, &t = row_.teacher, &u = row_.unit;
+    fusedkd::Statistics& put = call_.statistics[n_];
+    put = {};
+    put.student_max = most(s), put.student_exponent = exponent(s), put.student_sum = sums_.student;
+    put.unit_exponent = exponent(u), put.unit_sum = sums_.unit;
+    put.teacher_max = most(t), put.teacher_exponent = exponent(t), put.teacher_sum = sums_.teacher;
+    put.forward = sums_.forward, put.reverse = sums_.reverse;
+    put.teacher_absent = sums_.teacher_absent, put.student_absent = sums_.student_absent;
+    put.only_teacher = sums_.only_teacher, put.only_student = sums_.only_student;
+    put_measured(put);
+    if (peaks()) put.teacher_at_top = teacher_at_peak();
+  }
+  void put_measured(fusedkd::Statistics& put) const {
+    put.student_expected = expected_student_, put.teacher_expected = expected_teacher_;
+    put.mean = mean_, put.label = student_label_, put.student_top = top_student_, put.teacher_top = top_teacher_;
+  }
+  static double most(const Reference<F>& r) { return r.seen ? r.max : -kInfinity; }
+  static double exponent(const Reference<F>& r) { return r.seen ? r.whole : -kInfinity; }
+  // As if all pieces had been swept here.
+  void restore() {
+    const fusedkd::Statistics& merged = call_.statistics[n_];
+    row_.student.advance((F)merged.student_max), row_.unit.advance((F)merged.student_max);
+    row_.teacher.advance((F)merged.teacher_max);
+    sums_.student = merged.student_sum, sums_.unit = merged.unit_sum, sums_.teacher = merged.teacher_sum;
+    sums_.forward = merged.forward, sums_.reverse = merged.reverse;
+    sums_.teacher_absent = merged.teacher_absent, sums_.student_absent = merged.student_absent;
+    sums_.only_teacher = (F)merged.only_teacher, sums_.only_student = (F)merged.only_student;
+    restore_measured(merged);
+    normalise();
+  }
+  void restore_measured(const fusedkd::Statistics& merged) {
+    expected_student_ = merged.student_expected, expected_teacher_ = merged.teacher_expected;
+    mean_ = merged.mean, student_label_ = merged.label;
+    top_student_ = (int64_t)merged.student_top, top_teacher_ = (int64_t)merged.teacher_top;
+  }
+  void put_comparison(double kd) const { call_.comparison[n_] = {kd, grad_sum_}; }
+  // The row once more, with more digits: here, or by whoever holds the other pieces.
+  void again() const {
+    if (call_.verb == Verb::finish) {
+      call_.again[n_] = true;
+      put_number(call_.loss, n_, 0);
+      if (call_.metrics) put_metrics(Metrics{});
+      return;
+    }
+    OneRow<double> row(call_, work_, n_, true);
+    compute(row, call_);
+  }
+
   // Whether p and q hardly meet: what an entry gives and the sum, nearly the same for all that q has, then leave a small
   // difference, of which fp32 keeps little. A KL is never near its largest value: there q's peak tells, which p has not.
   bool cancels(double kd) {  // whether a gradient is wanted or not: the loss is the same
-    if (call_.kd_scale == 0 || kind_ == kNone || kind_ == kForward) return false;
+    if (sizeof(F) == sizeof(double) || call_.kd_scale == 0 || kind_ == kNone || kind_ == kForward) return false;
     if (kind_ == kEntrywise) return kd > (1 - kMeeting) * call_.disjoint;
-    if (!(row_.student.shift > (1 - kRest) * sums_.student)) return false;
+    if (!peaks()) return false;
+    const double at_peak = call_.verb == Verb::finish ? call_.statistics[n_].teacher_at_top : teacher_at_peak();
+    return at_peak * row_.teacher.inverse_temperature() - log_teacher_ < -kLn2;
+  }
+  bool peaks() const {
+    if (kind_ == kEntrywise || !(kind_ & kReverse) || !row_.student.seen) return false;
+    return row_.student.shift > (1 - kRest) * sums_.student;
+  }
+  double teacher_at_peak() {
     int64_t peak = begin(peak_tile_);
     const Tile<X> t = tile(peak_tile_, false);
     for (int64_t i = 0; i < t.n && value(t.student[i]) != row_.student.max; ++i) ++peak;
-    double unused, logit_t = logit(call_.teacher, teacher_.row, peak < call_.vocabulary ? peak : 0, &unused);
-    return logit_t * row_.teacher.inverse_temperature() - log_teacher_ < -kLn2;
+    double unused;
+    return logit(call_.teacher, teacher_.row, peak < call_.columns ? peak : 0, &unused);
   }
   static void best(const X* x, int64_t from, int64_t to, F hi, const Reference<F>& so_far, int64_t* index) {
     if (so_far.seen && !(hi > so_far.max)) return;
@@ -258,7 +307,7 @@ class OneRow {
   static double value(double x) { return x; }
 
   double divergence() {
-    if (kind_ == kEntrywise) return middle();
+    if (kind_ == kEntrywise) return call_.verb == Verb::finish ? compared() : middle();
     const double rate = row_.student.inverse_temperature(), unit = rate * kGapUnit;
     if (gap_ - gap_ != 0) return __builtin_nan("");  // a NaN or +inf among the logits
     const double missing = sums_.teacher_absent / sums_.teacher, extra = sums_.student_absent / sums_.student;
@@ -271,6 +320,11 @@ class OneRow {
     if (weights_.forward > 0) sum += weights_.forward * (forward_infinite ? kInfinity : forward);
     if (weights_.reverse > 0) sum += weights_.reverse * (reverse_infinite ? kInfinity : finite_reverse_);
     return sum;
+  }
+
+  double compared() {
+    grad_sum_ = call_.comparison[n_].slope;
+    return call_.comparison[n_].value;
   }
 
   // Second sweep, for divergences given entry by entry: their sum, and that of their gradients.
@@ -286,46 +340,29 @@ class OneRow {
     m.parameters = call_.parameters, m.apart = apart_;
     const double reach = kReach + ::log2(::fmax(sums_.student, sums_.teacher));
     for (int64_t k = 0; k < tiles_; ++k) {
-      Tile<X> t = tile(k, true);
-      if (!call_.grad.data || call_.kd_scale == 0) t.kept = nullptr;
+      const Tile<X> t = tile(k, true);
+      bounds(k, t, true);
       listed_.middle(X())[far(k, true, reach)](t, row_, m);
     }
     grad_sum_ = m.grad;
     return m.value;
   }
 
-  double cross_entropy() {
-    double slope, smoothing = call_.label_smoothing, rate = row_.unit.inverse_temperature();
-    label_ = call_.labels[n_];
-    student_label_ = logit(call_.student, student_.row, label_, &slope);
-    double ce = log_unit_ - rate * student_label_;
-    if (smoothing == 0) return ce;
-    double unused = 0, mean = 0;
-    for (int64_t k = 0; k < tiles_; ++k) {
-      const X* x = student_.get(begin(k), end(k) - begin(k), row_.student.max, nullptr);
-      moments(x, padded(end(k) - begin(k)), row_.student, 1.0 / call_.vocabulary, &unused, &mean);
-    }
-    return (1 - smoothing) * ce + smoothing * (log_unit_ - rate * (row_.student.max + mean));
+  double cross_entropy() const {
+    const double smoothing = call_.label_smoothing, rate = row_.unit.inverse_temperature();
+    const double ce = log_unit_ - rate * student_label_;
+    return smoothing == 0 ? ce : (1 - smoothing) * ce + smoothing * (log_unit_ - rate * mean_);
   }
 
-  static double entropy(const Reference<F>& r, double log_sum, double sum, double moment) {
-    return log_sum - r.inverse_temperature() * (r.max + moment / sum);
+  void report(double kd, double ce) const {
+    put_metrics(kd, ce, log_teacher_ - row_.teacher.inverse_temperature() * expected_teacher_, student_entropy());
   }
-
-  void report(double kd, double ce) {
-    double of_student = 0, of_teacher = 0, unused = 0;
-    for (int64_t k = 0; k < tiles_; ++k) {
-      const int64_t from = begin(k), n = end(k) - from;
-      moments(student_.get(from, n, row_.student.max, nullptr), padded(n), row_.student, 0, &of_student, &unused);
-      moments(teacher_.get(from, n, row_.teacher.max, nullptr), padded(n), row_.teacher, 0, &of_teacher, &unused);
-    }
-    put_metrics(kd, ce, entropy(row_.teacher, log_teacher_, sums_.teacher, of_teacher),
-                entropy(row_.student, log_student_, sums_.student, of_student));
-  }
+  double student_entropy() const { return log_student_ - row_.student.inverse_temperature() * expected_student_; }
   void put_metrics(double kd, double ce, double teacher_entropy, double student_entropy) const {
     const bool agree = top_student_ == top_teacher_;
-    const double unknown = __builtin_nan(""), student_right = call_.labels ? top_student_ == label_ : unknown;
-    const double teacher_right = call_.labels ? top_teacher_ == label_ : unknown;
+    const double unknown = __builtin_nan(""), label = (double)(label_ + call_.offset);
+    const double student_right = call_.labels ? top_student_ == label : unknown;
+    const double teacher_right = call_.labels ? top_teacher_ == label : unknown;
     put_metrics({kd, ce, teacher_entropy, student_entropy, (double)agree, student_right, teacher_right});
   }
 
@@ -355,17 +392,18 @@ class OneRow {
     const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary, student + at_gap, teacher,
                          student + at_gap + gap * common_gap(), student, gap, unit};
     if (const double all = student + at_gap + teacher + gap + unit; all - all != 0) {  // the row holds a NaN
-      fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.vocabulary);
+      fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.columns);
     } else {
-      double slope = 0, label = hard != 0 ? label_gradient(kind, soft, hard, &slope) : 0;
+      const bool labelled = hard != 0 && owns_label();
+      double slope = 0, label = labelled ? label_gradient(kind, soft, hard, &slope) : 0;
       const double reach = c.reach(kind, separate);
       for (int64_t k = 0; k < tiles_; ++k) gradient_tile(k, kind, separate, c, reach);
-      if (hard != 0) {
+      if (labelled) {
         label = student_label_ == -kInfinity ? 0 : label * slope;  // where it may be no number
         write(call_.grad.dtype, &label, grad_ + label_ * size_of(call_.grad.dtype), 1);
       }
     }
-    zero(call_.vocabulary, call_.grad_columns);
+    zero(call_.columns, call_.grad_columns);
   }
 
   void gradient_tile(int64_t k, Kind kind, bool separate, const Coefficients& c, double reach) {
@@ -373,6 +411,7 @@ class OneRow {
     const int64_t from = begin(k), n = end(k) - from;
     char* to = grad_ + from * size_of(call_.grad.dtype);
     Tile<X> t = tile(k, teacher, sloped ? (F*)slope_ : nullptr);
+    bounds(k, t, teacher);
     const bool direct = writes_directly() && n % Fmt::step == 0;
     t.grad = direct ? (X*)to : out_;
     t.stream = direct && stream_;
@@ -428,7 +467,8 @@ class OneRow {
   int64_t head_, body_, whole_, tiles_;
   Row<F> row_;
   Sums<F> sums_;
-  double log_student_, log_teacher_, log_unit_, gap_, finite_reverse_ = 0, grad_sum_ = 0, student_label_ = 0;
+  double log_student_, log_teacher_, log_unit_, gap_, finite_reverse_ = 0, grad_sum_ = 0;
+  double student_label_ = 0, mean_ = 0, expected_student_ = 0, expected_teacher_ = 0;
   int64_t label_ = -1, top_student_ = 0, top_teacher_ = 0, peak_tile_ = 0;
   alignas(64) F slope_[kTile<X> + Fmt::step];
   alignas(64) X out_[kTile<X> + Fmt::step];
@@ -440,37 +480,6 @@ inline bool native_bf16(const RowsCall& call) {
   return call.student.dtype == DType::bf16 && call.teacher.dtype == DType::bf16 && !transforms(call.student) &&
          !transforms(call.teacher) && (call.grad.data == nullptr || call.grad.dtype == DType::bf16);
 }
-inline void scale(const ScaleCall& call, int64_t row) {
-  const double factor = call.factors[call.per_row ? row : 0];
-  const bool in_place = call.out == call.data;
-  if (in_place && factor == 1) return;
-  const int64_t start = row / call.inner_rows * call.stride_outer + row % call.inner_rows * call.stride_inner;
-  const char* data = (const char*)call.data + start * size_of(call.dtype);
-  char* out = (char*)call.out + (in_place ? start : row * call.out_stride) * size_of(call.out_dtype);
-  for (int64_t i = 0; i < call.columns; i += kShortestTile) {
-    const int64_t n = call.columns - i < kShortestTile ? call.columns - i : kShortestTile;
-    const char* from = data + i * size_of(call.dtype);
-    char* to = out + i * size_of(call.out_dtype);
-    alignas(64) double wide[kShortestTile];
-    float* narrow = (float*)wide;
-    if (call.dtype == DType::f64) {
-      read(call.dtype, from, wide, n);
-      for (int64_t j = 0; j < n; ++j) wide[j] *= factor;
-      write(call.out_dtype, wide, to, n);
-    } else {
-      read(call.dtype, from, narrow, n);
-      for (int64_t j = 0; j < n; ++j) narrow[j] *= (float)factor;
-      write(call.out_dtype, narrow, to, n);
-    }
-  }
-}
-
-inline int find(const char* name) {
-  for (int i = 0; i < kDivergences; ++i)
-    if (strcmp(kListed[i].name, name) == 0) return i;
-  return -1;
-}
-inline bool keeps(int divergence) { return kListed[divergence].kl == nullptr; }
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

@@ -1,4 +1,4 @@
-// The avx512 build of rows.h and sparse.h. Standard headers come first, so that none of their inline functions is
+// The avx512 build of dense.h and sparse.h. Standard headers come first, so that none of their inline functions is
 // compiled for it: the linker keeps one copy of those for the whole program, and it has to run on every machine.
 #include <math.h>
 #include <string.h>

@@ -1,10 +1,65 @@
-// The divergences over a few categories, in fp64.
+// What is known only at run time, as tables: sweeps by kind of divergence, and the divergences of pointwise.h.
 #pragma once
 
-#include "pointwise.h"
+#include "sweeps.h"
 
 namespace fusedkd {
 namespace FUSEDKD_ISA {
+
+template <class X>
+using StatisticsRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, Sums<typename Format<X>::F>&);
+template <class X>
+using MiddleRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, Middle<typename Format<X>::F>&);
+template <class X>
+using GradientRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&, const Coefficients&);
+
+#define FUSEDKD_FLAVOURS(run_of, X, kind)                                  \
+  {                                                                        \
+    {run_of<X, kind, false, false>::run, run_of<X, kind, false, true>::run}, \
+    {run_of<X, kind, true, false>::run, run_of<X, kind, true, true>::run}    \
+  }
+#define FUSEDKD_KINDS(run_of, X)                                                                         \
+  {                                                                                                      \
+    FUSEDKD_FLAVOURS(run_of, X, kNone), FUSEDKD_FLAVOURS(run_of, X, kForward),                           \
+        FUSEDKD_FLAVOURS(run_of, X, kReverse), FUSEDKD_FLAVOURS(run_of, X, kBoth),                       \
+        FUSEDKD_FLAVOURS(run_of, X, kEntrywise)                                                          \
+  }
+template <class X>
+struct Runs {  // [kind][cross-entropy at another temperature][far]
+  static constexpr StatisticsRun<X> statistics[5][2][2] = FUSEDKD_KINDS(StatisticsSweep, X);
+  static constexpr GradientRun<X> gradient[5][2][2] = FUSEDKD_KINDS(GradientSweep, X);
+};
+
+// What pointwise.h holds, as a table. A divergence with `kl` has no sweep of its own.
+struct Listed {
+  const char* name;
+  KlWeights (*kl)(const double*);
+  MiddleRun<uint16_t> bf16[2];
+  MiddleRun<float> f32[2];
+  MiddleRun<double> f64[2];
+  const MiddleRun<uint16_t>* middle(uint16_t) const { return bf16; }
+  const MiddleRun<float>* middle(float) const { return f32; }
+  const MiddleRun<double>* middle(double) const { return f64; }
+};
+template <class D>
+constexpr auto listed(const char* name, int) -> decltype(D::kl(nullptr), Listed{}) {
+  return {name, &D::kl, {}, {}, {}};
+}
+template <class D>
+constexpr Listed listed(const char* name, long) {
+  return {name,
+          nullptr,
+          {Entrywise<D, uint16_t, false>::run, Entrywise<D, uint16_t, true>::run},
+          {Entrywise<D, float, false>::run, Entrywise<D, float, true>::run},
+          {Entrywise<D, double, false>::run, Entrywise<D, double, true>::run}};
+}
+template <class>
+struct List;
+template <int... n>
+struct List<std::integer_sequence<int, n...>> {
+  static constexpr Listed all[] = {listed<typename Registered<n>::type>(Registered<n>::name, 0)...};
+};
+constexpr const Listed* kListed = List<std::make_integer_sequence<int, kDivergences>>::all;
 
 // Values and gradients of a few categories, in fp64: (parameters, weights, lp, lq, gradients, n) -> sum of values. n is
 // a multiple of kEntryStep; lp = lq = -inf is nothing.
@@ -76,6 +131,13 @@ inline double disjoint(int divergence, const double* parameters) {
   lp[0] = lq[1] = 0;
   return kEntries[divergence](parameters, KlWeights{0, 0}, lp, lq, grad, kEntryStep);
 }
+
+inline int find(const char* name) {
+  for (int i = 0; i < kDivergences; ++i)
+    if (strcmp(kListed[i].name, name) == 0) return i;
+  return -1;
+}
+inline bool keeps(int divergence) { return kListed[divergence].kl == nullptr; }
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

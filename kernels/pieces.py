@@ -1,0 +1,351 @@
+"""A row in pieces: the merge of all backends, and the verbs in plain torch, for any device.
+
+The reference runs the verbs in fp64; Triton, until it has its own, in the accumulation type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusedkd.distributions.sparse import SparseRows
+from fusedkd.divergences import Divergence
+from fusedkd.kernels import METRICS, Comparison, RowCall, Rows, Statistics
+from fusedkd.spec import Transform
+
+__all__ = ["block_rows", "compare", "finish", "merge", "metric_rows", "observe", "transform"]
+
+INF = float("inf")
+# Tensors of a block's size that are alive at once while it is worked on (formula and autograd).
+COPIES = 16
+
+
+def merge(pieces: Sequence[Tensor]) -> Tensor:
+    """The statistics (N, len(Statistics)) of whole rows, from those of their pieces in order."""
+    each = Statistics(*torch.stack(list(pieces)).unbind(-1))  # (pieces, N)
+    student, to_student = _common(each.student_exponent)
+    unit, to_unit = _common(each.unit_exponent)
+    teacher, to_teacher = _common(each.teacher_exponent)
+    outside, to_outside = _common(each.outside_exponent)
+    student_top, teacher_top = (x.argmax(0)[None] for x in (each.student_max, each.teacher_max))
+    q, p = each.student_sum * to_student, each.teacher_sum * to_teacher
+    merged = Statistics(
+        student_max=each.student_max.amax(0),
+        student_exponent=student,
+        student_sum=q.sum(0),
+        unit_exponent=unit,
+        unit_sum=(each.unit_sum * to_unit).sum(0),
+        teacher_max=each.teacher_max.amax(0),
+        teacher_exponent=teacher,
+        teacher_sum=p.sum(0),
+        outside_max=each.outside_max.amax(0),
+        outside_exponent=outside,
+        outside_sum=(each.outside_sum * to_outside).sum(0),
+        forward=(each.forward * to_teacher).sum(0),
+        reverse=(each.reverse * to_student).sum(0),
+        teacher_absent=(each.teacher_absent * to_teacher).sum(0),
+        student_absent=(each.student_absent * to_student).sum(0),
+        only_teacher=each.only_teacher.amax(0),
+        only_student=each.only_student.amax(0),
+        student_expected=(each.student_expected * q).sum(0) / q.sum(0),
+        teacher_expected=(each.teacher_expected * p).sum(0) / p.sum(0),
+        mean=each.mean.sum(0),
+        label=each.label.sum(0),
+        student_top=each.student_top.gather(0, student_top)[0],
+        teacher_top=each.teacher_top.gather(0, teacher_top)[0],
+        teacher_at_top=each.teacher_at_top.gather(0, student_top)[0],
+    )
+    return torch.stack(merged, -1)
+
+
+def _common(exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of (pieces, N), and what sums in powers of the others are multiplied with."""
+    largest = exponents.amax(0)
+    return largest, torch.exp2(exponents - largest)
+
+
+def block_rows(widest: int, budget: int) -> int:
+    """How many rows of ``widest`` columns are worked on at a time, within ``budget`` bytes."""
+    return max(1, budget // (widest * 8 * COPIES))
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+class _Piece(NamedTuple):
+    """The columns that lie here, in one dtype and after the transforms; one of -inf if none do."""
+
+    s: Tensor  # (N, C)
+    t: Tensor | None  # (N, C) of a dense teacher
+    inside: Tensor | None  # (N, C) where a sparse one has an id
+    log_p: Tensor | None  # (N, C) its log-probabilities, -inf elsewhere
+
+
+def _piece(call: RowCall, dtype: torch.dtype | None) -> _Piece:
+    assert call.part is not None
+    teacher, spec = call.teacher, call.spec
+    if not isinstance(teacher, SparseRows):
+        dtype = dtype or call.row_scale.dtype
+        s = _columns(call, call.student, spec.student_transform, dtype)
+        t = _columns(call, call.teacher_logits, spec.teacher_transform, dtype)
+        return _Piece(s, t, None, None)
+    s = _columns(call, call.student, spec.student_transform, torch.float64)
+    here = teacher.indices.long() - call.part.offset
+    here = torch.where((here >= 0) & (here < call.part.columns), here, s.shape[1])
+    nothing = s.new_full((len(s), s.shape[1] + 1), -INF)  # one column more takes in the others
+    log_p = nothing.scatter(1, here, teacher.log_probs[:, :-1])[:, :-1]
+    inside = torch.zeros_like(nothing, dtype=torch.bool).scatter(1, here, True)[:, :-1]
+    return _Piece(s, None, inside, log_p)
+
+
+def _columns(call: RowCall, x: Tensor, how: Transform, dtype: torch.dtype) -> Tensor:
+    assert call.part is not None
+    rows = x.detach().reshape(-1, x.shape[-1])[:, : call.part.columns].to(dtype)
+    return transform(rows, how) if call.part.columns else rows.new_full((len(rows), 1), -INF)
+
+
+def transform(logits: Tensor, how: Transform) -> Tensor:
+    """After scale and softcap."""
+    scaled = logits * how.scale if how.scale != 1 else logits
+    return how.softcap * torch.tanh(scaled / how.softcap) if how.softcap else scaled
+
+
+def observe(call: RowCall, dtype: torch.dtype | None = None) -> Tensor:
+    """What is kept of the columns here, (N, len(Statistics)). Sums of gaps are left 0: here every
+    divergence is compared."""
+    assert call.part is not None
+    spec, piece = call.spec, _piece(call, dtype)
+    s, nothing = piece.s, call.row_scale.new_zeros(len(piece.s), dtype=torch.float64)
+    named = dict.fromkeys(Statistics._fields, nothing)
+    named |= _softmax("student", s, spec.temperature)
+    named |= {x: y for x, y in _softmax("unit", s, 1.0).items() if x in named}
+    named["student_top"] = s.argmax(1) + call.part.offset
+    if piece.t is not None:
+        named |= _softmax("teacher", piece.t, spec.teacher_temperature)
+        named["teacher_top"] = piece.t.argmax(1) + call.part.offset
+    if piece.inside is not None:
+        outside = _softmax("outside", s.masked_fill(piece.inside, -INF), spec.temperature)
+        named |= {x: y for x, y in outside.items() if x in named}
+    if call.labels is not None:
+        owned, label = _label(call, s)
+        named["label"] = torch.where(owned, s.gather(1, label), 0.0)[:, 0]
+        if spec.label_smoothing and call.part.columns:
+            named["mean"] = s.sum(1, dtype=torch.float64) / spec.vocab_size
+    return torch.stack([named[x].to(nothing) for x in Statistics._fields], -1)
+
+
+def _softmax(side: str, x: Tensor, temperature: float) -> dict[str, Tensor]:
+    """The statistics of one side's exponentials, by name."""
+    most = x.amax(1, keepdim=True)
+    shifted = x - most.masked_fill(most == -INF, 0.0)
+    e = (shifted / temperature).exp()
+    total = e.sum(1)
+    mean = torch.where(e == 0, 0.0, e * shifted).sum(1) / total.masked_fill(total == 0, 1.0)
+    top = most[:, 0].double()
+    return {
+        f"{side}_max": top,
+        f"{side}_exponent": top / (temperature * math.log(2)),
+        f"{side}_sum": total,
+        f"{side}_expected": torch.where(total == 0, 0.0, mean + top),
+    }
+
+
+def _label(call: RowCall, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 1): whether a row's label lies here, and its column, or any."""
+    assert call.part is not None and call.labels is not None
+    label = call.labels[:, None] - call.part.offset
+    owned = (label >= 0) & (label < call.part.columns)
+    return owned, label.clamp(0, s.shape[1] - 1)
+
+
+class _Normalised(NamedTuple):
+    log_p: Tensor  # (N, C)
+    log_q: Tensor
+    log_q_tail: Tensor  # (N, 1), of all that is no id
+
+
+def _normalised(call: RowCall, piece: _Piece, of: Statistics) -> _Normalised:
+    spec = call.spec
+    log_q = _log_softmax(
+        piece.s, of.student_max, of.student_exponent, of.student_sum, spec.temperature
+    )
+    log_p = piece.log_p
+    if piece.t is not None:
+        statistics = of.teacher_max, of.teacher_exponent, of.teacher_sum
+        log_p = _log_softmax(piece.t, *statistics, spec.teacher_temperature)
+    assert log_p is not None
+    total = of.student_exponent * math.log(2) + of.student_sum.log()
+    outside = of.outside_exponent * math.log(2) + of.outside_sum.log()
+    tail = torch.where(of.outside_sum == 0, -INF, outside - total)
+    return _Normalised(log_p, log_q, tail[:, None].to(piece.s.dtype))
+
+
+def _log_softmax(
+    x: Tensor, top: Tensor, exponent: Tensor, total: Tensor, temperature: float
+) -> Tensor:
+    gap = exponent * math.log(2) + total.log() - top / temperature
+    return (x - top[:, None].to(x.dtype)) / temperature - gap[:, None].to(x.dtype)
+
+
+def compare(
+    call: RowCall, statistics: Tensor, dtype: torch.dtype | None = None
+) -> Comparison | None:
+    """The sums over the columns here of D and of d D / d log q, which is kept; not the tail's."""
+    if not call.spec.kd_scale and not call.metrics:
+        return None
+    piece = _piece(call, dtype)
+    known = _normalised(call, piece, Statistics(*statistics.unbind(-1)))
+    value, slope = _pointwise(call.spec.divergence, known.log_p, known.log_q)
+    if isinstance(call.teacher, SparseRows) and call.teacher.tail == "bucket":
+        assert piece.inside is not None
+        value, slope = (x.where(piece.inside, 0.0) for x in (value, slope))
+    sums = torch.stack([x.sum(1, dtype=torch.float64) for x in (value, slope)], -1)
+    return Comparison(sums, slope)
+
+
+def _pointwise(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+    """The contributions to D and their derivatives by log q, entry by entry."""
+    with torch.inference_mode(False), torch.enable_grad():
+        lq = lq.clone().requires_grad_()
+        value = divergence.value(lp.clone() if lp.is_inference() else lp, lq)
+        (grad,) = torch.autograd.grad(value.sum(), lq)
+    return value.detach(), grad
+
+
+def finish(
+    call: RowCall,
+    statistics: Tensor,
+    comparison: Comparison | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Rows, None]:
+    """Loss and metrics of the rows, the gradient of the columns here."""
+    of, piece = Statistics(*statistics.unbind(-1)), _piece(call, dtype)
+    known = _normalised(call, piece, of)
+    spec, teacher, results = call.spec, call.teacher, call.results()
+    kd = slope_sum = torch.zeros_like(of.label)
+    if comparison is not None:
+        kd, slope_sum = comparison.sums.unbind(-1)
+    tail_slope = None
+    if isinstance(teacher, SparseRows) and teacher.tail == "bucket" and comparison is not None:
+        value, tail_slope = _pointwise(
+            spec.divergence, _log_p_tail(teacher, known), known.log_q_tail
+        )
+        kd, slope_sum = kd + value[:, 0], slope_sum + tail_slope[:, 0]
+    ce = _cross_entropy(call, of)
+    loss = torch.zeros_like(kd)
+    if spec.kd_scale:
+        loss = loss + spec.kd_scale * kd
+    if spec.ce_weight:
+        loss = loss + spec.ce_weight * ce
+    counts = call.row_scale != 0
+    results.loss.copy_(torch.where(counts, loss * call.row_scale, 0.0))
+    if results.metrics is not None:
+        columns = _metrics(call, of, known, kd, ce)
+        results.metrics.copy_(torch.where(counts[:, None], columns, 0.0))
+    if call.grad is not None:
+        slopes = None
+        if spec.kd_scale and comparison is not None and comparison.kept is not None:
+            slopes = _slopes(piece, known, comparison.kept, slope_sum, tail_slope)
+        _write_gradient(call, piece, of, slopes)
+    return results, None
+
+
+def _log_p_tail(teacher: SparseRows, known: _Normalised) -> Tensor:
+    """(N, 1), where a mass that is rounding counts as none if the student has none."""
+    lp = teacher.log_probs[:, -1:]
+    noise = (known.log_q_tail == -INF) & (lp.exp() <= teacher.rounding)
+    return lp.masked_fill(noise, -INF)
+
+
+def _cross_entropy(call: RowCall, of: Statistics) -> Tensor:
+    if call.labels is None:
+        return torch.full_like(of.label, math.nan)
+    smoothing = call.spec.label_smoothing
+    ce = of.unit_exponent * math.log(2) + of.unit_sum.log() - (1 - smoothing) * of.label
+    return ce - smoothing * of.mean if smoothing else ce  # the mean of a masked row is -inf
+
+
+def _slopes(
+    piece: _Piece, known: _Normalised, slope: Tensor, slope_sum: Tensor, tail: Tensor | None
+) -> Tensor:
+    """(N, C) d D / d (s / T): grad_v - q_v * sum_u grad_u. The tail's goes to all that is no id."""
+    gap = slope - known.log_q.exp() * slope_sum[:, None].to(slope.dtype)
+    if tail is None:
+        return gap
+    assert piece.inside is not None
+    share = tail * (known.log_q - known.log_q_tail).exp()
+    return gap + torch.where(piece.inside, 0.0, share)
+
+
+def _write_gradient(call: RowCall, piece: _Piece, of: Statistics, slopes: Tensor | None) -> None:
+    assert call.grad is not None and call.part is not None
+    spec, s = call.spec, piece.s
+    grad = torch.zeros_like(s)
+    if slopes is not None:
+        grad = spec.kd_scale / spec.temperature * slopes
+    if spec.ce_weight:
+        owned, label = _label(call, s)
+        q = _log_softmax(s, of.student_max, of.unit_exponent, of.unit_sum, 1.0).exp()
+        gap = q - spec.label_smoothing / spec.vocab_size
+        gap = gap.scatter_add(1, label, owned.to(gap) * (spec.label_smoothing - 1))
+        grad = grad + spec.ce_weight * gap
+    by_raw: Tensor | float = spec.student_transform.scale
+    if cap := spec.student_transform.softcap:
+        by_raw = by_raw * (1 - (s / cap) ** 2)
+    scale = call.row_scale[:, None].to(s.dtype)
+    grad = torch.where((scale == 0) | (s == -INF), 0.0, scale * grad * by_raw)
+    columns = call.part.columns
+    call.grad.zero_()
+    call.grad[..., :columns] = grad[:, :columns].view(*call.grad.shape[:2], columns)
+
+
+def _metrics(call: RowCall, of: Statistics, known: _Normalised, kd: Tensor, ce: Tensor) -> Tensor:
+    def entropy(exponent: Tensor, total: Tensor, expected: Tensor, temperature: float) -> Tensor:
+        return exponent * math.log(2) + total.log() - expected / temperature
+
+    spec, teacher = call.spec, call.teacher
+    q = entropy(of.student_exponent, of.student_sum, of.student_expected, spec.temperature)
+    if isinstance(teacher, SparseRows):
+        tail = (
+            _log_p_tail(teacher, known) if teacher.tail == "bucket" else teacher.log_probs[:, -1:]
+        )
+        log_p = torch.cat([teacher.log_probs[:, :-1], tail], -1)
+        p = -torch.where(log_p == -INF, 0.0, log_p.exp() * log_p).sum(1)
+        ids = F.pad(teacher.indices, (1, 0), value=-1)  # none, where all have no probability
+        first = F.pad(teacher.log_probs[:, :-1], (1, 0), value=-INF).argmax(1, keepdim=True)
+        teacher_top = ids.gather(1, first)[:, 0].double()
+    else:
+        heat = spec.teacher_temperature
+        p = entropy(of.teacher_exponent, of.teacher_sum, of.teacher_expected, heat)
+        teacher_top = of.teacher_top
+    return metric_rows(kd, ce, p, q, (of.student_top, teacher_top), call.labels)
+
+
+def metric_rows(
+    kd: Tensor,
+    ce: Tensor,
+    teacher_entropy: Tensor,
+    student_entropy: Tensor,
+    tops: tuple[Tensor, Tensor],  # the student's and the teacher's most probable ids
+    labels: Tensor | None,
+) -> Tensor:
+    """(N, len(METRICS)) of columns (N,)."""
+    unknown = torch.full_like(kd, math.nan)
+    student_right, teacher_right = (
+        unknown if labels is None else (top == labels).to(kd.dtype) for top in tops
+    )
+    named = {
+        "kd": kd,
+        "ce": ce,
+        "teacher_entropy": teacher_entropy,
+        "student_entropy": student_entropy,
+        "top1_agreement": (tops[0] == tops[1]).to(kd.dtype),
+        "student_accuracy": student_right,
+        "teacher_accuracy": teacher_right,
+    }
+    return torch.stack([named[name] for name in METRICS], dim=-1)
