@@ -12,10 +12,10 @@
         optimizer.step(), optimizer.zero_grad()
     print(meter.means())                            # of all tokens, of all processes
 
-``model`` is what the loop trains, wrapped as it is: DDP, FSDP, a DeepSpeed engine, ``accelerate``'s.
-The loss is computed within its forward, so that gradients are synchronised and the head's weight is
-whole there; from the model's head, without logits, where :mod:`fusedkd.models.heads` proves what
-the model does with it (a scale, a soft cap), else from its logits.
+``model`` is what the loop trains, as it is wrapped: in DDP, FSDP, a DeepSpeed engine or whatever
+``accelerate`` makes. The loss is computed within its forward, so that gradients are synchronised
+and the head's weight is whole there; from the model's head, without logits, where
+:mod:`fusedkd.models.proof` shows that it has a plain one (a scale, a soft cap), else from logits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fusedkd import LMHead, SparseTeacher, divergences
 from fusedkd.cache.reader import TeacherCache
-from fusedkd.models.kinds import bare, router_loss, refuse_shared, true_vocabulary
+from fusedkd.models.kinds import bare, refuse_shared, router_loss, true_vocabulary
 from fusedkd.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.base import HeadLoss
 from fusedkd.train.meter import Mean, Measured, Meter
@@ -170,11 +170,11 @@ class _Known(_Kept, HeadLoss):
         self.teachers: WeakSet[nn.Module] = WeakSet()
         _refuse_inside_of_ddp(model)
 
-    def meet(self, student: nn.Module, teacher: Any) -> None:
+    def meet(self, student: nn.Module, teacher: Any, name: str | None) -> None:
         """Raises ValueError unless the two can be one's teacher."""
         if isinstance(teacher, nn.Module) and teacher not in self.teachers:
             refuse_shared(student, teacher)
-            task_between(student, teacher, self.task.name)
+            task_between(student, teacher, name)
             self.teachers.add(teacher)
 
 
@@ -185,7 +185,7 @@ def _known(model: nn.Module, teacher: Any, name: str | None) -> _Known:
     if known is None or name not in (None, known.task.name):
         task = task_between(student, teacher, name)
         known = student.__dict__["_fusedkd"] = _Known(model, task)
-    known.meet(student, teacher)
+    known.meet(student, teacher, name)
     return known
 
 
@@ -212,7 +212,7 @@ def _answers(teacher: Any, task: Task) -> Callable[[dict[str, Any]], Any]:
             live = _Live(teacher, task)
             teacher.__dict__["_fusedkd_answers"] = live
         return live
-    return teacher if callable(teacher) else lambda inputs: teacher
+    return torch.no_grad()(teacher) if callable(teacher) else lambda inputs: teacher
 
 
 class _Live(_Kept, LiveTeacher):
