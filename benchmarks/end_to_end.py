@@ -97,7 +97,7 @@ def _batch(result: dict[str, Any]) -> str:
     return f"{result['largest_batch']} x {result['length']}{more}"
 
 
-def _llama(layers: int, width: int, step: Step) -> LlamaForCausalLM:
+def _llama(layers: int, width: int, step: Step) -> Any:
     config = LlamaConfig(
         vocab_size=step.vocab,
         hidden_size=width,
@@ -107,7 +107,8 @@ def _llama(layers: int, width: int, step: Step) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(step.device, DTYPES[native_dtype(step.device)])
+    model: Any = LlamaForCausalLM(config)
+    return model.to(step.device, DTYPES[native_dtype(step.device)])
 
 
 def _losses(step: Step) -> Callable[..., torch.Tensor]:

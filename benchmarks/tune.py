@@ -60,13 +60,13 @@ def call_for(entry: Entry) -> tuple[int, int]:
 
 def flaws(entry: Entry, call: tuple[int, int], names: Sequence[str], target: str) -> list[str]:
     """What the compiler says against it, on a target of benchmarks/resources.py."""
-    launch, found = entry.launch(*call, processors=132), []
+    launch, reasons = entry.launch(*call, processors=132), []
     for name in names:
         variant = config.Variant(*resources.DTYPES["bf16"], name)
         for stage in config.stages(variant, launch):
             job = resources.Job(target, "bf16", name, launch, stage)
-            found += resources.problems(resources.compile_(job))
-    return found
+            reasons += resources.problems(resources.compile_(job))
+    return reasons
 
 
 def time_of(

@@ -70,7 +70,7 @@ def make_cache(args: CacheArguments) -> None:
     packing = "none" if args.data.packing == "flatten" else None
     rows = load_rows(args.data, tokenizer, packing)
     say(rows.summary)
-    model = saved.load(task.auto)
+    model = saved.load(task.loader(saved.config()))
     job = _job(args, name, model, tokenizer, _Sequences(rows.train, rows.test))
     _say(console, job)
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))

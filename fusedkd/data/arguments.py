@@ -93,6 +93,9 @@ class DataArguments:
             "keep apart. (default: blocks for text, none for conversations)"
         },
     )
+    data_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize (default: one)."}
+    )
     mlm_probability: float = field(
         default=0.15,
         metadata={"help": "Masked models: share of the tokens that is masked; 0: none."},
@@ -120,6 +123,8 @@ class DataArguments:
         for name, choices in known.items():
             if (value := getattr(self, name)) is not None and value not in choices:
                 raise ValueError(f"--{name} {value}: expected one of {', '.join(choices)}.")
+        if self.data_num_proc is not None and self.data_num_proc < 1:
+            raise ValueError(f"--data_num_proc {self.data_num_proc}: expected at least 1.")
         for weight in self.data_weights:
             if not 0 < weight < math.inf:
                 raise ValueError(f"--data_weights {weight}: expected numbers above 0.")

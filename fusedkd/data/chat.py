@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,22 @@ class _Rendered:
     """A conversation as text, and its tokens with the characters that each is made of."""
 
     def __init__(self, chat: Chat, turns: list[Message], tools: Any, **more: Any) -> None:
+        self.tokenizer = chat.tokenizer
         self.text = chat.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **more)
-        encoded = chat.tokenizer(
+
+    @cached_property
+    def _encoded(self) -> Any:
+        return self.tokenizer(
             self.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        self.ids, self.offsets = encoded["input_ids"], encoded["offset_mapping"]
+
+    @property
+    def ids(self) -> list[int]:
+        return self._encoded["input_ids"]
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        return self._encoded["offset_mapping"]
 
     def shared(self, other: _Rendered) -> int:
         """Characters at the beginning that both have, and both cut into the same tokens."""

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from fusedkd.data.arguments import DataArguments
 from fusedkd.data.chat import with_template
 from fusedkd.data.columns import Columns, kind_of
 from fusedkd.data.packing import collator
-from fusedkd.data.rows import COUNTED, LABELLED, LENGTH, Encoder, encode
+from fusedkd.data.rows import COUNTED, LABELLED, LENGTH, Encoder, column_names, encode
 from fusedkd.data.sources import Part, names_and_weights, read_parts
 from fusedkd.data.text import SPLIT_SEED, default_packing, packed, split
 from fusedkd.errors import UserError, as_user_error
@@ -25,6 +24,7 @@ __all__ = ["Prepared", "Summary", "load_rows", "say"]
 
 BUFFER = 1000  # rows of a stream that are shuffled among each other
 LOOKED_AT = 100  # rows of a stream that are counted
+PROMPTS = "prompts alone"
 
 
 @dataclass(frozen=True)
@@ -117,21 +117,29 @@ def load_rows(flags: DataArguments, tokenizer: Any, packing: str | None = None) 
         with_template(tokenizer, flags.chat_template)
     with as_user_error("--data", Exception):
         names, weights = names_and_weights(flags.data, flags.data_weights)
-        train = _documents(flags, names, weights)
-    with as_user_error("--eval_data", Exception):
-        test = _documents(flags, flags.eval_data, None) if flags.eval_data else []
-    if not test and flags.eval_share:
-        train, test = _held_out(train, flags.eval_share)
+        parts = _documents(flags, names, weights)
+        packing = packing or flags.packing or _packing(parts)
+        encoder = _encoder(flags, tokenizer, packing)
+        parts, left_out = _encoded(parts, encoder, flags.data_num_proc)
+    test: list[Any] = []
+    if flags.eval_data:
+        with as_user_error("--eval_data", Exception):
+            found, _ = _encoded(
+                _documents(flags, flags.eval_data, None), encoder, flags.data_num_proc
+            )
+            test = [part.rows for part in found]
+    elif flags.eval_share:
+        parts, test = _held_out(parts, flags.eval_share)
+    rows = _mixed(parts, flags.data_stopping_strategy)
     with as_user_error("--data", Exception):
-        packing = packing or flags.packing or _packing(train)
-        prepare = partial(_prepare, flags=flags, tokenizer=tokenizer, packing=packing)
-        rows, summary = prepare(train)
+        train = packed(rows, packing, flags.max_length)
+        summary = _summary(rows, left_out, packing, flags.max_length, train)
     with as_user_error("--eval_data", Exception):
-        held_out = prepare(test)[0] if test else None
+        held_out = packed(_joined(test), packing, flags.max_length) if test else None
     if flags.data_streaming:
-        rows = rows.shuffle(seed=SPLIT_SEED, buffer_size=BUFFER)
+        train = train.shuffle(seed=SPLIT_SEED, buffer_size=BUFFER)
     with as_user_error():
-        return Prepared(rows, held_out, collator(packing, tokenizer), packing, summary)
+        return Prepared(train, held_out, collator(packing, tokenizer), packing, summary)
 
 
 def say(summary: Summary) -> None:
@@ -151,42 +159,11 @@ def _documents(flags: DataArguments, names: list[str], weights: list[float] | No
     found = read_parts(names, weights, streaming=flags.data_streaming, revision=flags.data_revision)
     parts = [Part(part.name, columns(part.name, part.rows), part.weight) for part in found]
     columns.check_used()
-    return parts if weights else _merged(parts)
-
-
-def _merged(parts: list[Part]) -> list[Part]:
-    """Parts with the same columns as one, of whose rows a share is put aside."""
-    by_columns: dict[str, list[Part]] = {}
-    for part in parts:
-        key = str(part.rows.features) if isinstance(part.rows, Dataset) else part.name
-        by_columns.setdefault(key, []).append(part)
-    return [
-        same[0]
-        if len(same) == 1
-        else Part(same[0].name, concatenate_datasets([p.rows for p in same]))
-        for same in by_columns.values()
-    ]
-
-
-def _held_out(parts: list[Part], share: float) -> tuple[list[Part], list[Part]]:
-    """Of each source, before they are mixed: a row that is repeated is not in both."""
-    pairs = [(part, split(part.rows, share)) for part in parts if not _only_prompts(part.rows)]
-    if not pairs:
-        return parts, []
-    train = [Part(part.name, rows, part.weight) for part, (rows, _) in pairs]
-    return train, [Part(part.name, rows) for part, (_, rows) in pairs if rows is not None]
-
-
-def _names(rows: Any) -> list[str]:
-    return list(rows.column_names or next(iter(rows.take(1))))
-
-
-def _only_prompts(rows: Any) -> bool:
-    return kind_of(_names(rows)) == "prompt"
+    return parts
 
 
 def _packing(parts: list[Part]) -> str:
-    found = {default_packing(_names(part.rows)): part.name for part in parts}
+    found = {default_packing(column_names(part.rows)): part.name for part in parts}
     if len(found) > 1:
         raise ValueError(
             f"{found['blocks']} is text, which is cut into blocks, and {found['none']} has "
@@ -196,42 +173,64 @@ def _packing(parts: list[Part]) -> str:
     return next(iter(found))
 
 
-def _prepare(
-    parts: list[Part], flags: DataArguments, tokenizer: Any, packing: str
-) -> tuple[Any, Summary]:
+def _encoder(flags: DataArguments, tokenizer: Any, packing: str) -> Encoder:
     blocks = packing == "blocks"
-    encoder = Encoder(
-        tokenizer, flags.train_on, None if blocks else flags.max_length, joined=blocks
-    )
-    encoded = [encode(part.rows, encoder) for part in parts]
-    rows = _mixed(encoded, [part.weight for part in parts], flags.data_stopping_strategy)
-    total = len(rows) if isinstance(rows, Dataset) else 0
-    if not blocks and not any(_only_prompts(part.rows) for part in parts):
-        rows = rows.filter(_counts, input_columns=COUNTED, batched=True)
-        if isinstance(rows, Dataset) and not len(rows):
-            raise ValueError(
-                "no row has an answer, or two tokens: there is nothing to learn from (see "
-                "--train_on, --max_length)."
-            )
-    counted = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows.take(LOOKED_AT)))
-    done = packed(rows, packing, flags.max_length)
-    summary = _summary(counted, total, packing, flags.max_length, done)
-    return done, summary
+    return Encoder(tokenizer, flags.train_on, None if blocks else flags.max_length, joined=blocks)
+
+
+def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tuple[list[Part], int]:
+    """Ids and labels, and how many rows without any were left out. Sources that are not weighted
+    are one; prompts alone stay apart."""
+    done: dict[Any, list[Part]] = {}
+    left_out = 0
+    for place, part in enumerate(parts):
+        prompts = kind_of(column_names(part.rows)) == "prompt"
+        rows = encode(part.rows, encoder, processes)
+        if not encoder.joined and not prompts:
+            kept = rows.filter(_counts, input_columns=COUNTED, batched=True)
+            left_out += len(rows) - len(kept) if isinstance(rows, Dataset) else 0
+            rows = kept
+        key = (prompts, None if part.weight is None else place)
+        done.setdefault(key, []).append(Part(PROMPTS if prompts else part.name, rows, part.weight))
+    found = [Part(p[0].name, _joined([x.rows for x in p]), p[0].weight) for p in done.values()]
+    if not any(not isinstance(part.rows, Dataset) or len(part.rows) for part in found):
+        raise ValueError(
+            "no row has an answer, or two tokens: there is nothing to learn from (see --train_on, "
+            "--max_length)."
+        )
+    return found, left_out
 
 
 def _counts(numbers: list[int]) -> list[bool]:
     return [number > 0 for number in numbers]
 
 
-def _mixed(parts: list[Any], weights: list[float | None], stopping: str) -> Any:
-    given = [weight for weight in weights if weight is not None]
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def _held_out(parts: list[Part], share: float) -> tuple[list[Part], list[Any]]:
+    """Of each source, before they are mixed: a row that is repeated is not in both. Prompts alone
+    cannot be evaluated."""
+    pairs = [
+        (part.rows, None) if part.name == PROMPTS else split(part.rows, share) for part in parts
+    ]
+    train = [replace(part, rows=rows) for part, (rows, _) in zip(parts, pairs, strict=True)]
+    return train, [rows for _, rows in pairs if rows is not None]
+
+
+def _mixed(parts: list[Part], stopping: str) -> Any:
+    given = [part.weight for part in parts if part.weight is not None]
+    rows = [part.rows for part in parts]
     if not given:
-        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        return _joined(rows)
     shares = [weight / sum(given) for weight in given]
-    return interleave_datasets(parts, shares, seed=SPLIT_SEED, stopping_strategy=stopping)  # type: ignore[arg-type]
+    return interleave_datasets(rows, shares, seed=SPLIT_SEED, stopping_strategy=stopping)  # type: ignore[arg-type]
 
 
-def _summary(rows: Dataset, total: int, packing: str, most: int, done: Any) -> Summary:
+def _summary(rows: Any, left_out: int, packing: str, most: int, done: Any) -> Summary:
+    if not isinstance(rows, Dataset):
+        rows = Dataset.from_list(list(rows.take(LOOKED_AT)))
     columns = rows.select_columns([LENGTH, LABELLED]).with_format("numpy")[:]
     lengths = np.asarray(columns[LENGTH], np.int64)
     kept = lengths if packing == "blocks" else np.minimum(lengths, most)
@@ -241,7 +240,7 @@ def _summary(rows: Dataset, total: int, packing: str, most: int, done: Any) -> S
         labels=int(np.sum(columns[LABELLED])),
         longest=int(lengths.max(initial=0)),
         truncated=0 if packing == "blocks" else int((lengths > most).sum()),
-        left_out=max(total - len(rows), 0),
+        left_out=left_out,
         packed=len(done) if isinstance(done, Dataset) else None,
         packing=packing,
         max_length=most,

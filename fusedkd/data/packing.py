@@ -31,7 +31,9 @@ def cut_blocks(rows: Any, size: int) -> Any:
     rows = rows.select_columns(["input_ids", "labels"])
     for short in (False, True):
         # the remainder is dropped once per batch
-        blocks = mapped(rows, _cut, f"Cutting blocks of {size}", 10_000, size=size, short=short)
+        blocks = mapped(
+            rows, _cut, f"Cutting blocks of {size}", batch_size=10_000, size=size, short=short
+        )
         if not isinstance(blocks, Dataset) or len(blocks):
             return blocks
     raise ValueError("the data are empty: expected at least two tokens of text.")

@@ -11,30 +11,43 @@ from datasets import Dataset
 from fusedkd.data.chat import IGNORED, Chat, as_messages, common_prefix
 from fusedkd.data.columns import kind_of
 
-__all__ = ["Encoder", "encode", "mapped"]
+__all__ = ["Encoder", "column_names", "encode", "mapped"]
 
 # What is known of a row beside its ids and labels: its tokens before it was truncated, and how
 # many of those left have a label, and one that counts (the first token is nobody's next one).
 LENGTH, LABELLED, COUNTED = "length", "labelled", "counted"
 
 
-def mapped(rows: Any, fn: Callable[..., Any], desc: str, batch_size: int = 1000, **how: Any) -> Any:
+def column_names(rows: Any) -> list[str]:
+    """Of a data set, or of a stream, which may not know them before it has begun."""
+    return list(rows.column_names or next(iter(rows.take(1)), {}))
+
+
+def mapped(
+    rows: Any,
+    fn: Callable[..., Any],
+    desc: str,
+    *,
+    batch_size: int = 1000,
+    processes: int | None = None,
+    **how: Any,
+) -> Any:
     """``rows.map`` over batches, of a data set or a stream; its old columns go."""
-    names = list(rows.column_names or next(iter(rows.take(1))))
-    more = {"desc": desc} if isinstance(rows, Dataset) else {}
+    names = column_names(rows)
+    more = {"desc": desc, "num_proc": processes} if isinstance(rows, Dataset) else {}
     return rows.map(
         fn, batched=True, batch_size=batch_size, remove_columns=names, fn_kwargs=how, **more
     )
 
 
-def encode(rows: Any, encoder: Encoder) -> Any:
-    """``input_ids``, ``labels``, ``length`` and ``counted`` of every document.
+def encode(rows: Any, encoder: Encoder, processes: int | None = None) -> Any:
+    """``input_ids``, ``labels``, ``length``, ``labelled`` and ``counted`` of every document.
 
     Raises:
         ValueError: a row that is no document of its kind.
     """
-    kind = kind_of(rows.column_names or list(next(iter(rows.take(1)))))
-    return mapped(rows, _encode, "Tokenizing", encoder=encoder, kind=kind)
+    kind = kind_of(column_names(rows))
+    return mapped(rows, _encode, "Tokenizing", processes=processes, encoder=encoder, kind=kind)
 
 
 def _encode(rows: dict[str, list[Any]], encoder: Encoder, kind: str) -> dict[str, list[Any]]:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
+
 from fusedkd.models.kinds import bare
 
-__all__ = ["base_model", "columns", "own_columns"]
+__all__ = ["base_model", "columns", "known_ids", "own_columns"]
 
 
 def base_model(model: Any) -> Any:
@@ -38,6 +40,33 @@ def own_columns(model: Any, other: Any, inputs: Mapping[str, Any]) -> dict[str, 
         for name, value in inputs.items()
         if name in named or (takes_more and name not in theirs)
     }
+
+
+def known_ids(model: Any, other: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of two models with vocabularies of different sizes, the smaller one has no embedding for a
+    padding token that was added for the other: what padding holds is nobody's affair.
+
+    Raises:
+        ValueError: such a token is none of the padding.
+    """
+    sizes = [_embeddings(model), _embeddings(other)]
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if None in sizes or sizes[0] >= sizes[1] or ids is None:
+        return inputs
+    unknown = ids >= sizes[0]
+    padding = torch.zeros_like(unknown) if mask is None or mask.dim() != 2 else mask == 0
+    if (unknown & ~padding).any():
+        raise ValueError(
+            f"input_ids holds {int(ids.max())}: the {type(base_model(model)).__name__} knows "
+            f"{sizes[0]:,} tokens, the other model {sizes[1]:,}: expected data without tokens that "
+            "only one of them has."
+        )
+    return {**inputs, "input_ids": ids.masked_fill(unknown, 0)}
+
+
+def _embeddings(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
 
 @cache

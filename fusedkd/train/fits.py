@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from fusedkd.data.arguments import DataArguments
+from fusedkd.data.rows import column_names
 from fusedkd.data.text import check_ids
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
@@ -33,7 +34,7 @@ def check_fits(rows: Any, models: dict[str, Any], flags: DataArguments, labels: 
     """
     if rows is None:
         return None
-    names = list(rows.column_names or next(iter(rows.take(1))))
+    names = column_names(rows)
     if "input_ids" not in names:
         return rows
     longest = _longest(rows) if isinstance(rows, Dataset) else flags.max_length
@@ -51,9 +52,9 @@ def check_fits(rows: Any, models: dict[str, Any], flags: DataArguments, labels: 
     return rows
 
 
-def check_prompts(rows: Any, flags: DataArguments, share: float) -> None:
+def check_prompts(rows: Any, held_out: Any, flags: DataArguments, share: float) -> None:
     """Look whether a run in which the student writes ``share`` of the batches has prompts, and one
-    in which it does not has labels.
+    in which it does not has labels; evaluation needs labels in any case.
 
     Raises:
         UserError: a prompt's end is not known, or nothing is there to learn from.
@@ -63,21 +64,30 @@ def check_prompts(rows: Any, flags: DataArguments, share: float) -> None:
             "--train_on all with --on_policy_share: where a prompt ends would not be known: "
             "expected --train_on assistant or last."
         )
-    if not isinstance(rows, Dataset) or "labels" not in rows.column_names:
-        return
-    if not pa.types.is_nested(rows.data.schema.field("labels").type):  # a class for each row
-        return
-    labels = [pc.not_equal(pc.list_flatten(column), -100) for column in _columns(rows, "labels")]
-    if share < 1 and not any(pc.any(here).as_py() for here in labels):
+    if share < 1 and _labelled(rows) == "none":
         raise UserError(
             "--data: no token carries a label, as of prompts without an answer: expected "
             "--on_policy_share 1, by which the student writes all answers, or a completion."
         )
-    if share and flags.packing == "blocks" and not all(pc.all(here).as_py() for here in labels):
+    if _labelled(held_out) == "none":
+        raise UserError("--eval_data: no token carries a label: expected rows with answers.")
+    if share and flags.packing == "blocks" and _labelled(rows) == "some":
         raise UserError(
             "--packing blocks with --on_policy_share: conversations that are cut have no prompts: "
             "expected --packing none or flatten."
         )
+
+
+def _labelled(rows: Any) -> str | None:
+    """Which tokens carry a label: none, some, all; None where that is not to be said."""
+    if not isinstance(rows, Dataset) or "labels" not in rows.column_names:
+        return None
+    if not pa.types.is_nested(rows.data.schema.field("labels").type):  # a class for each row
+        return None
+    there = [pc.not_equal(pc.list_flatten(column), -100) for column in _columns(rows, "labels")]
+    if all(pc.all(here).as_py() for here in there):
+        return "all"
+    return "some" if any(pc.any(here).as_py() for here in there) else "none"
 
 
 def _columns(rows: Dataset, name: str) -> Iterator[pa.ChunkedArray]:

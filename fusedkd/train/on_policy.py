@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-__all__ = ["OnPolicy"]
+from fusedkd.models.columns import columns
+
+__all__ = ["OnPolicy", "greedy", "write"]
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,28 @@ class OnPolicy:
             return self._write(model, batch)
 
     def _write(self, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        prompts, mask = self._prompts(batch, _pad(model))
+        prompts, mask = self.prompts(batch, _pad(model))
+        of_tokens, others = _beside(batch)
+        places = self._places(batch)
+        of_prompts = {name: _left(column, places, 0) for name, column in of_tokens.items()}
+        law = _law(model, self.temperature, self.new_tokens)
         training = model.training
         model.eval()
         try:
-            written = self._generate(model, prompts, mask)
+            written = write(model, prompts, mask, law, of_prompts | others)
         finally:
             model.train(training)
-        return _batch(written, mask, _ends(model))
+        return _batch(written, mask, _ends(model), of_prompts) | others
 
-    def _prompts(self, batch: dict[str, Any], pad: int) -> tuple[Tensor, Tensor]:
+    def _places(self, batch: dict[str, Any]) -> list[tuple[int, Tensor]]:
+        """The row and the positions of each prompt."""
+        found = _sequences(batch)
+        return [(row, where[: self._end(labelled)]) for row, where, labelled in found]
+
+    def prompts(self, batch: dict[str, Any], pad: int) -> tuple[Tensor, Tensor]:
         """(B, P) ids and mask, padded on the left."""
-        found = [ids[: self._end(labelled)] for ids, labelled in _sequences(batch)]
-        prompts = batch["input_ids"].new_full((len(found), max(map(len, found))), pad)
-        there = torch.zeros_like(prompts)
-        for row, ids in enumerate(found):
-            prompts[row, -len(ids) :], there[row, -len(ids) :] = ids, 1
-        return prompts, there
+        ids, places = batch["input_ids"], self._places(batch)
+        return _left(ids, places, pad), _left(torch.ones_like(ids), places, 0)
 
     def _end(self, labelled: list[bool]) -> int:
         """Where a sequence's prompt ends."""
@@ -85,33 +92,43 @@ class OnPolicy:
         end = next((n for n in range(last, 0, -1) if not labelled[n - 1]), 0)
         return end or max(1, min(length // 2, self.prompt))
 
-    @torch.no_grad()
-    def _generate(self, model: Any, prompts: Tensor, mask: Tensor) -> Tensor:
-        law = _law(model, self.temperature, self.new_tokens)
-        device = model.device
-        with _generates_by(model, law):
-            return model.generate(
-                prompts.to(device), attention_mask=mask.to(device), generation_config=law
-            )
+
+@torch.no_grad()
+def write(
+    model: Any, prompts: Tensor, mask: Tensor, law: GenerationConfig, beside: dict[str, Any]
+) -> Tensor:
+    """Prompts (B, P), padded on the left, continued by ``law`` and by nothing that the model's own
+    generation config adds: (B, P + new). It gets those of the columns ``beside`` that it reads."""
+    named = columns(model)
+    inputs = {"attention_mask": mask} | {n: x for n, x in beside.items() if n in named}
+    inputs = {n: x.to(model.device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    with _generates_by(model, law):
+        return model.generate(prompts.to(model.device), generation_config=law, **inputs)
+
+
+def greedy(model: Any, new_tokens: int) -> GenerationConfig:
+    """The most probable token, each time."""
+    return GenerationConfig(do_sample=False, max_new_tokens=new_tokens, **_special(model))
 
 
 def _law(model: Any, temperature: float, new_tokens: int) -> GenerationConfig:
     """Draws from the model's own distribution: of what may be configured, only which tokens are
     special is the model's."""
-    own = getattr(model, "generation_config", None)
-    special = {
-        name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")
-    }
     return GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=new_tokens,
-        pad_token_id=_pad(model),
-        eos_token_id=_ends(model) or None,
-        **special,
+        **_special(model),
     )
+
+
+def _special(model: Any) -> dict[str, Any]:
+    own = getattr(model, "generation_config", None)
+    names = ("bos_token_id", "decoder_start_token_id")
+    ends = {"pad_token_id": _pad(model), "eos_token_id": _ends(model) or None}
+    return {name: getattr(own, name, None) for name in names} | ends
 
 
 @contextmanager
@@ -126,9 +143,31 @@ def _generates_by(model: Any, law: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
-def _sequences(batch: dict[str, Any]) -> Iterator[tuple[Tensor, list[bool]]]:
-    """Ids of each sequence without padding, and which of them have a label. The first token of one
-    that was packed with others has lost its label, as nothing comes before it."""
+_KNOWN = {"input_ids", "attention_mask", "labels", "shift_labels", "position_ids"}
+
+
+def _beside(batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What else a batch has: for each token (``token_type_ids``), and apart from them (images),
+    which rows that were packed have no more."""
+    rest = {name: column for name, column in batch.items() if name not in _KNOWN}
+    shape = batch["input_ids"].shape
+    of_tokens = {n: x for n, x in rest.items() if isinstance(x, Tensor) and x.shape == shape}
+    others = {} if "position_ids" in batch else rest.keys() - of_tokens.keys()
+    return of_tokens, {name: rest[name] for name in others}
+
+
+def _left(column: Tensor, places: list[tuple[int, Tensor]], fill: int) -> Tensor:
+    """(N, P) what a column (B, L) has at these places, (row, positions), padded on the left."""
+    found = column.new_full((len(places), max(len(where) for _, where in places)), fill)
+    for n, (row, where) in enumerate(places):
+        found[n, found.shape[1] - len(where) :] = column[row, where]
+    return found
+
+
+def _sequences(batch: dict[str, Any]) -> Iterator[tuple[int, Tensor, list[bool]]]:
+    """The row and the positions of each sequence without padding, and which of them have a label.
+    The first token of one that was packed with others has lost its label, as nothing comes before
+    it."""
     ids, labelled = batch["input_ids"], batch["labels"] != -100
     real = batch.get("attention_mask", torch.ones_like(ids)).bool()
     positions = batch.get("position_ids")
@@ -138,11 +177,14 @@ def _sequences(batch: dict[str, Any]) -> Iterator[tuple[Tensor, list[bool]]]:
         bounds = sorted({0, *starts, len(here)})
         for places in (here[a:b] for a, b in pairwise(bounds)):
             told = labelled[row, places].tolist()
-            yield ids[row, places], [told[1], *told[1:]] if starts and len(told) > 1 else told
+            yield row, places, [told[1], *told[1:]] if starts and len(told) > 1 else told
 
 
-def _batch(written: Tensor, mask: Tensor, ends: list[int]) -> dict[str, Tensor]:
-    """Ids, mask and labels, padded on the right, as in every other batch."""
+def _batch(
+    written: Tensor, mask: Tensor, ends: list[int], of_prompts: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Ids, mask and labels, padded on the right, as in every other batch; and what the prompts have
+    for each token, whose last value goes on, as in ``generate``."""
     mask = mask.to(written.device)
     new = written[:, mask.shape[1] :]
     end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
@@ -150,7 +192,11 @@ def _batch(written: Tensor, mask: Tensor, ends: list[int]) -> dict[str, Tensor]:
     real = torch.cat([mask.bool(), kept], 1)
     labels = torch.cat([torch.full_like(mask, -100), new.masked_fill(~kept, -100)], 1)
     order = (~real).int().argsort(dim=1, stable=True)
-    return {
+    more = {
+        name: torch.cat([x.to(mask.device), x[:, -1:].to(mask.device).expand_as(new)], 1)
+        for name, x in (of_prompts or {}).items()
+    }
+    return {name: column.gather(1, order) for name, column in more.items()} | {
         "input_ids": written.gather(1, order),
         "attention_mask": real.long().gather(1, order),
         "labels": labels.gather(1, order),

@@ -34,11 +34,11 @@ def make_student(flags: ModelArguments, task: Task, args: Any, config: dict[str,
             raise UserError(
                 "--student_init random: expected neither quantised weights nor an adapter."
             )
-        model = saved.make(task.auto, **config)
+        model = saved.make(task.loader(saved.config()), **config)
     else:
         # a classifier's head is learnt anew, unless the student was saved with one
         new = not task.over_tokens and saved_task(saved, known=False) is not task
-        model = saved.load(task.auto, new_head=new, train=True, **config)
+        model = saved.load(task.loader(saved.config()), new_head=new, train=True, **config)
     if saved.bits:
         import peft
 

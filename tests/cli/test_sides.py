@@ -84,6 +84,16 @@ def test_a_classifier_s_adapter_keeps_its_head(disk: Path) -> None:
     assert run(disk, student="adapter") == 0
 
 
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+
+
+@pytest.mark.skipif(not BITSANDBYTES, reason="needs bitsandbytes")
+def test_qlora(disk: Path) -> None:
+    bits = ("--student_load_in_4bit", "--use_peft", "--teacher_load_in_8bit")
+    assert run(disk, *bits, "--gradient_checkpointing", "true") == 0
+    assert (disk / "out" / "adapter_model.safetensors").exists()
+
+
 def test_a_teacher_is_placed(disk: Path) -> None:
     more = ("--teacher_device_map", '{"": "cpu"}', "--attn_implementation", "eager")
     assert run(disk, *more) == 0
@@ -100,7 +110,7 @@ def test_a_teacher_is_placed(disk: Path) -> None:
         (["--teacher_device_map", "{"], "--teacher_device_map"),
         (["--task", "x"], "task='x': expected one of masked, causal"),
         pytest.param(["--teacher_load_in_8bit"], "needs bitsandbytes", marks=pytest.mark.skipif(
-            importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")),
+            BITSANDBYTES, reason="bitsandbytes is there")),
     ],
 )  # fmt: skip
 def test_mistakes(

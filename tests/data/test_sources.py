@@ -206,6 +206,19 @@ def test_what_is_put_aside_is_nowhere_in_a_mixture_that_repeats(two: tuple[str, 
     assert not held_out & {str(row["input_ids"]) for row in rows.train}
 
 
+def test_nothing_is_lost_or_put_aside_that_has_no_label(tmp_path: Path) -> None:
+    chat = write(tmp_path / "a.jsonl", [{"messages": ONE[:1]}, {"messages": ONE}] * 4)
+    prompts = write(tmp_path / "b.jsonl", [{"prompt": ONE[:1]}] * 4)
+    rows = load(chat, prompts, eval_share=0.5)
+    labelled = [any(label != -100 for label in row["labels"]) for row in rows.train]
+    assert sorted(labelled) == [False] * 4 + [True] * 2 and rows.summary.left_out == 4
+    assert len(rows.test) == 2 and all(max(row["labels"]) > 0 for row in rows.test)
+
+
+def test_several_processes_read_the_same(two: tuple[str, str]) -> None:
+    assert texts(load(*two, packing="none", data_num_proc=2)) == texts(load(*two, packing="none"))
+
+
 def test_mixtures_of_kinds(tmp_path: Path, two: tuple[str, str]) -> None:
     chat = write(tmp_path / "c.jsonl", [{"messages": ONE, "tools": None}, {"messages": ONE}])
     pairs = write(tmp_path / "d.jsonl", [{"prompt": "x", "completion": "y", "id": 7}])

@@ -115,7 +115,7 @@ def test_what_is_launched_is_what_was_compiled(
     name = "jsd"
     _call(n, v, name, tail)
     launch = config.choose(n, v, 132)
-    stages = resources._stages("bf16", name, "plain", launch, tail)
+    stages = resources.stages_of("bf16", name, "plain", launch, tail)
     assert len(launches) == len(stages)
     for made, stage in zip(launches, stages, strict=True):
         job = resources.Job(TARGET, "bf16", name, launch, stage, "plain", tail)

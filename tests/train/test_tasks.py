@@ -306,3 +306,67 @@ def test_each_decoder_gets_its_own_inputs(tmp_path: Path) -> None:
     with torch.no_grad():
         want, _ = softmaxes(student(**batch).logits, teacher(**batch).logits, batch["labels"])
     torch.testing.assert_close(found.detach(), want, rtol=1e-4, atol=1e-6)
+
+
+class Typed(tf.LlamaForCausalLM):
+    """A decoder that reads token_type_ids, and something for each row."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
+        row_values: Any = None,
+        inputs_embeds: Any = None,
+        **rest: Any,
+    ) -> Any:
+        embeds = self.model.embed_tokens(input_ids) + token_type_ids[..., None].float()
+        embeds = embeds + row_values[:, None, None]
+        return super().forward(inputs_embeds=embeds, **rest)
+
+
+def test_what_the_student_writes_keeps_the_teacher_s_columns(tmp_path: Path) -> None:
+    """Columns that only the teacher reads come with on-policy batches, too."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    student, teacher = spread(tf.LlamaForCausalLM(config)), spread(Typed(config))
+    labels = integers(V, B, L)
+    labels[:, :5] = -100
+    types = torch.tensor([0, 0, 1, 1, 2, 3, 3, 3]).expand(B, L)
+    batch = {**texts(), "labels": labels, "token_type_ids": types, "row_values": torch.randn(B)}
+    batch["attention_mask"][:] = 1
+    args = arguments(DistillationArguments, tmp_path, on_policy_share=1.0, on_policy_new_tokens=3)
+    tested = DistillationTrainer(student, teacher, args)
+    assert {"token_type_ids", "row_values"} <= set(tested._signature_columns)
+    (written,), items = tested.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert written["input_ids"][:, :5].equal(batch["input_ids"][:, :5])
+    width = written["input_ids"].shape[1]
+    assert written["token_type_ids"].tolist() == [[0, 0, 1, 1, 2] + [2] * (width - 5)] * B
+    found = tested.compute_loss(student, dict(written), num_items_in_batch=items)
+    y = F.pad(written.pop("labels"), (0, 1), value=-100)[:, 1:]
+    with torch.no_grad():
+        t = teacher(**written).logits
+        s = student(**texts_of(written)).logits
+    torch.testing.assert_close(found.detach(), softmaxes(s, t, y)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("larger", [0, 1])
+def test_padding_that_one_model_does_not_know(larger: int, tmp_path: Path) -> None:
+    """The everyday line: a padding token is added, and one of the models resized."""
+    torch.manual_seed(0)
+    pair = [spread(bert("MaskedLM")()) for _ in range(2)]
+    pair[larger].resize_token_embeddings(V + 1)
+    batch = {**texts(), "labels": ignored(integers(V, B, L))}
+    args = arguments(DistillationArguments, tmp_path)
+    tested = DistillationTrainer(*pair, args)
+    padded = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, V)
+    found = tested.compute_loss(pair[0], {**batch, "input_ids": padded})
+    with torch.no_grad():
+        logits = [model(**texts_of(batch)).logits[..., :V] for model in pair]
+    want = softmaxes(*logits, batch["labels"])[0]
+    torch.testing.assert_close(found.detach(), want, rtol=1e-4, atol=1e-6)
+    padded[0, 0] = V
+    with pytest.raises(ValueError, match=f"input_ids holds {V}: the BertForMaskedLM knows {V}"):
+        tested.compute_loss(pair[0], {**batch, "input_ids": padded})

@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError
-from fusedkd.models.columns import own_columns
+from fusedkd.models.columns import known_ids, own_columns
 from fusedkd.models.kinds import own_positions
 from fusedkd.train.compare import Compare, distributions
 
@@ -37,6 +37,7 @@ class Task:
     name: ClassVar[str]
     title: ClassVar[str]  # for messages
     auto: ClassVar[str]  # the class of transformers that loads such a model
+    also: ClassVar[tuple[str, ...]] = ()  # and those that load kinds which that one does not know
     lists: ClassVar[tuple[str, ...]]  # transformers' MODEL_FOR_{}_MAPPING_NAMES: who does it
     adapter: ClassVar[str | None] = None  # peft's task_type
     collator: ClassVar[str]  # of transformers, for a message
@@ -56,6 +57,11 @@ class Task:
         """Whether a model of :meth:`classes` with this config does this, and not something else
         that its class can do, too."""
         return True
+
+    def loader(self, config: Any) -> str:
+        """The class of transformers that loads a model with this config."""
+        known = (x for x in self.also if type(config) in _mapping(x))
+        return self.auto if type(config) in _mapping(self.auto) else next(known, self.auto)
 
     # ---- a batch ----
 
@@ -87,7 +93,8 @@ class Task:
         self, model: Any, other: Any, inputs: Mapping[str, Any], labels: Tensor
     ) -> dict[str, Any]:
         """Of a batch without its labels, what ``model`` reads; not what only ``other`` does."""
-        return own_columns(model, other, inputs)
+        found = own_columns(model, other, inputs)
+        return known_ids(model, other, found) if self.over_tokens else found
 
     # ---- answers ----
 
@@ -111,6 +118,10 @@ class Task:
     def compare(self, student: Any, teacher: Any, labels: Tensor) -> Compare:
         """How this batch's answers of two models are compared."""
         return distributions
+
+    def measure(self, student: Any) -> str:
+        """What a student's held-out loss is, for people."""
+        return f"cross-entropy, nats per {self.unit}"
 
     def check(self, student: Any, teacher: Any) -> None:
         """Raises ValueError unless both models' answers are about the same things."""
@@ -160,9 +171,12 @@ def _listed(lists: tuple[str, ...]) -> frozenset[str]:
     return frozenset(found)
 
 
+def _mapping(auto: str) -> Any:
+    return getattr(getattr(transformers, auto, None), "_model_mapping", {})
+
+
 def _registered(auto: str) -> frozenset[str]:
     """What people have added by ``AutoModelFor...register``."""
-    mapping = getattr(transformers, auto)._model_mapping
-    added = getattr(mapping, "_extra_content", {}).values()
+    added = getattr(_mapping(auto), "_extra_content", {}).values()
     classes = (x for entry in added for x in (entry if isinstance(entry, tuple) else (entry,)))
     return frozenset(x.__name__ for x in classes if x is not None)

@@ -57,6 +57,11 @@ class SequenceClassification(Task):
             problem = f"{'multi' if several else 'single'}_label_classification"
         return _PROBLEMS[problem]
 
+    def measure(self, student: Any) -> str:
+        """A regression has no distribution, and so no entropy."""
+        numbers = _problem(student) == "regression"
+        return "mean squared error" if numbers else super().measure(student)
+
     def check(self, student: Any, teacher: Any) -> None:
         """The same classes, and the same kind of problem."""
         ours, theirs = _problem(student), _problem(teacher)

@@ -14,7 +14,7 @@ from fusedkd.data.labelled import load_pairs
 from fusedkd.data.loading import load_rows, say
 from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.models.columns import base_model, own_columns
+from fusedkd.models.columns import base_model
 from fusedkd.models.heads import next_labels
 from fusedkd.train.tasks.base import Task, TaskData, check_pads
 
@@ -36,6 +36,7 @@ class Causal(Task):
     name = "causal"
     title = "causal language modelling"
     auto = "AutoModelForCausalLM"
+    also = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
     adapter = "CAUSAL_LM"
     lists = _WRITERS
     collator = (
@@ -107,6 +108,7 @@ class Seq2Seq(Task):
     name = "seq2seq"
     title = "sequence to sequence"
     auto = "AutoModelForSeq2SeqLM"
+    also = ("AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
     adapter = "SEQ_2_SEQ_LM"
     lists = _WRITERS
     collator = "DataCollatorForSeq2Seq(tokenizer)"
@@ -120,7 +122,7 @@ class Seq2Seq(Task):
         self, model: Any, other: Any, inputs: Mapping[str, Any], labels: Tensor
     ) -> dict[str, Any]:
         """With the decoder's, where the batch has none."""
-        found = own_columns(model, other, inputs)
+        found = super().inputs(model, other, inputs, labels)
         if not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             found["decoder_input_ids"] = ids = _decoder_inputs(model, labels)
             if isinstance(base_model(model), EncoderDecoderModel):

@@ -1,0 +1,166 @@
+"""Every Triton kernel that a launch can choose, as the launchers would have it compiled."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedkd import divergences
+from fusedkd.kernels.triton import config, launches, programs, sparse, sparse_ops
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# student, teacher, gradient; the last is a head's chunk (ops.head_dtypes)
+DTYPES = {
+    "bf16": (BF16, BF16, BF16),
+    "fp16": (FP16, FP16, FP16),
+    "fp32": (FP32, FP32, FP32),
+    "head": (FP32, FP32, BF16),
+}
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
+# Every launch of the table, but of the pieces only one count: it enters a kernel as the length of
+# one tiny load.
+LAUNCHES = tuple(entry.launch(1, 262144, 132) for entry in launches.TABLE)
+TAILS = ("", "bucket", "drop")
+FLAGS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "all": {"metrics": True, "bent_s": True, "bent_t": True},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile."""
+
+    target: str
+    dtype: str
+    divergence: str
+    launch: config.Launch
+    stage: str
+    flags: str = "plain"
+    tail: str = ""  # "bucket" or "drop": against a teacher of K entries; "": against a dense one
+
+    @property
+    def backend(self) -> str:
+        """ "cuda" or "hip"."""
+        return TARGETS[self.target].backend
+
+
+def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) -> Iterator[Job]:
+    """Every kernel that a launch can choose."""
+    for target, dtype in itertools.product(targets, dtypes):
+        if dtype != "head":  # scales one tensor
+            yield Job(target, dtype, "-", config.SCALE, "scale")
+        for name, flag, launch in itertools.product(divergences.names(), flags, LAUNCHES):
+            for tail in TAILS:
+                for stage in stages_of(dtype, name, flag, launch, tail):
+                    yield Job(target, dtype, name, launch, stage, flag, tail)
+
+
+def sample() -> list[Job]:
+    """Few of them, but every divergence in every stage, and every target with every dtype and
+    flag: then the divergence, the launch and the stage go round."""
+    chosen = [
+        Job("sm_90", "bf16", name, launch, stage)
+        for name in divergences.names()
+        for launch in LAUNCHES[2:]
+        for stage in config.stages(_variant("bf16", name, "plain"), launch)
+    ]
+    # against K entries: every way through the sweeps (closed or not, bucket or not)
+    chosen += [
+        Job("sm_90", "bf16", name, launch, stage, "plain", tail)
+        for name, tail in (("forward_kl", "bucket"), ("jsd", "bucket"), ("total_variation", "drop"))
+        for launch in LAUNCHES[2:]
+        for stage in stages_of("bf16", name, "plain", launch, tail)
+    ]
+    # the one that needs the most registers
+    chosen.append(Job("sm_100", "head", "forward_kl", LAUNCHES[2], "statistics", "all"))
+    turn = itertools.product(TARGETS, DTYPES, FLAGS)
+    for i, (target, dtype, flag) in enumerate(turn):
+        name = divergences.names()[i % len(divergences.names())]
+        launch = LAUNCHES[i % len(LAUNCHES)]
+        for tail in ("", TAILS[1 + i % 2])[: 1 + (i % 3 == 0)]:
+            stages = stages_of(dtype, name, flag, launch, tail)
+            chosen.append(
+                Job(target, dtype, name, launch, stages[i // 4 % len(stages)], flag, tail)
+            )
+        if flag == "plain" and dtype != "head":
+            chosen.append(Job(target, dtype, "-", config.SCALE, "scale"))
+    return chosen
+
+
+def _variant(dtype: str, divergence: str, flags: str, tail: str = "") -> config.Variant:
+    variant = config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
+    return replace(variant, teacher=variant.student, bent_t=False) if tail else variant
+
+
+def stages_of(
+    dtype: str, divergence: str, flags: str, launch: config.Launch, tail: str
+) -> tuple[str, ...]:
+    variant = _variant(dtype, divergence, flags, tail)
+    if tail:
+        return sparse_ops.stages(variant, launch, tail == "bucket")
+    return config.stages(variant, launch)
+
+
+def source(job: Job) -> ASTSource:
+    """What the launcher would hand to Triton's compiler."""
+    if job.stage == "scale":
+        return _scale_source(job)
+    variant = _variant(job.dtype, job.divergence, job.flags, job.tail)
+    kernel, constants = _kernel(job, variant)
+    plan = constants["plan"]
+    if not plan.metrics:
+        constants["metrics"] = None
+    if not plan.ce:
+        constants["labels"] = None
+    if job.stage == "whole":
+        constants |= {"partial": None, "sums": None}
+    acc = "fp64" if plan.acc == tl.float64 else "fp32"
+    pointers = dict.fromkeys(("row_scale", "loss", "metrics"), f"*{acc}") | {"log_probs": "*fp64"}
+    pointers |= {"labels": "*i64", "indices": "*i32", "partial": "*fp64", "sums": "*fp64"}
+    pointers["held"] = f"*{NAMES[variant.student]}"
+    for name in ("student", "teacher", "grad"):
+        pointers[name] = f"*{NAMES[getattr(variant, name)]}"
+    signature = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        kind = "constexpr" if name in constants else pointers.get(name)
+        signature[name] = kind or parameter.annotation_type
+    return ASTSource(kernel, signature, constants)
+
+
+def _kernel(job: Job, variant: config.Variant) -> tuple[Any, dict[str, Any]]:
+    """The kernel and its constants, as the launchers have them."""
+    if job.tail:
+        of = (variant, job.launch, job.stage, job.tail == "bucket", job.backend)
+        return sparse.sparse_kernel, sparse_ops.constants(*of)
+    return programs.row_kernel, config.constants(job.divergence, plan_of(job))
+
+
+def plan_of(job: Job) -> config.Plan | None:
+    """Of a row kernel."""
+    if job.tail or job.stage == "scale":
+        return None
+    variant = _variant(job.dtype, job.divergence, job.flags)
+    return config.plan(variant, job.launch, job.stage, job.backend)
+
+
+def _scale_source(job: Job) -> ASTSource:
+    dtype = DTYPES[job.dtype][0]
+    signature = {p.name: p.annotation_type for p in programs.scale_kernel.params}
+    signature |= {"x": f"*{NAMES[dtype]}", "factor": "*fp32", "plan": "constexpr"}
+    constants = {"plan": config.scale_plan(dtype, job.backend)}
+    return ASTSource(programs.scale_kernel, signature, constants)
