@@ -133,8 +133,8 @@ def _multiplied(linear: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Tensor
     """What the projection alone makes of hidden states, in the dtype that it multiplied in: under
     autocast neither its input's nor its weight's."""
     with torch.autocast(hidden.device.type, enabled=False), _gathered(linear.parameters()):
-        weight, bias = (x if x is None else x.to(dtype) for x in (linear.weight, linear.bias))
-        return F.linear(hidden.to(dtype), weight, bias)
+        parts = (x.full_tensor() if isinstance(x, DTensor) else x for x in linear.parameters())
+        return F.linear(hidden.to(dtype), *(x.to(dtype) for x in parts))
 
 
 def _is_plain(weight: Tensor) -> bool:
