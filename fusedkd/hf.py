@@ -39,6 +39,8 @@ from fusedkd.train.base import HeadLoss
 from fusedkd.train.meter import Mean, Measured, Meter
 from fusedkd.train.tasks import Task, task_between
 
+__all__ = ["Mean", "Measured", "Meter", "distill", "normalizer"]
+
 Answer = Tensor | LMHead | SparseTeacher
 Teacher = nn.Module | TeacherCache | Callable[[dict[str, Any]], Answer] | Answer
 
