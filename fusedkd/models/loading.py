@@ -14,16 +14,6 @@ from transformers import AutoConfig, AutoTokenizer
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.tokenizers import check_same
 
-__all__ = [
-    "DTYPES",
-    "architectures",
-    "load_tokenizer",
-    "read_config",
-    "read_model",
-    "required",
-    "without_pickles",
-]
-
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 PICKLED = """\
 its weights are pickles, which can run any program as they are opened, so they are not opened: \

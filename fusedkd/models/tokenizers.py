@@ -8,8 +8,6 @@ from typing import Any
 
 from fusedkd.errors import UserError
 
-__all__ = ["check_same"]
-
 # Where normalizers and pre-tokenizers part: case, accents, digits, spaces, scripts, code
 _PROBES = (
     "The quick BROWN fox, isn't it? We'll see.", "  two  spaces\tand\n\nlines \r\n end ",
