@@ -25,6 +25,7 @@ __all__ = ["Prepared", "Summary", "load_rows", "say"]
 BUFFER = 1000  # rows of a stream that are shuffled among each other
 LOOKED_AT = 100  # rows of a stream that are counted
 PROMPTS = "prompts alone"
+LEFT_OUT = "no label, or a prompt that is too long"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Summary:
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated to {self.max_length:,} tokens")
         if self.left_out:
-            parts.append(f"{self.left_out:,} left out, without a label")
+            parts.append(f"{self.left_out:,} left out ({LEFT_OUT})")
         if self.packing != "none" and not self.streamed:
             parts.append(f"packed into {self.packed:,} {self._unit}")
         return "; ".join(parts)
@@ -80,7 +81,7 @@ class Summary:
         if self.packing != "blocks":
             found[f"truncated to {self.max_length:,} tokens"] = f"{self.truncated:,}"
         if self.packing != "blocks" and not self.streamed:
-            found["left out, without a label"] = f"{self.left_out:,}"
+            found[f"left out ({LEFT_OUT})"] = f"{self.left_out:,}"
         if self.packing != "none" and not self.streamed:
             found["packing"] += (
                 f", {self.packed:,} {self._unit} of up to {self.max_length:,} tokens"
@@ -186,7 +187,7 @@ def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tupl
     for place, part in enumerate(parts):
         prompts = kind_of(column_names(part.rows)) == "prompt"
         rows = encode(part.rows, encoder, processes)
-        if not encoder.joined and not prompts:
+        if not encoder.joined:
             kept = rows.filter(_counts, input_columns=COUNTED, batched=True)
             left_out += len(rows) - len(kept) if isinstance(rows, Dataset) else 0
             rows = kept

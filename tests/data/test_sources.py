@@ -263,5 +263,5 @@ def test_a_summary_counts_what_became_of_the_rows(tmp_path: Path) -> None:
     rows.append({"messages": [user("alone")]})
     found = load(write(tmp_path / "a.jsonl", rows), max_length=90).summary
     assert (found.rows, found.truncated, found.left_out, found.longest) == (4, 1, 2, 101)
-    assert "truncated to 90 tokens; 2 left out, without a label" in str(found)
+    assert "truncated to 90 tokens; 2 left out (no label" in str(found)
     assert found.table()["with a label"].startswith(f"{found.labels:,} (")
