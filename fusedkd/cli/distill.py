@@ -62,9 +62,10 @@ def _prepare(
         raise UserError("--data is missing: expected files, folders or names of data sets.")
     if flags.data_streaming and args.max_steps < 1:
         raise UserError("--data_streaming: a stream's length is not known: expected --max_steps.")
-    if flags.data_streaming and args.accelerator_config.dispatch_batches is None:
+    dealt: Any = args.accelerator_config
+    if flags.data_streaming and dealt.dispatch_batches is None:
         # each process makes its own batches, as of other data: one row cannot be dealt out
-        args.accelerator_config.dispatch_batches = False
+        dealt.dispatch_batches = False
     check_flags(args)
     check_output(Path(args.output_dir or "."))
     checkpoint = _checkpoint(args)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Chat", "common_prefix", "with_template"]
+__all__ = ["IGNORED", "Chat", "common_prefix", "with_template"]
 
 IGNORED = -100
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
