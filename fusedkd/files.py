@@ -51,6 +51,15 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """An object; None if there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def write_figure(path: Path, figure: Figure, dpi: int = 130) -> None:
     """:func:`replace_file` with a figure of matplotlib, as PNG. Made without pyplot, it asks for no
     window system and leaves no global state."""

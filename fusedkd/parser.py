@@ -37,13 +37,13 @@ class OneSentence(argparse.ArgumentParser):
         Raises:
             UserError: that there is no such flag, and which there is.
         """
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        raise UserError(f"{flag[:80]}: not a flag{near(flag, known, self.prog)}")
+        flags = [name for name in self._option_string_actions if name.startswith("--")]
+        raise UserError(f"{flag[:80]}: not a flag{near(flag, flags, self.prog)}")
 
 
-def _names(found: re.Match[str]) -> str:
+def _names(match: re.Match[str]) -> str:
     """A flag by one name, and by its older one; not again with dashes for underscores."""
-    spelt = {name.replace("-", "_"): name for name in reversed(found[1].split("/"))}
+    spelt = {name.replace("-", "_"): name for name in reversed(match[1].split("/"))}
     *older, name = spelt.values()
     return f"{name} ({older[-1]}): " if older else f"{name}: "
 
@@ -100,8 +100,8 @@ def of_fields(kind: type[Kind], args: argparse.Namespace, **more: Any) -> Kind:
     Raises:
         UserError: what it checks itself.
     """
-    known = [field.name for field in fields(kind) if field.name in args]  # type: ignore[arg-type]
-    values = {name: args.__dict__.pop(name) for name in known}
+    names = [field.name for field in fields(kind) if field.name in args]  # type: ignore[arg-type]
+    values = {name: args.__dict__.pop(name) for name in names}
     with as_user_error():
         return kind(**values, **more)
 
@@ -113,7 +113,7 @@ def _truth(text: str) -> bool:
     return words[text.lower()]
 
 
-def near(word: str, known: Sequence[str], command: str) -> str:
+def near(word: str, words: Sequence[str], command: str) -> str:
     """A hint for a flag that is none."""
-    found = difflib.get_close_matches(word[:80], known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else f" (see {command} --help)."
+    matches = difflib.get_close_matches(word[:80], words, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else f" (see {command} --help)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import set_seed
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
+from fusedkd.cli.run_file import RunFile
 from fusedkd.data.arguments import DataArguments
-from fusedkd.errors import UserError, as_user_error
+from fusedkd.errors import NotFinite, UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.loading import (
@@ -24,6 +26,10 @@ from fusedkd.models.saved import SavedModel
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
 from fusedkd.train.fits import check_fits, check_prompts
+from fusedkd.train.report.arguments import ReportArguments
+from fusedkd.train.report.card import Card, make_card, write_card
+from fusedkd.train.report.harness import lm_eval_scores
+from fusedkd.train.report.samples import Samples
 from fusedkd.train.students import make_student
 from fusedkd.train.tasks import Task, saved_task, task_named
 from fusedkd.train.term_set import own_parameters
@@ -32,22 +38,92 @@ from fusedkd.train.trainer import DistillationTrainer
 __all__ = ["distill"]
 
 
-def distill(models: ModelArguments, data: DataArguments, args: DistillationArguments) -> int:
-    """Train, save the student and its tokenizer to ``args.output_dir``, show a summary.
+def distill(
+    models: ModelArguments,
+    data: DataArguments,
+    args: DistillationArguments,
+    report: ReportArguments | None = None,
+    run: RunFile | None = None,
+) -> int:
+    """Train, save the student, its tokenizer and a report to ``args.output_dir``, show a summary.
 
     Raises:
         UserError: a missing or wrong argument, model or file.
     """
+    report = ReportArguments() if report is None else report
     trainer, checkpoint = _prepare(models, data, args)
+    samples = _report_on(trainer, report, checkpoint)
+    if run is not None and trainer.is_world_process_zero():
+        _keep_flags(run, Path(args.output_dir or "."), resumed=checkpoint is not None)
     with what_is_asked(trainer):
-        metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        metrics = _trained(trainer, checkpoint)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
         trainer.save_model()
         trainer.save_state()
+        texts = samples.finish()
     if trainer.is_world_process_zero():
-        _summary(trainer, metrics)
+        if report.eval_tasks:
+            student = trainer.accelerator.unwrap_model(trainer.model)
+            scores = lm_eval_scores(student, trainer.processing_class, report.eval_tasks)
+            metrics["eval_tasks"] = scores
+        card = make_card(trainer, metrics, texts)
+        _summary(trainer, card)
+        _write(trainer, card, models, data, report)
     return 0
+
+
+def _trained(trainer: DistillationTrainer, checkpoint: str | None) -> dict[str, Any]:
+    """A run that is stopped leaves its log, for ``fusedkd doctor --run``."""
+    try:
+        return dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    except NotFinite as error:
+        step = trainer.state.global_step
+        history: list[Any] = trainer.state.log_history
+        history.append({"stopped": str(error), "step": step})
+        trainer.save_state()
+        raise
+
+
+def _report_on(
+    trainer: DistillationTrainer, report: ReportArguments, checkpoint: str | None
+) -> Samples:
+    """Have the trainer evaluate before the first step, and the models write."""
+    full = report.report == "full"
+    if full and trainer.eval_dataset is not None and checkpoint is None:
+        trainer.args.eval_on_start = True
+    samples = Samples(trainer, report.report_samples if full else 0, report.report_new_tokens)
+    trainer.add_callback(samples)
+    return samples
+
+
+def _keep_flags(run: RunFile, folder: Path, resumed: bool) -> None:
+    for change in run.changes(folder) if resumed else ():
+        print(f"changed since this run began: {change}", file=sys.stderr)
+    run.write(folder)
+
+
+def _write(
+    trainer: DistillationTrainer,
+    card: Card,
+    models: ModelArguments,
+    data: DataArguments,
+    report: ReportArguments,
+) -> None:
+    args = trainer.args
+    folder = Path(args.output_dir or ".")
+    if report.report == "none":
+        write_json(folder / "distillation.json", card)
+        return
+    terms = "".join(f" + {term}" for term in args.terms)
+    about = {
+        "student": str(models.student),
+        "teacher": str(models.teacher or models.teacher_cache),
+        "data": ", ".join(data.data),
+        "loss": f"{args.kd_weight:g} x {args.divergence} at T = {args.temperature:g} + "
+        f"{args.ce_weight:g} x CE{terms}",
+    }
+    write_card(folder, card, trainer.state.log_history, about)
 
 
 def _prepare(
@@ -149,6 +225,8 @@ ROWS = {
     "train_loss": ("training loss, mean", ".4f"),
     "eval_loss": ("held-out cross-entropy, nats per token", ".4f"),
     "eval_perplexity": ("held-out perplexity", ",.2f"),
+    "eval_teacher_loss": ("the teacher's own", ".4f"),
+    "gap_closed": ("gap to the teacher, closed", ".0%"),
     "eval_kd": ("held-out divergence from the teacher", ".4f"),
     "eval_top1_agreement": ("held-out agreement with the teacher", ".2%"),
     "eval_student_accuracy": ("held-out accuracy, student", ".2%"),
@@ -162,7 +240,7 @@ def _teacher(teacher: nn.Module | TeacherCache) -> str:
     return f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
 
 
-def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
+def _summary(trainer: DistillationTrainer, card: Card) -> None:
     args = trainer.args
     table = Table(show_header=False, title="Distilled")
     parameters = own_parameters(trainer.model)
@@ -173,12 +251,16 @@ def _summary(trainer: DistillationTrainer, metrics: dict[str, float]) -> None:
         table.add_row("", f"+ {text}")
     table.add_row("steps", f"{trainer.state.global_step:,}")
     for name, (label, form) in ROWS.items():
-        if name in metrics:
+        if card.get(name) is not None:
             label = label.replace("cross-entropy, nats per token", trainer.measure)
-            table.add_row(label, format(metrics[name], form))
+            moves = name in card["before"] and "teacher_" not in name
+            before = f"{card['before'][name]:{form}} -> " if moves else ""
+            table.add_row(label, before + format(card[name], form))
     for name in trainer.terms.terms:
-        if f"eval_{name}" in metrics:
-            table.add_row(f"held-out {name}", f"{metrics[f'eval_{name}']:.4f}")
-    Console(markup=False, emoji=False).print(table)  # names may have brackets
-    path = Path(args.output_dir or ".") / "distillation.json"
-    write_json(path, metrics)
+        if f"eval_{name}" in card:
+            table.add_row(f"held-out {name}", f"{card[f'eval_{name}']:.4f}")
+    for task, scores in card.get("eval_tasks", {}).items():
+        table.add_row(f"lm-eval, {task}", scores)
+    console = Console(markup=False, emoji=False)  # names may have brackets
+    console.print(table)
+    console.print(card["verdict"])

@@ -25,6 +25,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd data --tokenizer DIR --data corpus/     what a run would train on, token by token
   fusedkd demo                     a whole distillation on real text, in about six minutes
   fusedkd doctor                   what runs on this machine, and whether it is right
+  fusedkd doctor --run out         what is wrong with a run
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
 
 `fusedkd COMMAND --help` explains a command."""
@@ -134,12 +135,13 @@ def _distill(argv: list[str]) -> int:
         from fusedkd.data.arguments import DataArguments
         from fusedkd.models.arguments import ModelArguments
         from fusedkd.train.arguments import DistillationArguments
+        from fusedkd.train.report.arguments import ReportArguments
 
     class Flags(OneSentence, HfArgumentParser):  # type: ignore[misc]
         pass
 
     parser = Flags(
-        (ModelArguments, DataArguments, DistillationArguments),  # type: ignore[arg-type]
+        (ModelArguments, DataArguments, DistillationArguments, ReportArguments),  # type: ignore[arg-type]
         prog="fusedkd distill",
         usage="fusedkd distill [--config FILE.yaml] [flags]",
         description=DISTILL,
@@ -157,7 +159,7 @@ def _distill(argv: list[str]) -> int:
     words = [*given, *rest]
     try:
         with as_user_error():
-            models, data, args, _, unknown = parser.parse_args_into_dataclasses(
+            models, data, args, report, _, unknown = parser.parse_args_into_dataclasses(
                 words, return_remaining_strings=True, look_for_args_file=False
             )
     except UserError as error:
@@ -169,7 +171,11 @@ def _distill(argv: list[str]) -> int:
         parser.refuse(unknown[0])
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from fusedkd.cli.distill import distill
-    return distill(models, data, args)
+        from fusedkd.cli.run_file import RunFile
+
+    ours, theirs = ({f.name for f in fields(c)} for c in (DistillationArguments, TrainingArguments))
+    run = RunFile(parser, words, (models, data, report), args, ours - theirs)
+    return distill(models, data, args, report, run)
 
 
 def _student(argv: list[str]) -> int:
@@ -223,11 +229,18 @@ def _demo(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    Parser(
+    parser = Parser(
         "doctor",
         "Versions, devices, which backend runs here and why another does not, and a check of each "
-        "against the fp64 reference. Exit code 1 if a check fails.",
-    ).parse_args(argv)
+        "against the fp64 reference. Exit code 1 if a check fails. With --run: what the log of a "
+        "run says is wrong with it, and what to do; exit code 1 if anything is.",
+    )
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the --output_dir of a run")
+    args = parser.parse_args(argv)
+    if args.run is not None:
+        from fusedkd.cli.diagnosis import report_on
+
+        return report_on(args.run)
     from fusedkd.cli.doctor import report
 
     return report()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedkd.errors import UserError
+from fusedkd.files import read_json
 
 __all__ = ["checkpoint_of", "newest", "staged"]
 
@@ -108,23 +108,15 @@ def _newest(checkpoints: list[Path], optimizer: bool) -> str | None:
 def _lacking(checkpoint: Path, optimizer: bool) -> str:
     """What a checkpoint lacks; nothing if it is whole. The state is what is written last."""
     names = [path.name for path in checkpoint.iterdir() if path.is_dir() or path.stat().st_size]
-    if _reads(checkpoint / "trainer_state.json") is None:
+    if read_json(checkpoint / "trainer_state.json") is None:
         return "no trainer_state.json that can be read"
     if not any(re.fullmatch(WEIGHTS, name) for name in names):
         return "no weights of the model"
     index = checkpoint / "model.safetensors.index.json"
-    shards = set((_reads(index) or {}).get("weight_map", {}).values()) if index.exists() else set()
+    named = (read_json(index) or {}).get("weight_map", {}) if index.exists() else {}
+    shards = set(named.values())
     if missing := sorted(shards - set(names)):
         return f"no {missing[0]}"
     if optimizer and not any(re.fullmatch(OPTIMIZER, name) for name in names):
         return "no state of the optimizer"
     return ""
-
-
-def _reads(path: Path) -> dict | None:
-    """A JSON object; None if there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -16,7 +16,7 @@ from fusedkd.errors import UserError
 from fusedkd.models.columns import columns
 from fusedkd.models.positions import most_positions
 
-__all__ = ["OnPolicy"]
+__all__ = ["OnPolicy", "greedy", "write"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class OnPolicy:
             return self._write(model, batch)
 
     def _write(self, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        prompts, mask = self._prompts(batch, _pad(model))
+        prompts, mask = self.prompts(batch, _pad(model))
         most = None if model.config.is_encoder_decoder else most_positions(model.config)
         if most is not None and prompts.shape[1] + self.new_tokens > most:
             raise UserError(
@@ -72,10 +72,11 @@ class OnPolicy:
         of_tokens, others = _beside(batch)
         places = self._places(batch)
         of_prompts = {name: _left(column, places, 0) for name, column in of_tokens.items()}
+        law = _law(model, self.temperature, self.new_tokens)
         training = model.training
         model.eval()
         try:
-            written = self._generate(model, prompts, mask, of_prompts | others)
+            written = write(model, prompts, mask, law, of_prompts | others)
         finally:
             model.train(training)
         return _batch(written, mask, _ends(model), of_prompts) | others
@@ -85,7 +86,7 @@ class OnPolicy:
         found = _sequences(batch)
         return [(row, where[: self._end(labelled)]) for row, where, labelled in found]
 
-    def _prompts(self, batch: dict[str, Any], pad: int) -> tuple[Tensor, Tensor]:
+    def prompts(self, batch: dict[str, Any], pad: int) -> tuple[Tensor, Tensor]:
         """(B, P) ids and mask, padded on the left."""
         ids, places = batch["input_ids"], self._places(batch)
         return _left(ids, places, pad), _left(torch.ones_like(ids), places, 0)
@@ -99,35 +100,43 @@ class OnPolicy:
         end = next((n for n in range(last, 0, -1) if not labelled[n - 1]), 0)
         return end or max(1, min(length // 2, self.prompt))
 
-    @torch.no_grad()
-    def _generate(
-        self, model: Any, prompts: Tensor, mask: Tensor, beside: dict[str, Any]
-    ) -> Tensor:
-        law = _law(model, self.temperature, self.new_tokens)
-        named = columns(model)
-        inputs = {"attention_mask": mask} | {n: x for n, x in beside.items() if n in named}
-        inputs = {n: x.to(model.device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
-        with _generates_by(model, law):
-            return model.generate(prompts.to(model.device), generation_config=law, **inputs)
+
+@torch.no_grad()
+def write(
+    model: Any, prompts: Tensor, mask: Tensor, law: GenerationConfig, beside: dict[str, Any]
+) -> Tensor:
+    """Prompts (B, P), padded on the left, continued by ``law`` and by nothing that the model's own
+    generation config adds: (B, P + new). It gets those of the columns ``beside`` that it reads."""
+    named = columns(model)
+    inputs = {"attention_mask": mask} | {n: x for n, x in beside.items() if n in named}
+    inputs = {n: x.to(model.device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    with _generates_by(model, law):
+        return model.generate(prompts.to(model.device), generation_config=law, **inputs)
+
+
+def greedy(model: Any, new_tokens: int) -> GenerationConfig:
+    """The most probable token, each time."""
+    return GenerationConfig(do_sample=False, max_new_tokens=new_tokens, **_special(model))
 
 
 def _law(model: Any, temperature: float, new_tokens: int) -> GenerationConfig:
     """Draws from the model's own distribution: of what may be configured, only which tokens are
     special is the model's."""
-    own = getattr(model, "generation_config", None)
-    special = {
-        name: getattr(own, name, None) for name in ("bos_token_id", "decoder_start_token_id")
-    }
     return GenerationConfig(
         do_sample=True,
         temperature=temperature,
         top_k=0,
         top_p=1.0,
         max_new_tokens=new_tokens,
-        pad_token_id=_pad(model),
-        eos_token_id=_ends(model) or None,
-        **special,
+        **_special(model),
     )
+
+
+def _special(model: Any) -> dict[str, Any]:
+    own = getattr(model, "generation_config", None)
+    names = ("bos_token_id", "decoder_start_token_id")
+    ends = {"pad_token_id": _pad(model), "eos_token_id": _ends(model) or None}
+    return {name: getattr(own, name, None) for name in names} | ends
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fusedkd.train.checkpoints import staged
 from fusedkd.train.finite import Finite, check_weights, finite_rows
 from fusedkd.train.meter import Measured, Meter
 from fusedkd.train.objective import Objective, Targets
+from fusedkd.train.report.clock import Clock
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 
 __all__ = ["DistillationTrainer"]
@@ -116,6 +118,9 @@ class DistillationTrainer(FromHeads, Trainer):
         self._meters = {True: Meter(), False: Meter()}  # by model.training
         self._objective = Objective(args, self._loss_keywords)
         self._finite = Finite()
+        self._teacher_loss_known = False
+        self.clock = Clock(self.args.device)
+        self.labels_seen: Tensor | int = 0  # in this session, by all processes
         self._step_tokens: Tensor | int | None = None
 
     def _run(self, teacher: nn.Module) -> None:
@@ -191,6 +196,7 @@ class DistillationTrainer(FromHeads, Trainer):
             first = (2**24 * self.args.seed + self.state.global_step) * 2**12
             batches = [write(inner, batch, first + i) for i, batch in enumerate(batches)]
             items = self._get_num_items_in_batch(batches, device)
+        self.labels_seen = self.labels_seen + (0 if items is None else items)
         if self._counts_tokens:
             self._step_tokens = self._get_num_items_in_batch(list(map(as_labels, batches)), device)
         return batches, items
@@ -216,7 +222,7 @@ class DistillationTrainer(FromHeads, Trainer):
             measured=measured,
             done=done,
         )
-        with self.terms.watch(self.teacher) as states:
+        with self.terms.watch(self.teacher) as states, self._timed("teacher"):
             teacher = self._teacher_side(theirs)
             teacher = self._task.trimmed(self.teacher, teacher, labels)
         self._loss_keywords["vocab_size"] = self._vocabulary(inner)
@@ -249,9 +255,33 @@ class DistillationTrainer(FromHeads, Trainer):
         counted = targets.tokens if targets.everywhere else targets.labels != -100
         sides = {"teacher": teacher, "student": student}
         rows = {name: finite_rows(side, counted) for name, side in sides.items()}
-        with self.accelerator.autocast():  # a head's hidden states and weight may differ in dtype
+        # a head's hidden states and weight may differ in dtype
+        with self.accelerator.autocast(), self._timed("loss"):
             loss, metrics = self._objective(student, teacher, targets)
+            if not targets.training and not self._teacher_loss_known:
+                metrics = {**metrics, **self._teacher_loss(teacher, targets)}
         return loss, (metrics, rows)
+
+    def _teacher_loss(self, teacher: Teacher, targets: Targets) -> Measured:
+        """The teacher's own cross-entropy, as if it were the student."""
+        if isinstance(self.teacher, TeacherCache):
+            return {}
+        alone = {**self._loss_keywords, "kd_weight": 0.0, "ce_weight": 1.0}
+        _, metrics = targets.compare(True, teacher, teacher, targets.labels, **alone)
+        return {f"teacher_{name}": metrics[name] for name in _HELD_OUT if name in metrics}
+
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return self.clock(name if self.model.training else f"{name}, evaluation")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's, timed."""
+        with self.clock("step"):
+            return super().training_step(*args, **kwargs)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the student is one that can continue text."""
+        return self._task.writes
 
     # ---- checkpoints ----
 
@@ -282,6 +312,7 @@ class DistillationTrainer(FromHeads, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also gets the means of the metrics since the last
         one."""
+        self.clock.read()
         if "loss" in logs:
             self._finite.check(self, wait=True)  # the Trainer has just waited for the loss
             logs.update(self._meters[True].means(self.accelerator))
@@ -311,18 +342,22 @@ class DistillationTrainer(FromHeads, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As the Trainer's, with token-weighted means: ``eval_loss`` (cross-entropy),
-        ``eval_perplexity``, ..."""
+        ``eval_perplexity``, ...; the first time also the teacher's own, ``eval_teacher_loss``."""
         meter = self._meters[False]
         meter.reset()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        with self.clock("evaluation"):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         self._finite.check(self, wait=True)
         means = meter.means(self.accelerator)
         if output.metrics is not None:
             held_out = next((means[name] for name in _HELD_OUT if name in means), None)
             if held_out is not None:
                 means["loss"] = held_out
+            for name in _HELD_OUT:
+                if (theirs := means.pop(f"teacher_{name}", None)) is not None:
+                    means["teacher_loss"], self._teacher_loss_known = theirs, True
             if (ce := means.pop("ce", None)) is not None and self._task.over_tokens:
                 means["perplexity"] = math.exp(ce) if ce < 700 else math.inf
             output.metrics.update(

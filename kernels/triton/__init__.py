@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, empty
 
@@ -31,9 +33,12 @@ def unavailable() -> str | None:
     return device.unavailable()
 
 
-def rows(call: RowCall) -> Rows:
+def rows(call: RowCall, *fields: Any) -> Rows:
+    """``fields``: where ``call`` is only the student, the other fields of a RowCall (the form of
+    0.1, which goes with release 0.3)."""
     from . import ops, sparse_ops
 
+    call = RowCall(call, *fields) if fields else call  # type: ignore[arg-type]
     return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)
 
 

@@ -165,7 +165,7 @@ def written_prompts(rows: Dataset, packing: str, length: int = 200) -> list[list
     reader = tokenizer(CHATML)
     packed = pack(rows, reader, length, packing)
     batch = collator(packing, reader)([dict(row) for row in packed])
-    prompts, mask = OnPolicy(1.0, 6, 4, 1.0)._prompts(batch, 0)
+    prompts, mask = OnPolicy(1.0, 6, 4, 1.0).prompts(batch, 0)
     return sorted(row[there.bool()].tolist() for row, there in zip(prompts, mask, strict=True))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import check, plain_case
-from oracle import DTYPES, random_case, sparse_case
+from random_calls import DTYPES, random_case, sparse_case
 
 from fusedkd import backends, divergences
 

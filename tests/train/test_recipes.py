@@ -204,7 +204,7 @@ def test_prompts_end_where_labels_begin() -> None:
     labels[0, :5], labels[2, 6:] = -100, -100  # a prompt of 5; none; padding at the end
     mask = torch.ones_like(ids)
     mask[2, 2:] = 0
-    prompts, there = write._prompts({"input_ids": ids, "labels": labels, "attention_mask": mask}, 0)
+    prompts, there = write.prompts({"input_ids": ids, "labels": labels, "attention_mask": mask}, 0)
     assert prompts.tolist() == [[10, 11, 12, 13, 14], [0, 0, 18, 19, 20], [0, 0, 0, 0, 26]]
     assert torch.equal(there, (prompts != 0).long())
 
