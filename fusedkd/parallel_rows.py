@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor
 from fusedkd.backends import CustomRows
 from fusedkd.kernels import Part, RowCall, Rows
 from fusedkd.kernels.pieces import merge
-
-__all__ = ["GroupRows"]
 
 
 class GroupRows(CustomRows):
@@ -39,39 +38,39 @@ class GroupRows(CustomRows):
         self.step = self.inner.block_rows(widest, budget)
 
     def rows(self, call: RowCall) -> Rows:
-        """Of (1, N, C), as the loop over chunks makes them. While the ranks wait for one block's
-        statistics they observe the next one."""
+        """Of (1, N, C), as the loop over chunks makes them, in blocks. While one waits for the
+        other ranks the next is worked on; every rank takes the same steps in the same order."""
         results, n = call.results(), call.row_scale.numel()
-        blocks = [slice(i, min(i + self.step, n)) for i in range(0, n, self.step)]
-        observed: _Observed | None = None
-        for i, rows in enumerate(blocks):
-            observed = observed or self._observe(call.of(rows, self.part))
-            following = blocks[i + 1 : i + 2]
-            then = self._observe(call.of(following[0], self.part)) if following else None
-            results.put(rows, self._finish(observed))
-            observed = then
+        live: list[Iterator[None]] = []
+        for start in range(0, n, self.step):
+            rows = slice(start, min(start + self.step, n))
+            live.insert(0, self._block(call.of(rows, self.part), results, rows))
+            live = _advanced(live)
+        while live:
+            live = _advanced(live)
         return results
 
-    def _observe(self, call: RowCall) -> _Observed:
-        return _Observed(call, self._gather(self.inner.observe(call)))
-
-    def _finish(self, observed: _Observed) -> Rows:
-        call, backend = observed.call, self.inner
-        statistics = merge(observed.statistics.wait())
+    def _block(self, call: RowCall, results: Rows, rows: slice | Tensor) -> Iterator[None]:
+        """Compute some rows, and stop wherever the other ranks have to be waited for."""
+        backend, pieces = self.inner, self._gather(self.inner.observe(call))
+        yield
+        statistics = merge(pieces.wait())
         comparison = backend.compare(call, statistics)
         if comparison is not None:
-            shares = self._gather(comparison.sums).wait()
-            comparison = comparison._replace(sums=torch.stack(shares).sum(0))
-        results, again = backend.finish(call, statistics, comparison)
+            shares = self._gather(comparison.sums)
+            yield
+            comparison = comparison._replace(sums=torch.stack(shares.wait()).sum(0))
+        made, again = backend.finish(call, statistics, comparison)
         if again is not None and again.any():
-            self._finish_exactly(call, again.nonzero()[:, 0], results)
-        return results
+            self._exactly(call, again.nonzero()[:, 0], made)
+        results.put(rows, made)
 
-    def _finish_exactly(self, call: RowCall, rows: Tensor, results: Rows) -> None:
-        """The rows that were left out."""
+    def _exactly(self, call: RowCall, rows: Tensor, results: Rows) -> None:
+        """The rows of a block that were left out."""
         assert call.part is not None
         some = call.of(rows, call.part._replace(exact=True))
-        results.put(rows, self._finish(self._observe(some)))
+        for _ in self._block(some, results, rows):
+            pass
         if call.grad is not None and some.grad is not None:
             call.grad[:, rows] = some.grad
 
@@ -91,6 +90,6 @@ class _Gathered(NamedTuple):
         return self.pieces
 
 
-class _Observed(NamedTuple):
-    call: RowCall
-    statistics: _Gathered
+def _advanced(blocks: list[Iterator[None]]) -> list[Iterator[None]]:
+    """Each goes one step on, the last one that was begun first; those that are not at their end."""
+    return [block for block in blocks if next(block, blocks) is not blocks]

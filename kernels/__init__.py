@@ -176,6 +176,8 @@ class Statistics(NamedTuple):
     student_top: Tensor  # the id of the largest logit, the first one of several
     teacher_top: Tensor
     teacher_at_top: Tensor  # t at student_top
+    student_min: Tensor  # smallest logits, or a bound below them
+    teacher_min: Tensor
 
 
 class Comparison(NamedTuple):

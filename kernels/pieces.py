@@ -5,6 +5,7 @@ The reference runs the verbs in fp64; Triton, until it has its own, in the accum
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,8 +19,6 @@ from fusedkd.divergences import Divergence
 from fusedkd.kernels import METRICS, Comparison, RowCall, Rows, Statistics
 from fusedkd.spec import Transform
 
-__all__ = ["block_rows", "compare", "finish", "merge", "metric_rows", "observe", "transform"]
-
 INF = float("inf")
 # Tensors of a block's size that are alive at once while it is worked on (formula and autograd).
 COPIES = 16
@@ -27,46 +26,53 @@ COPIES = 16
 
 def merge(pieces: Sequence[Tensor]) -> Tensor:
     """The statistics (N, len(Statistics)) of whole rows, from those of their pieces in order."""
-    each = Statistics(*torch.stack(list(pieces)).unbind(-1))  # (pieces, N)
-    student, to_student = _common(each.student_exponent)
-    unit, to_unit = _common(each.unit_exponent)
-    teacher, to_teacher = _common(each.teacher_exponent)
-    outside, to_outside = _common(each.outside_exponent)
-    student_top, teacher_top = (x.argmax(0)[None] for x in (each.student_max, each.teacher_max))
-    q, p = each.student_sum * to_student, each.teacher_sum * to_teacher
-    merged = Statistics(
-        student_max=each.student_max.amax(0),
-        student_exponent=student,
-        student_sum=q.sum(0),
-        unit_exponent=unit,
-        unit_sum=(each.unit_sum * to_unit).sum(0),
-        teacher_max=each.teacher_max.amax(0),
-        teacher_exponent=teacher,
-        teacher_sum=p.sum(0),
-        outside_max=each.outside_max.amax(0),
-        outside_exponent=outside,
-        outside_sum=(each.outside_sum * to_outside).sum(0),
-        forward=(each.forward * to_teacher).sum(0),
-        reverse=(each.reverse * to_student).sum(0),
-        teacher_absent=(each.teacher_absent * to_teacher).sum(0),
-        student_absent=(each.student_absent * to_student).sum(0),
-        only_teacher=each.only_teacher.amax(0),
-        only_student=each.only_student.amax(0),
-        student_expected=(each.student_expected * q).sum(0) / q.sum(0),
-        teacher_expected=(each.teacher_expected * p).sum(0) / p.sum(0),
-        mean=each.mean.sum(0),
-        label=each.label.sum(0),
-        student_top=each.student_top.gather(0, student_top)[0],
-        teacher_top=each.teacher_top.gather(0, teacher_top)[0],
-        teacher_at_top=each.teacher_at_top.gather(0, student_top)[0],
-    )
-    return torch.stack(merged, -1)
-
-
-def _common(exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of (pieces, N), and what sums in powers of the others are multiplied with."""
+    each = torch.stack(list(pieces))  # (pieces, N, columns)
+    of = _Tables.on(each.device)
+    exponents = each[..., of.exponents]
     largest = exponents.amax(0)
-    return largest, torch.exp2(exponents - largest)
+    factors = F.pad(torch.exp2(exponents - largest), (0, 1), value=1.0)[..., of.unit]
+    expected = each[..., of.expected] * (each * factors)[..., of.sums]
+    merged = (each * factors).sum(0)
+    merged[:, of.maxima] = each[..., of.maxima].amax(0)
+    merged[:, of.minima] = each[..., of.minima].amin(0)
+    merged[:, of.expected] = expected.sum(0) / merged[:, of.sums]
+    tops = each[..., of.top_of].argmax(0, keepdim=True)
+    merged[:, of.tops] = each[..., of.tops].gather(0, tops)[0]
+    return merged
+
+
+class _Tables(NamedTuple):
+    """Which columns are merged how: all that is in none of these is added up."""
+
+    exponents: Tensor
+    unit: Tensor  # of every column: which exponent its unit has, or none
+    maxima: Tensor
+    minima: Tensor
+    expected: Tensor  # means, weighted by sums
+    sums: Tensor
+    tops: Tensor  # what belongs to the piece with the largest of top_of, the first of several
+    top_of: Tensor
+
+    @staticmethod
+    @functools.cache
+    def on(device: torch.device) -> _Tables:
+        exponents = ("student_exponent", "unit_exponent", "teacher_exponent", "outside_exponent")
+        units = dict.fromkeys(Statistics._fields, len(exponents))
+        units |= {x.replace("exponent", "sum"): i for i, x in enumerate(exponents)}
+        units |= {"reverse": 0, "student_absent": 0, "forward": 2, "teacher_absent": 2}
+        sides = ("student_max", "teacher_max", "outside_max", "only_teacher", "only_student")
+        names = (
+            exponents,
+            (*exponents, *sides),
+            ("student_min", "teacher_min"),
+            ("student_expected", "teacher_expected"),
+            ("student_sum", "teacher_sum"),
+            ("student_top", "teacher_top", "teacher_at_top"),
+            ("student_max", "teacher_max", "student_max"),
+        )
+        found = [torch.tensor([Statistics._fields.index(x) for x in of]) for of in names]
+        found.insert(1, torch.tensor([units[name] for name in Statistics._fields]))
+        return _Tables(*(x.to(device) for x in found))
 
 
 def block_rows(widest: int, budget: int) -> int:

@@ -35,8 +35,6 @@ from fusedkd.train.tasks import Task, saved_task, task_named
 from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
 
-__all__ = ["distill"]
-
 
 def distill(
     models: ModelArguments,

@@ -15,8 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fusedkd.cache.errors import short
 from fusedkd.errors import UserError, as_user_error, of_the_machine
 
-__all__ = ["check_flags", "check_output", "what_is_asked"]
-
 
 def check_flags(args: TrainingArguments) -> None:
     """What transformers looks at late, or not at all: it trains with NaN and infinity, to NaN.

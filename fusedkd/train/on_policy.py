@@ -16,8 +16,6 @@ from fusedkd.errors import UserError
 from fusedkd.models.columns import columns
 from fusedkd.models.positions import most_positions
 
-__all__ = ["OnPolicy", "greedy", "write"]
-
 
 @dataclass(frozen=True)
 class OnPolicy:

@@ -157,12 +157,20 @@ class OneRow {
 
   bool compares() const { return kind_ != kNone; }
   bool owns_label() const { return 0 <= label_ && label_ < call_.columns; }
-  // Those of a tile, for far(); in a whole row the first sweep has left them.
-  void bounds(int64_t k, const Tile<X>& t, bool teacher) {
-    F hi;
+  // A tile's extremes, for far(). In a whole row the first sweep has left them; in a piece those of all rows do for most.
+  void bounds(int64_t k, const Tile<X>& t, bool teacher, double reach) {
     if (call_.verb == Verb::rows) return;
-    extremes(t.student, t.n, minima(k), &hi);
-    if (teacher) extremes(t.teacher, t.n, minima(k) + 1, &hi);
+    F hi, *lo = minima(k);
+    lo[0] = lowest_student_, lo[1] = lowest_teacher_;
+    if (end(k) - begin(k) == t.n && !far(k, teacher, reach)) return;
+    extremes(t.student, t.n, lo, &hi);
+    if (teacher) extremes(t.teacher, t.n, lo + 1, &hi);
+  }
+  F lowest(int side) const {
+    F lo = 0;
+    for (int64_t k = 0; k < tiles_; ++k)
+      if ((end(k) - begin(k)) % Fmt::step == 0 && !(minima(k)[side] >= lo)) lo = minima(k)[side];
+    return lo;
   }
 
   // First sweep: each tile's extremes, then its exponentials relative to the largest logit so far, while it is in L1.
@@ -235,10 +243,12 @@ class OneRow {
     put.teacher_absent = sums_.teacher_absent, put.student_absent = sums_.student_absent;
     put.only_teacher = sums_.only_teacher, put.only_student = sums_.only_student;
     put_measured(put);
+    if (compares()) put.teacher_min = lowest(1);
     if (peaks()) put.teacher_at_top = teacher_at_peak();
   }
   void put_measured(fusedkd::Statistics& put) const {
     put.student_expected = expected_student_, put.teacher_expected = expected_teacher_;
+    put.student_min = lowest(0);
     put.mean = mean_, put.label = student_label_, put.student_top = top_student_, put.teacher_top = top_teacher_;
   }
   static double most(const Reference<F>& r) { return r.seen ? r.max : -kInfinity; }
@@ -257,6 +267,7 @@ class OneRow {
   }
   void restore_measured(const fusedkd::Statistics& merged) {
     expected_student_ = merged.student_expected, expected_teacher_ = merged.teacher_expected;
+    lowest_student_ = (F)merged.student_min, lowest_teacher_ = (F)merged.teacher_min;
     mean_ = merged.mean, student_label_ = merged.label;
     top_student_ = (int64_t)merged.student_top, top_teacher_ = (int64_t)merged.teacher_top;
   }
@@ -341,7 +352,7 @@ class OneRow {
     const double reach = kReach + ::log2(::fmax(sums_.student, sums_.teacher));
     for (int64_t k = 0; k < tiles_; ++k) {
       const Tile<X> t = tile(k, true);
-      bounds(k, t, true);
+      bounds(k, t, true, reach);
       listed_.middle(X())[far(k, true, reach)](t, row_, m);
     }
     grad_sum_ = m.grad;
@@ -411,7 +422,7 @@ class OneRow {
     const int64_t from = begin(k), n = end(k) - from;
     char* to = grad_ + from * size_of(call_.grad.dtype);
     Tile<X> t = tile(k, teacher, sloped ? (F*)slope_ : nullptr);
-    bounds(k, t, teacher);
+    bounds(k, t, teacher, reach);
     const bool direct = writes_directly() && n % Fmt::step == 0;
     t.grad = direct ? (X*)to : out_;
     t.stream = direct && stream_;
@@ -470,6 +481,7 @@ class OneRow {
   double log_student_, log_teacher_, log_unit_, gap_, finite_reverse_ = 0, grad_sum_ = 0;
   double student_label_ = 0, mean_ = 0, expected_student_ = 0, expected_teacher_ = 0;
   int64_t label_ = -1, top_student_ = 0, top_teacher_ = 0, peak_tile_ = 0;
+  F lowest_student_ = 0, lowest_teacher_ = 0;
   alignas(64) F slope_[kTile<X> + Fmt::step];
   alignas(64) X out_[kTile<X> + Fmt::step];
 };

@@ -29,6 +29,7 @@ struct Statistics {
   double forward, reverse, teacher_absent, student_absent, only_teacher, only_student;
   double student_expected, teacher_expected, mean, label;
   double student_top, teacher_top, teacher_at_top;
+  double student_min, teacher_min;
 };
 struct Comparison {  // in the order of fusedkd.kernels.COMPARED
   double value, slope;

@@ -14,14 +14,6 @@ from fusedkd.data.labelled import load_examples, load_words
 from fusedkd.train.compare import Compare, bernoulli, distributions, squared_error
 from fusedkd.train.tasks.base import Task, TaskData, check_pads, config_of, same_classes
 
-__all__ = [
-    "ImageClassification",
-    "MultipleChoice",
-    "QuestionAnswering",
-    "SequenceClassification",
-    "TokenClassification",
-]
-
 _PROBLEMS: dict[str, Compare] = {
     "single_label_classification": distributions,
     "multi_label_classification": bernoulli,
