@@ -21,8 +21,6 @@ from torch import Tensor, multiprocessing
 from fusedkd import SparseTeacher, kd_loss
 from fusedkd.files import replace_file
 
-__all__ = ["CASES", "measure"]
-
 VOCABULARY, ENTRIES, BAR = 151_936, 64, 1.3
 CASES = ("forward_kl", "jsd", "bucket")  # the last: forward KL to a sparse teacher
 Sides = tuple[Tensor, Tensor | SparseTeacher]

@@ -11,29 +11,25 @@ import lightning
 import tiny
 import torch
 
-from fusedkd import KDLoss, LMHead
+from fusedkd import hf
 
 
 class Distillation(lightning.LightningModule):
-    """``teacher`` stays out of the checkpoint: it is not a submodule."""
+    """``teacher`` stays out of the checkpoint: it is not a submodule. Several processes call
+    ``training_step`` within the forward of what wraps this module, so the loss is safe there."""
 
     def __init__(self, student: Any, teacher: Any, **loss: Any) -> None:
         super().__init__()
-        self.student, self.loss = student, KDLoss(**loss)
+        self.student, self.keywords = student, loss
         self._teacher = (teacher,)
 
     def on_fit_start(self) -> None:
         self._teacher[0].to(self.device)
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-        ids, labels = batch["input_ids"], batch["labels"][:, 1:]
-        with torch.no_grad():
-            answer = self._teacher[0].model(ids).last_hidden_state[:, :-1]
-        hidden = self.student.model(ids).last_hidden_state[:, :-1]
-        loss = self.loss(
-            LMHead(hidden, self.student.lm_head.weight),
-            LMHead(answer, self._teacher[0].lm_head.weight),
-            labels,
+        count = hf.normalizer(self.student, [batch])  # over all processes
+        loss, _ = hf.distill(
+            self.student, self._teacher[0], batch, normalizer=count, **self.keywords
         )
         self.log("loss", loss)
         return loss

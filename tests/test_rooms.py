@@ -24,6 +24,7 @@ LAYERS = (
     ("models", "data", "cache"),
     ("loss", "distributions", "kernels"),
 )
+MODULES = {"fusedkd.hf": "integrations"}  # beside the folders, and no part of the loss
 HEIGHT = {room: -i for i, line in enumerate(LAYERS) for room in line}
 ALIASES = {"fusedkd.train.run"}  # of what has moved up; each goes with the next release
 FOLDERS = {"fusedkd": "fusedkd", "kernels": "fusedkd.kernels", "benchmarks": "fusedkd.benchmarks"}
@@ -44,6 +45,8 @@ def modules() -> dict[str, Path]:
 
 def room(module: str) -> str:
     """Its folder, or "loss"."""
+    if module in MODULES:
+        return MODULES[module]
     package = module.split(".")[1:2]
     inside = package and any(name.startswith(f"fusedkd.{package[0]}.") for name in modules())
     return package[0] if inside else "loss"

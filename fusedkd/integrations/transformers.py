@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusedkd import LMHead
 from fusedkd.models.kinds import bare, frozen, true_vocabulary
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.base import FromHeads
@@ -88,24 +87,18 @@ class DistillationMixin(FromHeads):
         if self._teacher_side is None:
             host: Any = super()
             return host.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels, ours, theirs = self._sides(self._teacher_side.model, inputs)
+        assert self._head_loss is not None
         given = self._teacher_side.model
-        teacher = self._task.trimmed(given, self._teacher_side(theirs), labels)
-        if self.aux_loss_enabled:  # which vision-language models read nowhere else
-            ours["output_router_logits"] = True
-        compare = self._task.compare(bare(model), given, labels)
         keywords = self._loss_keywords | {
-            "vocab_size": self._vocabulary(bare(model), self._teacher_side.model),
+            "vocab_size": self._vocabulary(bare(model), given),
             "normalizer": num_items_in_batch,
         }
-
-        def compute(student: Tensor | LMHead) -> Any:
-            student = self._task.trimmed(model, student, labels)
-            with self.accelerator.autocast():
-                return compare(False, student, teacher, labels, **keywords)
-
+        if self.aux_loss_enabled:  # which vision-language models read nowhere else
+            keywords["own"] = {"output_router_logits": True}
         dense = return_outputs and self._logits_are_seen
-        loss, _, outputs = self._in_forward(model, ours, compute, dense)
+        loss, _, outputs = self._head_loss(
+            model, given, self._teacher_side, inputs, dense=dense, **keywords
+        )
         loss = self._in_step(loss, num_items_in_batch, model, outputs)
         return (loss, outputs) if return_outputs else loss
 

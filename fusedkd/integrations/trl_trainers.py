@@ -11,12 +11,12 @@ from trl import DistillationTrainer as _DistillationTrainer
 from trl.experimental.gkd import GKDTrainer as _GKDTrainer
 from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
 
-from fusedkd import LMHead, kd_loss
 from fusedkd.integrations.elementwise import generalized_jsd
 from fusedkd.integrations.trl import chunked_divergence_loss, generalized_jsd_loss
-from fusedkd.models.kinds import HeadOf
+from fusedkd.models.heads import next_labels
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.base import FromHeads
+from fusedkd.train.tasks.language import Causal
 
 __all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer"]
 
@@ -32,10 +32,7 @@ class _FromHeads(FromHeads):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The step's tokens are to be counted where the loss counts them.
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self._student_head = HeadOf("student")
-        self._student_head.look(self.model)
+        self._from_head = self._compute_from_heads(Causal())
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         self._teacher_side = LiveTeacher(teacher, self.accelerator.autocast)
 
@@ -47,23 +44,16 @@ class _FromHeads(FromHeads):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """As TRL's; with ``return_outputs`` the outputs hold dense logits."""
-        labels = self._aligned_labels(dict(inputs))
-        forward = self._forward_inputs(inputs)
+        batch = self._forward_inputs(inputs) | {"labels": inputs["labels"]}
         self.teacher_model.eval()
-        teacher = self._teacher_side(forward)
-        divisor = self._divisor(model, labels, num_items_in_batch)
-
-        def compute(student: Tensor | LMHead) -> tuple[Tensor, None]:
-            with self.accelerator.autocast():
-                return kd_loss(
-                    *(student, teacher, labels),
-                    divergence=generalized_jsd(self.beta),
-                    temperature=self._divergence_temperature(),
-                    scale_by_t2=False,
-                    normalizer=divisor,
-                ), None
-
-        loss, _, outputs = self._in_forward(model, forward, compute, dense=return_outputs)
+        loss, _, outputs = self._from_head(
+            *(model, self._teacher_side.model, self._teacher_side, batch),
+            dense=return_outputs,
+            divergence=generalized_jsd(self.beta),
+            temperature=self._divergence_temperature(),
+            scale_by_t2=False,
+            normalizer=self._divisor(model, next_labels(inputs["labels"]), num_items_in_batch),
+        )
         return (loss, outputs) if return_outputs else loss
 
     def _divisor(self, model: nn.Module, labels: Tensor, num_items: Any) -> Tensor | None:
@@ -79,7 +69,7 @@ class _FromHeads(FromHeads):
             return None
         processes = 1
         if generated is not None or self.args.average_tokens_across_devices:
-            processes = self.accelerator.num_processes // self.get_tp_size()
+            processes = self._processes()
         return torch.as_tensor(num_items, device=labels.device) / processes
 
     def _generated_tokens(self, labels: Tensor) -> tuple[Tensor, bool] | None:

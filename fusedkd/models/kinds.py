@@ -15,28 +15,21 @@ from transformers import PreTrainedTokenizerBase
 from fusedkd import LMHead
 from fusedkd.models.proof import NoPlainHead, NotTried, PlainHead, is_partitioned, plain_head
 
-__all__ = [
-    "HeadOf",
-    "bare",
-    "frozen",
-    "is_compiled",
-    "own_positions",
-    "plain_head_or_none",
-    "router_loss",
-    "true_vocabulary",
-    "vocabulary_size",
-]
-
 logger = logging.getLogger(__name__)
 
 
-def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
+def refuse_shared(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ValueError if training the student would change the teacher."""
     trained = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in trained for parameter in teacher.parameters()):
         raise ValueError(
             "teacher and student share parameters, so training one would change the other: load "
             "the teacher separately, or copy.deepcopy it."
         )
+
+
+def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.Module:
+    refuse_shared(student, teacher)
     teacher.eval().requires_grad_(False)
     if any(map(is_partitioned, teacher.parameters())):  # by from_pretrained, under ZeRO-3
         import deepspeed

@@ -23,14 +23,6 @@ from transformers import PreTrainedModel
 
 from fusedkd import LMHead
 
-__all__ = [
-    "NoPlainHead",
-    "NotTried",
-    "PlainHead",
-    "is_partitioned",
-    "plain_head",
-]
-
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies: the proof decides
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -141,8 +133,8 @@ def _multiplied(linear: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Tensor
     """What the projection alone makes of hidden states, in the dtype that it multiplied in: under
     autocast neither its input's nor its weight's."""
     with torch.autocast(hidden.device.type, enabled=False), _gathered(linear.parameters()):
-        weight, bias = (x if x is None else x.to(dtype) for x in (linear.weight, linear.bias))
-        return F.linear(hidden.to(dtype), weight, bias)
+        parts = (x.full_tensor() if isinstance(x, DTensor) else x for x in linear.parameters())
+        return F.linear(hidden.to(dtype), *(x.to(dtype) for x in parts))
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,6 @@ from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
 from fusedkd.models.kinds import vocabulary_size
-
-__all__ = ["CachedTeacher"]
 
 _INDICES, _LOG_PROBS = "teacher_indices", "teacher_log_probs"
 
@@ -55,6 +53,15 @@ class CachedTeacher:
     def collator(self, collate: Callable[..., Any]) -> Callable[..., Any]:
         """``collate``, with the teacher's answers added to the batch."""
         return _Collator(collate, self.cache, self.temperature)
+
+    def answered(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with the answers, which are looked up now unless it has them."""
+        if _INDICES in batch:
+            return dict(batch)
+        names = ("input_ids", "attention_mask", "position_ids")
+        found = self.collator(dict)({k: batch[k].cpu() for k in names if batch.get(k) is not None})
+        device = batch["input_ids"].device
+        return {**batch, **{k: found[k].to(device) for k in (_INDICES, _LOG_PROBS)}}
 
     def vocabulary(self, student: Any, given: int | None) -> int | None:
         """How many of the student's columns are real; None: all of them.

@@ -1,8 +1,10 @@
-"""What subclasses of ``transformers.Trainer`` share whose loss is made from the student's head."""
+"""How a student's loss is made of its head within its forward: what the trainer, the hosts' and
+:mod:`fusedkd.hf` share, and what subclasses of ``transformers.Trainer`` need beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +12,87 @@ from torch import Tensor, nn
 from fusedkd.models.columns import columns
 from fusedkd.models.heads import loss_in_forward
 from fusedkd.models.kinds import HeadOf, bare, router_loss
+from fusedkd.train.meter import Measured
 from fusedkd.train.tasks import Task, task_between
 from fusedkd.train.tasks.language import Causal
 
-__all__ = ["FromHeads"]
+
+class HeadLoss:
+    """The loss of a student's head, or of its logits where it has no plain one, computed within its
+    wrapped forward.
+
+    Args:
+        task: what the student is distilled to do.
+        context: what the loss is computed in, such as ``accelerator.autocast``: a head's hidden
+            states and weight may differ in dtype.
+    """
+
+    def __init__(
+        self, task: Task, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        self.task, self.context = task, context
+        self.head = HeadOf("student", wanted=task.over_tokens)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        teacher: Any,
+        answer: Callable[[dict[str, Any]], Any],
+        batch: Mapping[str, Any],
+        *,
+        own: Mapping[str, Any] | None = None,
+        metrics: bool = False,
+        dense: bool = False,
+        **keywords: Any,
+    ) -> tuple[Tensor, Measured, Any]:
+        """The loss of one batch, what was measured if ``metrics``, and the student's outputs, which
+        hold logits if ``dense``.
+
+        Args:
+            model: the student, as it is wrapped.
+            teacher, answer: a model, or what is none, and what gives its answers for a batch.
+            batch: with labels, as transformers' models take them.
+            own: inputs of the student alone.
+            **keywords: of :func:`fusedkd.kd_loss`.
+        """
+        labels, ours, theirs = self.sides(model, teacher, batch)
+        given = self.task.trimmed(teacher, answer(theirs), labels)
+        compare = self.task.compare(bare(model), teacher, labels)
+
+        def compute(student: Any) -> tuple[Tensor, Measured]:
+            student = self.task.trimmed(model, student, labels)
+            with self.context():
+                return compare(metrics, student, given, labels, **keywords)
+
+        return self.in_forward(model, {**ours, **(own or {})}, compute, dense)
+
+    def sides(
+        self, student: nn.Module, teacher: Any, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+        """A batch as labels, aligned with the logits, and what each model reads of the rest; a
+        teacher that is not a model gets all.
+
+        Raises:
+            ValueError: there are no labels.
+        """
+        rest, inner = dict(batch), bare(student)
+        labels = self.task.labels(rest)
+        if not isinstance(teacher, nn.Module):
+            return labels, self.task.inputs(inner, None, rest, labels), rest
+        ours = self.task.inputs(inner, teacher, rest, labels)
+        return labels, ours, self.task.inputs(teacher, inner, rest, labels)
+
+    def in_forward(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        compute: Callable[[Any], tuple[Tensor, Any]],
+        dense: bool = False,
+    ) -> tuple[Tensor, Any, Any]:
+        """:func:`fusedkd.models.heads.loss_in_forward` of the student's head, or of its logits
+        where ``dense``."""
+        head = None if dense else self.head.of(model, inputs)
+        return loss_in_forward(model, bare(model), head, inputs, compute, self.task.logits)
 
 
 class FromHeads:
@@ -29,23 +108,33 @@ class FromHeads:
     loss_is_scaled_for_ga: bool | None
     model: Any
 
-    _student_head: HeadOf
-    _task: Task = Causal()
+    _head_loss: HeadLoss | None = None
     _loss_shifts_labels: bool  # the Trainer counts a step's tokens in the alignment used here
     _signature_columns: Any
 
-    def _learn(self, teacher: Any, task: str | None) -> None:
+    @property
+    def _task(self) -> Task:
+        return Causal() if self._head_loss is None else self._head_loss.task
+
+    @property
+    def _student_head(self) -> HeadOf:
+        assert self._head_loss is not None
+        return self._head_loss.head
+
+    def _learn(self, teacher: Any, task: str | None) -> HeadLoss:
         """Find out what the student is distilled to do, and have the Trainer count the labels of a
         step as they are aligned here: the loss divides by their number.
 
         Raises:
             ValueError: from :func:`fusedkd.train.tasks.task_between`.
         """
-        student = bare(self.model)
-        self._task = task_between(student, teacher, task)
-        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, self._task.causal
-        self._student_head = HeadOf("student", wanted=self._task.over_tokens)
-        self._student_head.look(self.model)
+        return self._compute_from_heads(task_between(bare(self.model), teacher, task))
+
+    def _compute_from_heads(self, task: Task) -> HeadLoss:
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, task.causal
+        self._head_loss = HeadLoss(task, self.accelerator.autocast)
+        self._head_loss.head.look(self.model)
+        return self._head_loss
 
     def _keep_columns_of(self, teacher: Any) -> None:
         """Data sets keep the columns that only the teacher reads."""
@@ -63,8 +152,8 @@ class FromHeads:
         """As the Trainer's; the new model's head is looked up before anything wraps it."""
         host: Any = super()
         model = host.call_model_init(trial)
-        if getattr(self, "_student_head", None) is not None:
-            self._student_head.look(model)
+        if self._head_loss is not None:
+            self._head_loss.head.look(model)
         return model
 
     def _refuse_other_losses(self) -> None:
@@ -76,41 +165,9 @@ class FromHeads:
                 "compute_loss in a subclass."
             )
 
-    def _sides(
-        self, teacher: Any, inputs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-        """A batch as labels, aligned with the logits, and what each model reads of the rest; a
-        teacher that is not a model gets all.
-
-        Raises:
-            ValueError: there are no labels.
-        """
-        rest, student = dict(inputs), bare(self.model)
-        labels = self._task.labels(rest)
-        if not isinstance(teacher, nn.Module):
-            return labels, self._task.inputs(student, None, rest, labels), rest
-        ours = self._task.inputs(student, teacher, rest, labels)
-        return labels, ours, self._task.inputs(teacher, student, rest, labels)
-
-    def _aligned_labels(self, inputs: dict[str, Any]) -> Tensor:
-        """Take the labels out of ``inputs``, aligned with the logits.
-
-        Raises:
-            ValueError: there are none.
-        """
-        return self._task.labels(inputs)
-
-    def _in_forward(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        compute: Callable[[Any], tuple[Tensor, Any]],
-        dense: bool,
-    ) -> tuple[Tensor, Any, Any]:
-        """:func:`fusedkd.models.heads.loss_in_forward` of the student's head, or of its logits
-        where ``dense``."""
-        head = None if dense else self._student_head.of(model, inputs)
-        return loss_in_forward(model, bare(model), head, inputs, compute, self._task.logits)
+    def _processes(self) -> int:
+        """Over how many gradients are averaged: tensor-parallel ranks share one batch."""
+        return int(self.accelerator.num_processes // self.get_tp_size())
 
     def _in_step(self, loss: Tensor, num_items: Any, model: nn.Module, outputs: Any) -> Tensor:
         """The micro-batch's part of the step's loss: gradients are averaged over processes, all of
@@ -118,8 +175,7 @@ class FromHeads:
         where there is no ``num_items``. A mixture of experts' routers are in it."""
         self.loss_is_scaled_for_ga = num_items is not None
         if num_items is not None and self.args.average_tokens_across_devices:
-            # tp ranks share one batch
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = loss * self._processes()
         routers = router_loss(bare(model), outputs)
         if not isinstance(routers, Tensor):
             return loss

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from fusedkd import kd_loss, kd_loss_and_metrics
 from fusedkd.divergences import Divergence, forward_kl
-from fusedkd.train.meter import Measured, measured
-
-__all__ = ["Compare", "bernoulli", "distributions", "squared_error"]
+from fusedkd.train.meter import Mean, Measured, measured
 
 # (whether metrics are wanted, student, teacher, labels or None, **keywords of kd_loss)
 Compare = Callable[..., tuple[Tensor, Measured]]
@@ -85,4 +83,4 @@ def squared_error(
     if not metrics:
         return loss, {}
     count = torch.tensor(labels.numel(), device=labels.device)
-    return loss, {name: (x.detach() / count, count) for name, x in (("kd", kd), ("mse", mse))}
+    return loss, {name: Mean(x.detach() / count, count) for name, x in (("kd", kd), ("mse", mse))}

@@ -3,49 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fusedkd import KDMetrics
 
-__all__ = ["Measured", "Meter", "measured"]
 
-Measured = Mapping[str, tuple[Tensor, Tensor]]  # a mean, and over how many tokens it is one
+class Mean(NamedTuple):
+    """0-d tensors without a graph: a mean, and over how many tokens it is one."""
+
+    value: Tensor
+    tokens: Tensor
+
+    def item(self) -> float:
+        """The mean as a number; waits for the device."""
+        return float(self.value)
 
 
-def measured(metrics: KDMetrics) -> dict[str, tuple[Tensor, Tensor]]:
+Measured = Mapping[str, Mean]
+
+
+def measured(metrics: KDMetrics) -> dict[str, Mean]:
     """The metrics of one call of the loss, each with the number of tokens behind it."""
     *means, tokens = metrics
-    return {name: (mean, tokens) for name, mean in zip(KDMetrics._fields, means, strict=False)}
+    names = KDMetrics._fields
+    return {name: Mean(mean, tokens) for name, mean in zip(names, means, strict=False)}
 
 
 class Meter:
-    """Adds up means without asking the device for a number; reading it starts it afresh."""
+    """Means over the tokens of many batches, and of every process: a batch counts as much as it has
+    tokens. Adding does not wait for the device; reading does, and starts afresh."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
+        """Forget what was added."""
         self._sums: dict[str, Tensor] = {}
 
     def add(self, batch: Measured) -> None:
-        """Take in one batch."""
+        """Take in what one call measured."""
         for name, (mean, tokens) in batch.items():
             row = torch.stack([mean.double() * tokens, tokens.double()])
             self._sums[name] = row if name not in self._sums else self._sums[name] + row
 
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """The means over every process since the last call, by name, of what was measured on some
-        token."""
-        if not self._sums:
-            return {}
-        rows = accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum").tolist()
-        means = {
-            name: value / tokens
-            for name, (value, tokens) in zip(self._sums, rows, strict=True)
-            if tokens
-        }
+    def means(self) -> dict[str, float]:
+        """The means since the last call, by name, of what was measured on some token; over all
+        processes of the default group, where there is one: each of them has to call this, also one
+        that has added nothing."""
+        sums = {}
+        if self._sums:
+            sums = dict(zip(self._sums, torch.stack([*self._sums.values()]).tolist(), strict=True))
         self.reset()
-        return means
+        total: dict[str, list[float]] = {}
+        for part in _of_every_process(sums):
+            for name, row in part.items():
+                before = total.get(name, [0.0, 0.0])
+                total[name] = [a + b for a, b in zip(before, row, strict=True)]
+        return {name: value / tokens for name, (value, tokens) in total.items() if tokens}
+
+
+def _of_every_process(sums: dict[str, list[float]]) -> list[dict[str, list[float]]]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [sums]
+    found: list[dict[str, list[float]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, sums)
+    return found

@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusedkd.models.capture import Captured, capture, expose_attention
-from fusedkd.train.meter import Measured
+from fusedkd.train.meter import Mean, Measured
 from fusedkd.train.terms import Term, parse_term
-
-__all__ = ["Extra", "TermSet", "as_labels", "own_parameters", "real_tokens"]
 
 _ATTRIBUTE = "fusedkd_projections"
 _FILE = "projections.safetensors"
@@ -36,7 +34,7 @@ class Extra:
             return {}
         here = tokens.sum().clamp(min=1)
         share = 1.0 if normalizer is None else normalizer / here
-        return {name: (value * share, here) for name, value in self.values.items()}
+        return {name: Mean(value * share, here) for name, value in self.values.items()}
 
 
 class TermSet:

@@ -28,8 +28,6 @@ from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.report.clock import Clock
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 
-__all__ = ["DistillationTrainer"]
-
 logger = logging.getLogger(__name__)
 
 _HELD_OUT = ("ce", "mse")  # what a student is judged by, whatever it is trained on
@@ -106,7 +104,7 @@ class DistillationTrainer(FromHeads, Trainer):
         super().__init__(model, args, **kwargs)
         self._refuse_other_losses()
         self._refuse_compiled_terms(self.model)
-        self._learn(teacher, args.task)
+        self._from_head = self._learn(teacher, args.task)
         self._keep_columns_of(teacher)
         self._loss_keywords = args.loss_keywords()
         if isinstance(teacher, TeacherCache):
@@ -205,7 +203,7 @@ class DistillationTrainer(FromHeads, Trainer):
         self, model: nn.Module, inputs: Inputs, num_items: Tensor | int | None, dense: bool = False
     ) -> tuple[Tensor, Measured, Any]:
         self._refuse_compiled_terms(model)
-        labels, ours, theirs = self._sides(self.teacher, inputs)
+        labels, ours, theirs = self._from_head.sides(self.model, self.teacher, inputs)
         tokens = real_tokens(inputs) if self._counts_tokens else None
         num_tokens = None if num_items is None else self._step_tokens
         done = self.state.global_step / max(self.state.max_steps, 1)
@@ -228,7 +226,7 @@ class DistillationTrainer(FromHeads, Trainer):
         self._loss_keywords["vocab_size"] = self._vocabulary(inner)
         weights = self._objective.numbers(done)
         with self.terms.in_forward(inner, states, tokens, num_tokens, weights) as extra:
-            loss, (metrics, rows), outputs = self._in_forward(
+            loss, (metrics, rows), outputs = self._from_head.in_forward(
                 *(model, ours, lambda student: self._loss(student, teacher, targets), dense)
             )
         if dense or self._student_head.found is None:  # the terms were there before the loss
@@ -315,7 +313,7 @@ class DistillationTrainer(FromHeads, Trainer):
         self.clock.read()
         if "loss" in logs:
             self._finite.check(self, wait=True)  # the Trainer has just waited for the loss
-            logs.update(self._meters[True].means(self.accelerator))
+            logs.update(self._meters[True].means())
         super().log(logs, start_time)
 
     def prediction_step(
@@ -350,7 +348,7 @@ class DistillationTrainer(FromHeads, Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         self._finite.check(self, wait=True)
-        means = meter.means(self.accelerator)
+        means = meter.means()
         if output.metrics is not None:
             held_out = next((means[name] for name in _HELD_OUT if name in means), None)
             if held_out is not None:

@@ -98,6 +98,7 @@ def taken_for_granted(snippet: str) -> dict[str, Any]:
         "student": student if "Trainer(" in snippet else head,
         "teacher": teacher,
         "data": rows(4),
+        "batches": [{"input_ids": torch.ones(2, 5).long(), "labels": torch.ones(2, 5).long()}],
         "collator": tf.DataCollatorForLanguageModeling(tokenizer(), mlm=False),
     }
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import byte_llama
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_example(name: str, options: dict[str, Any], example: Any) -> None:
     if name == "sft_trainer":
-        options = {**options, "tokenizer": example("test_trl").tokenizer()}
+        options = {**options, "tokenizer": byte_llama.tokenizer()}
     losses = example(name).main(**options)
     assert losses[-1] < losses[0]
 
@@ -45,7 +46,13 @@ def test_example(name: str, options: dict[str, Any], example: Any) -> None:
 @pytest.mark.parametrize("name", ["tensor_parallel", "accelerate_loop"])
 def test_example_with_two_processes(name: str, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(
+            [str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+    }
     # With their work long done, gloo's processes now and then abort (pytorch issue 190489) or hang
     # (75097: whoever drops the last reference to the group, the GIL held, joins gloo's thread, and
     # that waits for the GIL to drop a tensor). With the answer there, they run once more for it.

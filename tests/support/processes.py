@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+# what a child has to have so that it finds the modules that lie here, from wherever it is started
+PATH = {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
 TIMEOUT = 240  # seconds; a hang is a failure
 
 
@@ -35,7 +37,7 @@ def run(script: str, function: str, world: int, out: Path, *arguments: Any) -> l
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = (out / f"log{rank}").open("wb")
         command = [sys.executable, str(HERE / script)]
-        environment = {**os.environ, **shared, **place}
+        environment = {**os.environ, **PATH, **shared, **place}
         workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
         codes = [worker.wait(TIMEOUT) for worker in workers]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import transformers as tf
@@ -148,7 +150,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     (tmp_path / "two").mkdir()
     (tmp_path / "one").mkdir()
-    subprocess.run([*torchrun, "2", __file__, str(tmp_path / "two")], check=True, timeout=300)
+    command = [*torchrun, "2", __file__, str(tmp_path / "two")]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, **processes.PATH})
     one_step(tmp_path / "one", 4)
     (log, grads), (theirs, found) = (torch.load(tmp_path / n / "step.pt") for n in ("one", "two"))
     assert theirs == pytest.approx(log, rel=1e-4, abs=1e-7)
@@ -451,8 +454,6 @@ def test_terms_that_do_not_fit_are_named(
 
 
 if __name__ == "__main__":  # one of the processes of test_two_processes_are_one
-    from processes import leave
-
     torch.set_num_threads(1)
     one_step(Path(sys.argv[1]), 2)
-    leave()
+    processes.leave()
