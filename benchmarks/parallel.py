@@ -21,8 +21,6 @@ from torch import Tensor, multiprocessing
 from fusedkd import SparseTeacher, kd_loss
 from fusedkd.files import replace_file
 
-__all__ = ["CASES", "measure"]
-
 VOCABULARY, ENTRIES, BAR = 151_936, 64, 1.3
 CASES = ("forward_kl", "jsd", "bucket")  # the last: forward KL to a sparse teacher
 Sides = tuple[Tensor, Tensor | SparseTeacher]
@@ -53,7 +51,8 @@ def _times(case: str, rank: int, rows: int, rounds: int) -> dict[str, float]:
     )
     student = student[:, rank * half : (rank + 1) * half].clone().requires_grad_()
     there = teacher[:, rank * half : (rank + 1) * half].clone()
-    alone, group = (student, there), (student, there)
+    alone: Sides = (student, there)
+    group: Sides = alone
     if case == "bucket":
         alone, group = ((student, _top(t)) for t in (there, teacher))
     labels = torch.randint(half, (rows,), generator=draw)

@@ -34,8 +34,6 @@ from fusedkd.spec import LossSpec
 from fusedkd.strides import as_rows
 from fusedkd.tracing import dispatch
 
-__all__ = ["fused_loss", "once_differentiable", "roots"]
-
 
 def fused_loss(call: Call) -> tuple[Tensor, Tensor | None]:
     """The reduced loss, with a graph, and the sums (7,) of the metrics if wanted."""

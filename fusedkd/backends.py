@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMES", "CustomRows", "check_name", "load", "resolve"]
-
 NAMES = ("triton", "cpu", "reference")
 
 

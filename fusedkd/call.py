@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from fusedkd.parallel import Shards
 
-__all__ = ["Arguments", "Call"]
-
 NO_GRADIENT = Wanted(False, False, False, False)
 
 

@@ -9,20 +9,6 @@ from torch import Tensor
 
 from fusedkd.modes import stand_in
 
-__all__ = [
-    "LARGEST",
-    "check_constant",
-    "check_device",
-    "check_heat",
-    "check_logits",
-    "check_normalizer",
-    "check_temperature",
-    "check_tensor",
-    "check_weight",
-    "check_whole",
-    "is_finite",
-]
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_WEIGHT = 1e18  # with T^2 still a number in fp32, and as an int in 64 bits

@@ -17,8 +17,6 @@ from fusedkd.kernels import RowCall
 from fusedkd.spec import LossSpec
 from fusedkd.strides import check_in_place, row_shapes
 
-__all__ = ["CHUNK_BYTES", "chunk_budget", "in_place", "run"]
-
 # Bytes of logits (and their gradient) that a head may hold at a time. On a GPU large chunks keep
 # the products efficient; 1 GiB is small beside any model whose vocabulary needs chunks. It is 704
 # rows at V = 151,936 (10 bytes an entry: two fp32 logits, a bf16 gradient); a floor of 1,024 would

@@ -8,8 +8,6 @@ from torch import Tensor
 from fusedkd.inputs import Inputs, Plan
 from fusedkd.strides import row_shapes
 
-__all__ = ["chosen", "counted", "sides_of"]
-
 
 def sides_of(inputs: Inputs) -> list[tuple[Tensor, Tensor | None]]:
     """Logits or hidden states, and the head's weight, of each side that is no sparse teacher."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from fusedkd.inputs import Chunk, Inputs, Plan
 from fusedkd.spec import LossSpec
 
-__all__ = ["ENABLED", "note", "show"]
-
 ENABLED = os.environ.get("FUSEDKD_DEBUG", "0") not in ("", "0")
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["NotFinite", "UserError", "as_user_error", "of_the_machine"]
-
 
 class UserError(Exception):
     """Something that the user can put right. The message says what came, what was expected."""

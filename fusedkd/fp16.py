@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["SCRATCH_BYTES", "narrow", "powers"]
-
 # fp32 rows that dense gradients are made in: small beside any gradient, large enough for a GPU to
 # be busy with.
 SCRATCH_BYTES = {"cuda": 128 << 20, "cpu": 16 << 20}

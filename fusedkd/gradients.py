@@ -10,8 +10,6 @@ from torch import Tensor
 from fusedkd import fp16
 from fusedkd.inputs import Chunk, Inputs, Side, Wanted
 
-__all__ = ["Gradients", "stored_dtype"]
-
 
 def stored_dtype(x: Tensor, head: bool) -> torch.dtype:
     """In which the gradient of an input waits for the backward: a head's is not rounded before it

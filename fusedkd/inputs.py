@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fusedkd.checks import check_whole
 
-__all__ = ["Chunk", "Inputs", "Plan", "Side", "Wanted"]
-
 
 class Wanted(NamedTuple):
     """Which results the caller needs; the rest is not computed."""

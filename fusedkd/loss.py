@@ -18,8 +18,6 @@ from fusedkd.spec import METRIC_COLUMNS, OF_TEACHER
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["KDLoss", "KDMetrics", "kd_loss", "kd_loss_and_metrics"]
-
 
 class KDMetrics(NamedTuple):
     """What :func:`kd_loss_and_metrics` measures: 0-d tensors without a graph, means over counted

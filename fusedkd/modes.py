@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["in_functorch", "stand_in"]
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active

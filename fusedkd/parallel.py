@@ -20,8 +20,6 @@ from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.kernels import Part
 from fusedkd.parallel_rows import GroupRows
 
-__all__ = ["Shards", "is_sharded", "shards"]
-
 
 class Shards(NamedTuple):
     """One rank's part of a call, as :mod:`fusedkd.loss` goes on with it."""

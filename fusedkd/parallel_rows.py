@@ -13,8 +13,6 @@ from fusedkd.backends import CustomRows
 from fusedkd.kernels import Part, RowCall, Rows
 from fusedkd.kernels.pieces import merge
 
-__all__ = ["GroupRows"]
-
 
 class GroupRows(CustomRows):
     """The rows of :mod:`fusedkd.kernels` in pieces, each rank's in its own backend.

@@ -11,8 +11,6 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from fusedkd.errors import UserError, as_user_error
 
-__all__ = ["OneSentence", "Parser", "add_fields", "near", "number", "of_fields"]
-
 Kind = TypeVar("Kind")
 
 

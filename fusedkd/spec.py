@@ -7,8 +7,6 @@ from typing import NamedTuple
 from fusedkd.checks import check_temperature, check_weight, check_whole, is_finite
 from fusedkd.divergences import Divergence
 
-__all__ = ["IDENTITY", "METRIC_COLUMNS", "OF_TEACHER", "LossSpec", "Transform"]
-
 # The columns of the per-token metrics that a backend returns, in this order.
 METRIC_COLUMNS = (
     "kd",

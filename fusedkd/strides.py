@@ -6,8 +6,6 @@ import itertools
 
 from torch import Tensor
 
-__all__ = ["as_rows", "check_in_place", "row_shapes"]
-
 
 def row_shapes(x: Tensor) -> list[tuple[int, int]]:
     """The (B, T) with which (..., C) can be viewed as rows."""

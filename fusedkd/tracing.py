@@ -15,8 +15,6 @@ from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.modes import stand_in
 from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
-__all__ = ["dispatch"]
-
 # What reaches the op in one tensor; the transforms and the divergence's parameters follow.
 NUMBERS = ("temperature", "teacher_temperature", "kd_weight", "ce_weight", "label_smoothing")
 # What reaches it by name, and is part of the graph.

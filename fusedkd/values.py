@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["bind_call", "number", "split_call"]
-
 _CALL = re.compile(r"\s*(?P<name>\w+)\s*(?:\((?P<call>[^()]*)\)|:(?P<colon>[^()]*))?\s*")
 
 

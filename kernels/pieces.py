@@ -19,8 +19,6 @@ from fusedkd.divergences import Divergence
 from fusedkd.kernels import METRICS, Comparison, RowCall, Rows, Statistics
 from fusedkd.spec import Transform
 
-__all__ = ["block_rows", "compare", "finish", "merge", "metric_rows", "observe", "transform"]
-
 INF = float("inf")
 # Tensors of a block's size that are alive at once while it is worked on (formula and autograd).
 COPIES = 16

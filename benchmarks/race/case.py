@@ -55,11 +55,6 @@ class Case:
         return int(counts(self.n, self.counted).sum())
 
     @property
-    def name_and_params(self) -> tuple[str, tuple[float, ...]]:
-        divergence = self.divergence_object
-        return divergence.name, divergence.params
-
-    @property
     def divergence_object(self) -> Divergence:
         return divergences.make(self.divergence)
 

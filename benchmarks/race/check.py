@@ -124,7 +124,8 @@ def _logits(rows: Tensor, weight: Tensor | None) -> Tensor:
 
 def _entropy(case: Case, t: Tensor, labels: Tensor) -> float:
     """What a "forward KL" that is the teacher's cross-entropy reports too much."""
-    name, params = case.name_and_params
+    divergence = case.divergence_object
+    name, params = divergence.name, divergence.params
     share = {"forward_kl": 1.0, "mixed_kl": params[0] if params else 0.0}.get(name, 0.0)
     lp = torch.log_softmax(t / case.temperature, -1)
     return -share * case.kd_scale * mean_of_counted((lp.exp() * lp).sum(-1), labels).item()

@@ -120,7 +120,7 @@ def _torch_lce_missing(case: Case) -> str | None:
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)"
     if case.form != "head":
         return "works from hidden states and heads, not from logits"
-    soft = case.name_and_params[0] == "forward_kl" and case.temperature == 1
+    soft = case.divergence_object.name == "forward_kl" and case.temperature == 1
     if case.kd_weight and not (soft and not case.ce_weight):
         return "takes a soft target at T = 1 or labels, not both"
     if case.kd_weight and case.counted < 1:

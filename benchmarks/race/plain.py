@@ -96,12 +96,13 @@ TORCHTUNE = ("forward_kl", "reverse_kl", "mixed_kl")
 def _torchtune_missing(case: Case) -> str | None:
     if not case.kd_weight:
         return "torchtune has no cross-entropy of its own"
-    name = case.name_and_params[0]
+    name = case.divergence_object.name
     return None if name in TORCHTUNE else f"torchtune has no {name}"
 
 
 def _torchtune(case: Case, problem: Problem) -> Forward:
-    name, params = case.name_and_params
+    divergence = case.divergence_object
+    name, params = divergence.name, divergence.params
     weight = params[0] if params else 1.0
 
     def forward() -> Tensor:

@@ -28,12 +28,13 @@ class Provider:
 
 def beta_of(case: Case) -> float | None:
     """The case's divergence as the beta that GKD, Liger and TRL take; None: they lack it."""
-    name, params = case.name_and_params
+    divergence = case.divergence_object
+    name, params = divergence.name, divergence.params
     return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": params[0] if params else None}.get(name)
 
 
 def gkd_missing(case: Case) -> str | None:
     if not case.kd_weight:
         return "has no cross-entropy of its own"
-    name = case.name_and_params[0]
+    name = case.divergence_object.name
     return f"has forward and reverse KL and JSD, no {name}" if beta_of(case) is None else None

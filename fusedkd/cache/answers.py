@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-__all__ = ["Answers", "Target"]
-
 Array = NDArray[Any]
 
 

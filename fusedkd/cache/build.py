@@ -19,8 +19,6 @@ from fusedkd.cache.summary import summarize
 from fusedkd.cache.writer import SHARD_BYTES, Plan, Writer, only_writer, per_shard
 from fusedkd.distributions import LMHead
 
-__all__ = ["Job", "build", "plan"]
-
 Ids = Sequence[int] | np.ndarray
 Progress = Callable[[int], Any]
 

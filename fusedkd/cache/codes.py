@@ -8,22 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "LARGEST_GAP",
-    "LEVELS",
-    "ODDS_FROM",
-    "ODDS_SPAN",
-    "check_codes",
-    "check_distinct",
-    "closed",
-    "filled",
-    "gap_codes",
-    "gap_log_probs",
-    "levels",
-    "spread",
-    "values",
-]
-
 Array = NDArray[Any]
 
 LEVELS = 255  # of gaps, beside 0

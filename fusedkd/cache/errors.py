@@ -6,8 +6,6 @@ from typing import Any
 
 from fusedkd.errors import UserError
 
-__all__ = ["CacheError", "Damaged", "short"]
-
 
 class CacheError(UserError, ValueError):
     """A cache that does not fit what is asked of it; the message says what to do."""

@@ -23,7 +23,7 @@ def replace_file(path: Path, content: Any) -> None:
     try:
         files.replace_file(path, content)
     except UserError as error:
-        raise CacheError(str(error)) from error
+        raise CacheError(str(error)) from error.__cause__  # what the system says
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["KEY_BYTES", "sequence_key", "sha256", "tokenizer_hash", "weight_hash"]
-
 KEY_BYTES = 16
 
 

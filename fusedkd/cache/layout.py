@@ -81,8 +81,6 @@ from fusedkd.cache.packing import (
 )
 from fusedkd.cache.policy import Policy
 
-__all__ = ["Answers", "Layout", "Target"]
-
 Array = NDArray[Any]
 Columns = dict[str, bytes]
 

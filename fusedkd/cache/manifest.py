@@ -34,8 +34,6 @@ from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
 from fusedkd.checks import is_finite
 
-__all__ = ["INDEX", "NAME", "FileSum", "Manifest", "shard_name"]
-
 SCHEMA = 2
 NAME = "manifest.json"
 INDEX = "index.arrow"

@@ -15,17 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "bits_for",
-    "pack",
-    "pack_runs",
-    "pack_stairs",
-    "packed_size",
-    "unpack",
-    "unpack_runs",
-    "unpack_stairs",
-]
-
 Bytes = NDArray[np.uint8]
 _MOST = 32  # a value and its shift of up to 7 bits fit a 64-bit word
 

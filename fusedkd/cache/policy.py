@@ -11,8 +11,6 @@ from fusedkd.cache.errors import CacheError, short
 from fusedkd.checks import is_finite
 from fusedkd.divergences import Divergence
 
-__all__ = ["Policy", "linear_in_teacher"]
-
 MOST_ENTRIES = 4096  # per token
 
 

@@ -18,8 +18,6 @@ from fusedkd.cache.policy import linear_in_teacher
 from fusedkd.cache.shard import REMEDY, open_index, open_shard
 from fusedkd.divergences import Divergence
 
-__all__ = ["TeacherCache", "verify"]
-
 
 class TeacherCache:
     """A teacher's answers on the disk.

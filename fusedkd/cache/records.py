@@ -16,8 +16,6 @@ import numpy as np
 
 from fusedkd.cache.errors import CacheError, short
 
-__all__ = ["Record", "checked", "read_columns", "read_vllm"]
-
 KNOWN_COLUMNS = (  # of ids and of log-probabilities
     ("target_token_ids", "target_logprobs"),
     ("top_k_ids", "top_k_logprobs"),

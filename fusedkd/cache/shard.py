@@ -17,8 +17,6 @@ from fusedkd.cache.files import check_plain
 from fusedkd.cache.keys import KEY_BYTES, sha256
 from fusedkd.cache.manifest import FileSum, Manifest
 
-__all__ = ["Index", "index_bytes", "open_index", "open_shard", "shard_bytes"]
-
 REMEDY = "Run the `fusedkd cache` command that made it again: it makes what is damaged anew."
 _SEQUENCE = pa.field("sequence", pa.binary(KEY_BYTES), nullable=False)
 _TOKENS = pa.field("tokens", pa.int32(), nullable=False)

@@ -13,8 +13,6 @@ from fusedkd.cache.errors import CacheError
 from fusedkd.cache.layout import Answers, Layout
 from fusedkd.distributions import LMHead
 
-__all__ = ["summarize"]
-
 PRODUCT_BYTES = 256 << 20  # of fp32 logits made at a time: a product of few rows reads all weights
 CACHE_BYTES = 4 << 20  # of them looked at at a time on a CPU
 _NEVER = -1e30  # a logit that stands for probability 0 and can be multiplied by 0

@@ -17,8 +17,6 @@ from fusedkd.cache.keys import KEY_BYTES, sha256
 from fusedkd.cache.manifest import INDEX, NAME, FileSum, Manifest, shard_name
 from fusedkd.cache.shard import Index, index_bytes, open_index, open_shard, shard_bytes
 
-__all__ = ["Plan", "Writer", "only_writer", "per_shard"]
-
 SHARD_BYTES = 64 << 20  # what is lost at most; a checksum over it takes about 50 ms
 
 

@@ -11,8 +11,6 @@ from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.parser import Parser, add_fields, number, of_fields
 
-__all__ = ["main"]
-
 ABOUT = """\
 Run a teacher over the data once, and keep its answers on the disk.
 

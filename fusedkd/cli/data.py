@@ -9,8 +9,6 @@ from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.parser import Parser, add_fields, number, of_fields
 
-__all__ = ["main"]
-
 ABOUT = """\
 Show what a run would train on: counts, and rows as the models will see them. Takes the same flags
 for the data as fusedkd distill and cache; needs a tokenizer, and no model.

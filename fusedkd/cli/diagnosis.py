@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from fusedkd.errors import UserError
 from fusedkd.files import read_json
 
-__all__ = ["diagnose", "report_on"]
-
 
 class Run(NamedTuple):
     """What is known about a run."""

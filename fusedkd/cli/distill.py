@@ -35,8 +35,6 @@ from fusedkd.train.tasks import Task, saved_task, task_named
 from fusedkd.train.term_set import own_parameters
 from fusedkd.train.trainer import DistillationTrainer
 
-__all__ = ["distill"]
-
 
 def distill(
     models: ModelArguments,
@@ -139,7 +137,8 @@ def _prepare(
     if flags.data_streaming and args.max_steps < 1:
         raise UserError("--data_streaming: a stream's length is not known: expected --max_steps.")
     check_flags(args)
-    check_output(Path(args.output_dir or "."))
+    named = {"teacher": models.teacher, "student": models.student}
+    check_output(Path(args.output_dir or "."), **named)
     checkpoint = _checkpoint(args)
     task = _task(teacher, student) if args.task is None else task_named(args.task)
     sides = {"student": student} | ({} if teacher is None else {"teacher": teacher})

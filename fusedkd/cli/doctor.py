@@ -10,8 +10,6 @@ import torch
 
 from fusedkd import backends, divergences, kd_loss
 
-__all__ = ["report"]
-
 PACKAGES = ("fusedkd", "torch", "triton", "transformers", "accelerate", "datasets")
 TOLERANCE = 1e-4  # of the gradient's largest entry; a wrong kernel is off by far more
 

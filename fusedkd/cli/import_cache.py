@@ -16,8 +16,6 @@ from fusedkd.data.text import load_files
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.loading import load_tokenizer
 
-__all__ = ["import_cache"]
-
 
 def import_cache(args: Namespace) -> None:
     """Write the cache; ``args`` are the flags.

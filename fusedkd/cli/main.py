@@ -13,8 +13,6 @@ from pathlib import Path
 from fusedkd.errors import UserError, as_user_error, of_the_machine
 from fusedkd.parser import OneSentence, Parser, number
 
-__all__ = ["main"]
-
 ABOUT = """\
 Distil language models with fused, memory-saving losses.
 

@@ -30,8 +30,6 @@ from fusedkd.models.saved import SavedModel
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.tasks import saved_task
 
-__all__ = ["CacheArguments", "make_cache"]
-
 
 @dataclass(frozen=True)
 class CacheArguments:

@@ -15,8 +15,6 @@ from fusedkd.models.loading import architectures, load_tokenizer, read_config, r
 from fusedkd.models.saved import SavedModel
 from fusedkd.students.copy import StudentPlan, build_student
 
-__all__ = ["make_student"]
-
 
 def make_student(
     teacher: str | None, plan: StudentPlan, output: Path, tokenizer: str | None, seed: int

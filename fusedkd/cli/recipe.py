@@ -19,8 +19,6 @@ import yaml
 from fusedkd.errors import UserError
 from fusedkd.parser import near
 
-__all__ = ["flags_of", "read_recipe"]
-
 MOST_BYTES = 1 << 16
 MOST_DEPTH = 8
 # YAML's words that are not the command line's, by kind.

@@ -16,8 +16,6 @@ from fusedkd.cli.recipe import flags_of, read_recipe
 from fusedkd.errors import UserError
 from fusedkd.files import replace_file
 
-__all__ = ["RunFile"]
-
 NAME = "run.yaml"
 HEAD = "# Every flag of this run. Again: fusedkd distill --config run.yaml --output_dir again\n"
 # Of transformers' flags, those that a loss depends on; others are there if they were given.

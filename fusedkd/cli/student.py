@@ -8,8 +8,6 @@ from pathlib import Path
 from fusedkd.errors import as_user_error
 from fusedkd.parser import Parser, number
 
-__all__ = ["main"]
-
 ABOUT = """\
 Make a student out of its teacher: some of its layers, with its embeddings and head.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-__all__ = ["PACKING", "STOPPING", "TRAIN_ON", "DataArguments"]
-
 PACKING = ("none", "blocks", "flatten")
 TRAIN_ON = ("assistant", "last", "all")
 STOPPING = ("first_exhausted", "all_exhausted")

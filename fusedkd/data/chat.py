@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Chat", "common_prefix", "with_template"]
-
 IGNORED = -100
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}  # ShareGPT's

@@ -10,8 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-__all__ = ["KINDS", "Columns", "kind_of"]
-
 # Kinds of rows by the columns that they have, in the order in which they are looked for.
 KINDS: dict[str, tuple[str, ...]] = {
     "input_ids": ("input_ids",),

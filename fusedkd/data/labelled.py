@@ -13,8 +13,6 @@ from fusedkd.data.arguments import DataArguments
 from fusedkd.data.text import read, split
 from fusedkd.errors import UserError, as_user_error
 
-__all__ = ["load_examples", "load_pairs", "load_words"]
-
 Columns = dict[str, list[Any]]
 # the name here, and those that it may have in the data, likeliest first
 _EXAMPLES = {"text": ("text",), "label": ("label", "labels"), "text_pair": ("text_pair",)}

@@ -20,8 +20,6 @@ from fusedkd.data.sources import Part, names_and_weights, read_parts
 from fusedkd.data.text import SPLIT_SEED, default_packing, packed, split
 from fusedkd.errors import UserError, as_user_error
 
-__all__ = ["Prepared", "Summary", "load_rows", "say"]
-
 BUFFER = 1000  # rows of a stream that are shuffled among each other
 LOOKED_AT = 100  # rows of a stream that are counted
 PROMPTS = "prompts alone"

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-__all__ = ["FrequencyMasking", "count_tokens"]
-
 
 def count_tokens(rows: Iterable[Any], size: int) -> np.ndarray:
     """(size,) how often each id occurs in the ``input_ids`` of ``rows``."""

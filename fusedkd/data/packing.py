@@ -15,8 +15,6 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 from fusedkd.data.chat import IGNORED
 from fusedkd.data.rows import mapped
 
-__all__ = ["best_fit", "collator", "cut_blocks", "flatten", "one_row"]
-
 
 def cut_blocks(rows: Any, size: int) -> Any:
     """Join the rows and cut them every ``size`` tokens.

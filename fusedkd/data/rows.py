@@ -11,8 +11,6 @@ from datasets import Dataset
 from fusedkd.data.chat import IGNORED, Chat, as_messages, common_prefix
 from fusedkd.data.columns import kind_of
 
-__all__ = ["Encoder", "column_names", "encode", "mapped"]
-
 # What is known of a row beside its ids and labels: its tokens before it was truncated, and how
 # many of those left have a label, and one that counts (the first token is nobody's next one).
 LENGTH, LABELLED, COUNTED = "length", "labelled", "counted"

@@ -21,8 +21,6 @@ from datasets import (
 
 from fusedkd.data.stdlib import stdlib_texts
 
-__all__ = ["STDLIB", "Part", "Rows", "load_files", "names_and_weights", "read", "read_parts"]
-
 Rows = Dataset | IterableDataset
 Choose = Callable[[str, Any], Any]
 

@@ -6,8 +6,6 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
-__all__ = ["stdlib_texts"]
-
 # Tests and installed packages differ between installations; the last two are generated tables.
 LEFT_OUT = {
     "site-packages",

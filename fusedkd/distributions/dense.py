@@ -7,8 +7,6 @@ from torch import Tensor
 from fusedkd.checks import check_logits
 from fusedkd.distributions.side import Side
 
-__all__ = ["dense_side"]
-
 
 def dense_side(name: str, logits: Tensor, fewest: int) -> Side:
     """Logits as the side called ``name``, checked, of no fewer columns than ``fewest``."""

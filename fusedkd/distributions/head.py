@@ -11,8 +11,6 @@ from fusedkd.checks import check_device, check_logits, is_finite
 from fusedkd.distributions.side import Side
 from fusedkd.spec import Transform
 
-__all__ = ["LMHead", "head_side"]
-
 
 @dataclass(frozen=True, eq=False)
 class LMHead:

@@ -10,8 +10,6 @@ from torch import Tensor
 from fusedkd.checks import check_device, check_whole
 from fusedkd.spec import IDENTITY, Transform
 
-__all__ = ["NOTHING", "Side", "autocast_dtype", "check_pair", "true_vocabulary"]
-
 
 class Side(NamedTuple):
     """The tensors of ``student`` or ``teacher``. A teacher may have none."""

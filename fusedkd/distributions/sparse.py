@@ -15,8 +15,6 @@ from fusedkd.distributions.side import Side
 from fusedkd.divergences import Divergence
 from fusedkd.spec import LossSpec
 
-__all__ = ["PADDING", "TAILS", "SparseRows", "SparseTeacher", "canonical", "sparse_side"]
-
 TAILS = ("bucket", "renormalize", "drop")
 PADDING = 2**31 - 1  # sorts behind every id
 INF = float("inf")

@@ -11,8 +11,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from fusedkd.errors import UserError, as_user_error
 
-__all__ = ["adapter_config", "add_lora", "load_adapter", "quantisation"]
-
 
 def adapter_config(role: str, name: str, revision: str | None = None) -> Any:
     """The peft config in a folder or on the hub; None where there is no adapter.

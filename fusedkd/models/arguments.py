@@ -8,8 +8,6 @@ from typing import Any
 from fusedkd.models.loading import DTYPES, required
 from fusedkd.models.saved import SavedModel
 
-__all__ = ["ModelArguments"]
-
 
 @dataclass
 class ModelArguments:

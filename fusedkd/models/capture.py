@@ -23,8 +23,6 @@ from transformers.masking_utils import sdpa_mask
 from fusedkd.features import AttentionStates
 from fusedkd.models.layers import depth
 
-__all__ = ["Captured", "capture", "expose_attention"]
-
 _NAME = "fusedkd_sdpa"
 _UNSEEN = ("position_bias", "s_aux")  # change scores in ways that are not written down here
 

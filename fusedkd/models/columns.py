@@ -11,8 +11,6 @@ import torch
 
 from fusedkd.models.kinds import bare
 
-__all__ = ["base_model", "columns", "known_ids", "own_columns"]
-
 
 def base_model(model: Any) -> Any:
     """The model out of what wraps it for several processes, and out of its adapters."""

@@ -15,19 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from fusedkd import LMHead
 from fusedkd.models.proof import NoPlainHead, NotTried, PlainHead, is_partitioned, plain_head
 
-__all__ = [
-    "HeadOf",
-    "bare",
-    "frozen",
-    "is_compiled",
-    "own_positions",
-    "plain_head_or_none",
-    "refuse_shared",
-    "router_loss",
-    "true_vocabulary",
-    "vocabulary_size",
-]
-
 logger = logging.getLogger(__name__)
 
 

@@ -7,8 +7,6 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["depth", "layer_list", "layer_pairs", "pick_layers"]
-
 
 def depth(config: Any) -> int:
     """How many layers a model with this config applies; a shared one counts at each application."""

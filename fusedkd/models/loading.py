@@ -12,16 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from fusedkd.errors import UserError, as_user_error
-
-__all__ = [
-    "DTYPES",
-    "architectures",
-    "load_tokenizer",
-    "read_config",
-    "read_model",
-    "required",
-    "without_pickles",
-]
+from fusedkd.models.tokenizers import check_same
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 PICKLED = """\
@@ -135,12 +126,6 @@ def load_tokenizer(given: str | None, **models: Any) -> Any:
         roles = " nor ".join(models)
         raise UserError(f"no tokenizer with the {roles}: pass --tokenizer.")
     if len(found) == 2:
-        theirs, ours = found["teacher"].get_vocab(), found["student"].get_vocab()
-        for token, number in ours.items():
-            if theirs.get(token) != number:
-                raise UserError(
-                    f"the tokenizers differ: {token!r} is {number} for the student and "
-                    f"{theirs.get(token)} for the teacher. Distillation by token needs one "
-                    "vocabulary; if you know better, say which with --tokenizer."
-                )
+        names = {role: model.name for role, model in models.items()}
+        check_same(found["student"], found["teacher"], names)
     return next(iter(found.values()))

@@ -11,8 +11,6 @@ from torch import Tensor
 from fusedkd.models.heads import is_partitioned
 from fusedkd.models.kinds import bare
 
-__all__ = ["check_keeps_apart", "check_length", "most_positions"]
-
 # Their position ids begin after the padding token's.
 _AFTER_PADDING = {
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "esm", "ibert"),

@@ -23,14 +23,6 @@ from transformers import PreTrainedModel
 
 from fusedkd import LMHead
 
-__all__ = [
-    "NoPlainHead",
-    "NotTried",
-    "PlainHead",
-    "is_partitioned",
-    "plain_head",
-]
-
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies: the proof decides
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")

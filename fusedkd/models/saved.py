@@ -15,8 +15,6 @@ from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.adapters import adapter_config, load_adapter, quantisation
 from fusedkd.models.loading import DTYPES, read_config, read_model, without_pickles
 
-__all__ = ["SavedModel"]
-
 
 @dataclass(frozen=True)
 class SavedModel:

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from fusedkd.models.layers import pick_layers
 
-__all__ = ["albert_of"]
-
 _LAYER = {
     "attention.self.query": "attention.query",
     "attention.self.key": "attention.key",

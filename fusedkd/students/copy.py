@@ -15,8 +15,6 @@ from fusedkd.models.layers import depth, layer_list, pick_layers
 from fusedkd.students.albert import albert_of
 from fusedkd.students.distilbert import distilbert_of
 
-__all__ = ["ARCHITECTURES", "StudentPlan", "build_student"]
-
 ARCHITECTURES = ("same", "distilbert", "albert")
 _INNER = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
 

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["distilbert_of"]
-
 _LAYER = {
     "attention.self.query": "attention.q_lin",
     "attention.self.key": "attention.k_lin",

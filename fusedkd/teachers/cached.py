@@ -16,8 +16,6 @@ from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
 from fusedkd.models.kinds import vocabulary_size
 
-__all__ = ["CachedTeacher"]
-
 _INDICES, _LOG_PROBS = "teacher_indices", "teacher_log_probs"
 
 

@@ -15,8 +15,6 @@ from fusedkd import LMHead
 from fusedkd.models.heads import PlainHead, tap
 from fusedkd.models.kinds import HeadOf
 
-__all__ = ["LiveTeacher"]
-
 
 class LiveTeacher:
     """A model as a function from a batch to its distributions, as a head where it has a plain one.

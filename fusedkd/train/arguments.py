@@ -13,8 +13,6 @@ from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
 from fusedkd.train.terms import parse_term
 
-__all__ = ["DistillationArguments"]
-
 KD_TOKENS = ("labels", "all")
 METRICS = ("every", "logging_steps", "none")
 # those of fusedkd.train.tasks, which reads data: too much for a help text

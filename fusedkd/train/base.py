@@ -16,8 +16,6 @@ from fusedkd.train.meter import Measured
 from fusedkd.train.tasks import Task, task_between
 from fusedkd.train.tasks.language import Causal
 
-__all__ = ["FromHeads", "HeadLoss"]
-
 
 class HeadLoss:
     """The loss of a student's head, or of its logits where it has no plain one, computed within its

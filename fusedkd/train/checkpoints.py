@@ -14,8 +14,6 @@ from typing import Any
 from fusedkd.errors import UserError
 from fusedkd.files import read_json
 
-__all__ = ["checkpoint_of", "newest", "staged"]
-
 LAST = ("last", "true")  # --resume_from_checkpoint
 WEIGHTS = r"(model|adapter_model)\.safetensors(\.index\.json)?|pytorch_model_fsdp.*|global_step\d+"
 OPTIMIZER = r"optimizer.*|global_step\d+"

@@ -13,8 +13,6 @@ from fusedkd import kd_loss, kd_loss_and_metrics
 from fusedkd.divergences import Divergence, forward_kl
 from fusedkd.train.meter import Mean, Measured, measured
 
-__all__ = ["Compare", "bernoulli", "distributions", "squared_error"]
-
 # (whether metrics are wanted, student, teacher, labels or None, **keywords of kd_loss)
 Compare = Callable[..., tuple[Tensor, Measured]]
 

@@ -22,8 +22,6 @@ from fusedkd import LMHead
 from fusedkd.errors import NotFinite
 from fusedkd.train.checkpoints import newest
 
-__all__ = ["Finite", "check_weights", "finite_rows"]
-
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # rows

@@ -16,8 +16,6 @@ from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.positions import check_keeps_apart, check_length
 
-__all__ = ["check_fits", "check_prompts"]
-
 
 def check_fits(rows: Any, models: dict[str, Any], flags: DataArguments, labels: bool = True) -> Any:
     """The rows, after looking whether the models by role have a position for every token and an

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from fusedkd import KDMetrics
 
-__all__ = ["Mean", "Measured", "Meter", "measured"]
-
 
 class Mean(NamedTuple):
     """0-d tensors without a graph: a mean, and over how many tokens it is one."""

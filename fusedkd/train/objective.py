@@ -13,8 +13,6 @@ from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.compare import Compare
 from fusedkd.train.meter import Measured
 
-__all__ = ["Objective", "Targets"]
-
 Side = Tensor | LMHead | SparseTeacher
 Count = Tensor | int | None
 _NEED_LABELS = ("ce", "student_accuracy", "teacher_accuracy")

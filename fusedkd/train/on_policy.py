@@ -14,8 +14,6 @@ from transformers import GenerationConfig
 
 from fusedkd.models.columns import columns
 
-__all__ = ["OnPolicy", "greedy", "write"]
-
 
 @dataclass(frozen=True)
 class OnPolicy:

@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Schedule", "parse_schedules"]
-
 # From 0 at the start to 1 at the end, by how much of the training is done.
 _SHAPES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda done, at: 0.0,

@@ -9,8 +9,6 @@ from fusedkd.models.adapters import add_lora
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.train.tasks import Task, saved_task
 
-__all__ = ["make_student"]
-
 
 def make_student(flags: ModelArguments, task: Task, args: Any, config: dict[str, Any]) -> Any:
     """The model that is trained.

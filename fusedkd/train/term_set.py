@@ -17,8 +17,6 @@ from fusedkd.models.capture import Captured, capture, expose_attention
 from fusedkd.train.meter import Mean, Measured
 from fusedkd.train.terms import Term, parse_term
 
-__all__ = ["Extra", "TermSet", "as_labels", "own_parameters", "real_tokens"]
-
 _ATTRIBUTE = "fusedkd_projections"
 _FILE = "projections.safetensors"
 

@@ -24,8 +24,6 @@ from fusedkd.models.capture import Captured
 from fusedkd.models.layers import depth, layer_pairs
 from fusedkd.values import bind_call, split_call
 
-__all__ = ["TERMS", "Term", "parse_term"]
-
 PROJECTIONS = ("auto", "none", "shared", "per_layer")
 
 

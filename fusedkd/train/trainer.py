@@ -28,8 +28,6 @@ from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.report.clock import Clock
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 
-__all__ = ["DistillationTrainer"]
-
 logger = logging.getLogger(__name__)
 
 _HELD_OUT = ("ce", "mse")  # what a student is judged by, whatever it is trained on

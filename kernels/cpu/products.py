@@ -8,8 +8,6 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["head_dtypes", "mm_"]
-
 HALF = (torch.bfloat16, torch.float16)
 # Without a matrix product that widens, operands are widened this much at a time: what stays in a
 # cache between being written and being read. Against the fp32 product of operands that are wide

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import sys
+import time
 from pathlib import Path
 
 import children
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from fusedkd import divergences
+from fusedkd.benchmarks.child import ChildFailed, in_child
 from fusedkd.benchmarks.race import formulas, runner, suites
 from fusedkd.benchmarks.race.__main__ import main
 from fusedkd.benchmarks.race.case import Case, Problem, make_problem
@@ -189,6 +192,14 @@ def test_peak_memory_of_a_known_step():
     peak, reason = peak_extra(case, OURS)
     # the kernel counts resident pages per thread, and adds up what is left over late
     assert reason is None and one - (1 << 20) <= peak <= one + (16 << 20)
+
+
+def test_a_fresh_process_answers_or_says_why_not():
+    assert in_child(math.sqrt, 4, timeout=60) == 2
+    with pytest.raises(ChildFailed, match="ended with 1: ValueError"):
+        in_child(math.sqrt, -1, timeout=60)
+    with pytest.raises(ChildFailed, match=r"more than 0\.1 s"):
+        in_child(time.sleep, 60, timeout=0.1)
 
 
 @pytest.mark.parametrize(

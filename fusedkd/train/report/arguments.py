@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 
-__all__ = ["ReportArguments"]
-
 REPORTS = ("full", "short", "none")
 
 

@@ -13,8 +13,6 @@ from fusedkd.files import replace_file, write_json
 from fusedkd.train.report.curves import write_curves
 from fusedkd.train.report.peak import peak_bytes
 
-__all__ = ["Card", "gap_closed", "make_card", "verdict", "write_card"]
-
 Card = dict[str, Any]
 Losses = Mapping[str, float]
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Clock"]
-
 
 class Clock:
     """Adds up seconds by name. On a GPU they are read from events that lie in its queue."""

@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 
 from fusedkd.files import write_figure
 
-__all__ = ["write_curves"]
-
 _PANELS = (
     ("training", {"loss": "loss", "kd": "divergence", "ce": "cross-entropy"}),
     ("held out", {"eval_loss": "student's cross-entropy", "eval_kd": "divergence"}),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["lm_eval_scores"]
-
 
 def lm_eval_scores(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, str]:
     """The scores of a student in memory, by task."""

@@ -6,8 +6,6 @@ import sys
 
 import torch
 
-__all__ = ["peak_bytes"]
-
 
 def peak_bytes(device: torch.device) -> int:
     """Of the GPU; on a CPU of this process. 0 where the system does not tell."""

@@ -14,8 +14,6 @@ from transformers import TrainerCallback
 from fusedkd.files import read_json, write_json
 from fusedkd.train.on_policy import OnPolicy, greedy, write
 
-__all__ = ["Samples"]
-
 logger = logging.getLogger(__name__)
 
 _PROMPT = 32  # tokens of a text, where labels do not tell where a prompt ends

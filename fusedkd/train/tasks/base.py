@@ -17,8 +17,6 @@ from fusedkd.models.columns import known_ids, own_columns
 from fusedkd.models.kinds import own_positions
 from fusedkd.train.compare import Compare, distributions
 
-__all__ = ["Task", "TaskData", "check_pads", "config_of", "same_classes"]
-
 
 class TaskData(NamedTuple):
     """What a run of the command line trains and evaluates on, and what the student's config has to

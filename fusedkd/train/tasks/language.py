@@ -18,8 +18,6 @@ from fusedkd.models.columns import base_model
 from fusedkd.models.heads import next_labels
 from fusedkd.train.tasks.base import Task, TaskData, check_pads
 
-__all__ = ["Causal", "Masked", "Seq2Seq"]
-
 _WRITERS = (
     "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
