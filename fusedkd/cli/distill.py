@@ -141,7 +141,8 @@ def _prepare(
         # each process makes its own batches, as of other data: one row cannot be dealt out
         dealt.dispatch_batches = False
     check_flags(args)
-    check_output(Path(args.output_dir or "."))
+    named = {"teacher": models.teacher, "student": models.student}
+    check_output(Path(args.output_dir or "."), **named)
     checkpoint = _checkpoint(args)
     task = _task(teacher, student) if args.task is None else task_named(args.task)
     sides = {"student": student} | ({} if teacher is None else {"teacher": teacher})

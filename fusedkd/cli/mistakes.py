@@ -41,12 +41,21 @@ def check_flags(args: TrainingArguments) -> None:
             raise UserError(f"--optim_args {args.optim_args}: expected name=value,name=value.")
 
 
-def check_output(folder: Path) -> None:
+def check_output(folder: Path, **models: str | None) -> None:
     """Whether the student could be written there, before it is trained.
 
+    Args:
+        models: folders (or hub names) by role, which are read.
+
     Raises:
-        UserError: it could not, or over what a link points to.
+        UserError: it could not, or over one of the models, or over what a link points to.
     """
+    for role, name in models.items():
+        if name and folder.is_dir() and Path(name).is_dir() and folder.samefile(name):
+            raise UserError(
+                f"--output_dir {folder} is --{role}, which would be overwritten: choose another "
+                "folder."
+            )
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(

@@ -149,6 +149,10 @@ FLAGS: dict[str, dict[str, list[str]]] = {
         "--eval_data": ["./nowhere"],
         "--config": ["./nowhere.yaml"],
         "--bf16": ["maybe"],
+        "--report": ["foo", ""],
+        "--report_samples": ["-1", "x"],
+        "--report_new_tokens": ["0", "x"],
+        "--eval_tasks": ["hellaswag"],
         "--foo": ["1"],
     },
     "cache": {
@@ -227,6 +231,9 @@ def test_values_that_a_flag_does_not_take(
         (["cache", "info", __file__], __file__),
         (["student"], "--from"),
         (["doctor", "foo"], "foo"),
+        (["doctor", "--run"], "--run"),
+        (["doctor", "--run", "./nowhere"], "expected the --output_dir of a run"),
+        (["doctor", "--run", __file__], "expected the --output_dir of a run"),
         (["doctor", "--foo"], "--foo"),
         (["demo", "--seed", "-1"], "--seed -1"),
         (["demo", "--minutes", "nan"], "--minutes nan"),
@@ -264,6 +271,15 @@ def test_output_that_cannot_be(refused: Callable[..., str], disk: Path, tmp_path
         said = refused(command, "--output", tmp_path / "links")
         assert "config.json" in said or "not empty" in said
     assert (tmp_path / "file").stat().st_size == 0
+
+
+def test_output_over_what_is_read(refused: Callable[..., str], disk: Path, tmp_path: Path) -> None:
+    for flag in ("--teacher", "--student"):
+        folder = Path(shutil.copytree(disk / "teacher", tmp_path / flag.strip("-")))
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        said = refused("distill", flag, folder, "--output_dir", folder)
+        assert flag in said and "would be overwritten" in said
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # ---- what somebody else has saved --------------------------------------------------------------
