@@ -27,6 +27,8 @@ BART |= {"decoder_start_token_id": 2}
 T5 = {"vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 4}
 VIT |= {"intermediate_size": 24, "image_size": 8, "patch_size": 4}
+AST = {k: v for k, v in VIT.items() if k != "image_size"}
+AST |= {"frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
 
 
 def spread(model: Any) -> Any:
@@ -115,6 +117,9 @@ CASES: dict[str, Case] = {
                labelled(texts, lambda: ignored(integers(5, B, L))), softmaxes),
     "choices": (bert("MultipleChoice"),
                 lambda: {"input_ids": integers(V, B, 4, L), "labels": integers(4, B)}, softmaxes),
+    "recordings": (lambda: tf.ASTForAudioClassification(tf.ASTConfig(**AST)),
+                   lambda: {"input_values": torch.randn(B, 16, 8), "labels": integers(4, B)},
+                   softmaxes),
     "images": (lambda: tf.ViTForImageClassification(tf.ViTConfig(**VIT)),
                lambda: {"pixel_values": torch.randn(B, 3, 8, 8), "labels": integers(4, B)},
                softmaxes),

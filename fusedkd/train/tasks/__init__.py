@@ -14,6 +14,7 @@ from fusedkd.models.loading import architectures
 from fusedkd.models.saved import SavedModel
 from fusedkd.train.tasks.base import Task, TaskData, config_of
 from fusedkd.train.tasks.classes import (
+    AudioClassification,
     ImageClassification,
     MultipleChoice,
     QuestionAnswering,
@@ -34,6 +35,7 @@ TASKS: tuple[Task, ...] = (
     MultipleChoice(),
     QuestionAnswering(),
     ImageClassification(),
+    AudioClassification(),
 )
 
 

@@ -45,7 +45,7 @@ class SequenceClassification(Task):
         """By ``problem_type``; without one by the labels' dtype, as transformers does."""
         problem = _problem(student) or _problem(teacher)
         if problem is None:
-            several = labels.is_floating_point()
+            several = labels.is_floating_point() or labels.dim() > 1
             problem = f"{'multi' if several else 'single'}_label_classification"
         return _PROBLEMS[problem]
 
@@ -106,6 +106,16 @@ class ImageClassification(SequenceClassification):
     adapter = None
     lists = ("IMAGE_CLASSIFICATION",)
     collator = "DefaultDataCollator, from rows with pixel_values and labels"
+
+
+class AudioClassification(ImageClassification):
+    """One answer for a recording."""
+
+    name = "audio_classification"
+    title = "audio classification"
+    auto = "AutoModelForAudioClassification"
+    lists = ("AUDIO_CLASSIFICATION",)
+    collator = "DataCollatorWithPadding(feature_extractor), from rows with input_values and labels"
 
 
 class TokenClassification(Task):
