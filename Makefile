@@ -37,6 +37,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
@@ -66,7 +67,7 @@ test-avx512: setup
 SANITIZE_CPU := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib FUSEDKD_TEST_BACKEND=cpu \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)"
-SANITIZED := tests/kernels/test_cpu_kernel.py \
+SANITIZED := tests/kernels/test_cpu_kernel.py tests/kernels/test_pieces.py \
 	$(addprefix tests/loss/test_,$(addsuffix .py,kd_loss sparse contract precision))
 # Any report ends the process. Python itself leaks, so leaks are not looked for.
 test-sanitize: setup

@@ -9,7 +9,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 
-# No -march: each rows_<isa>.cpp switches its instruction set on for its own code only, and the
+# No -march: each isa_<isa>.cpp switches its instruction set on for its own code only, and the
 # right one is picked at run time. Contraction is off because gaps between equal logits must be
 # exactly 0; products that should fuse say so.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]

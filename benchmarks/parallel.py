@@ -51,7 +51,8 @@ def _times(case: str, rank: int, rows: int, rounds: int) -> dict[str, float]:
     )
     student = student[:, rank * half : (rank + 1) * half].clone().requires_grad_()
     there = teacher[:, rank * half : (rank + 1) * half].clone()
-    alone, group = (student, there), (student, there)
+    alone: Sides = (student, there)
+    group: Sides = alone
     if case == "bucket":
         alone, group = ((student, _top(t)) for t in (there, teacher))
     labels = torch.randint(half, (rows,), generator=draw)

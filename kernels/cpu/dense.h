@@ -1,4 +1,5 @@
-// One row: which sweeps it takes and what they must be told. A sweep is linear in V, this is not; sums here are fp64.
+// One row: which sweeps it takes and what they must be told. A sweep is linear in V, this is not;
+// sums here are fp64.
 #pragma once
 
 #include "tables.h"
@@ -11,9 +12,9 @@ FUSEDKD_INLINE const char* row_start(const Logits& side, int64_t tokens, int64_t
   return (const char*)side.data + offset * size_of(side.dtype);
 }
 
-// Tiles of one side. Where memory already holds what the sweeps read, that; else a converted, padded copy.
-template <class X>
-struct Side {
+// Tiles of one side. Where memory already holds what the sweeps read, that; else a converted,
+// padded copy.
+template <class X> struct Side {
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
   const Logits& logits;
@@ -22,14 +23,16 @@ struct Side {
   alignas(64) X buffer[kTile<X> + Fmt::step];
 
   Side(const Logits& side, int64_t tokens, int64_t n, int64_t following)
-      : logits(side), row(row_start(side, tokens, n)), next(row_start(side, tokens, following < 0 ? n : following)),
+      : logits(side), row(row_start(side, tokens, n)),
+        next(row_start(side, tokens, following < 0 ? n : following)),
         as_is(!transforms(side) && size_of(side.dtype) == sizeof(X)) {}
 
   const X* get(int64_t begin, int64_t n, F padding, F* slope) {
     const char* from = row + begin * size_of(logits.dtype);
     if (as_is && n % Fmt::step == 0) return (const X*)from;
     fill_buffer(from, n, slope, buffer);
-    for (int64_t i = n; i % Fmt::step != 0; ++i) write(sizeof(X) == 2 ? DType::bf16 : native(), &padding, buffer + i, 1);
+    for (int64_t i = n; i % Fmt::step != 0; ++i)
+      write(sizeof(X) == 2 ? DType::bf16 : native(), &padding, buffer + i, 1);
     return buffer;
   }
 
@@ -42,16 +45,14 @@ struct Side {
   }
 };
 
-// The order of work, for rows of both forms of teacher: all at once, or one verb of it on a piece of a row.
-template <class Row>
-void compute(Row& row, const RowsCall& call) {
+// The order of work, for rows of both forms of teacher: all at once, or one verb of it on a piece
+// of a row.
+template <class Row> void compute(Row& row, const RowsCall& call) {
   const double weight = row.row_scale();
   if (weight == 0) return row.drop();
   row.plan();
-  if (call.verb == Verb::rows || call.verb == Verb::observe)
-    row.statistics();
-  else
-    row.restore();
+  if (call.verb == Verb::rows || call.verb == Verb::observe) row.statistics();
+  else row.restore();
   if (call.verb == Verb::observe) return row.measure(), row.put_statistics();
   const double kd = row.compares() ? row.divergence() : 0;
   if (call.verb == Verb::compare) return row.put_comparison(kd);
@@ -63,15 +64,16 @@ void compute(Row& row, const RowsCall& call) {
   if (call.grad.data) row.gradient(weight);
 }
 
-template <class X>
-class OneRow {
+template <class X> class OneRow {
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
 
  public:
   OneRow(const RowsCall& call, const Workspace& work, int64_t n, bool apart)
-      : call_(call), work_(work), n_(n), apart_(apart), listed_(kListed[call.divergence]), student_(call.student, call.tokens, n, work.next),
-        teacher_(call.teacher, call.tokens, n, work.next), grad_((char*)row_start(call.grad, call.tokens, n)) {}
+      : call_(call), work_(work), n_(n), apart_(apart), listed_(kListed[call.divergence]),
+        student_(call.student, call.tokens, n, work.next),
+        teacher_(call.teacher, call.tokens, n, work.next),
+        grad_((char*)row_start(call.grad, call.tokens, n)) {}
 
   // The call's own numbers are of its accumulation type, whatever the row's is.
   double row_scale() const {
@@ -82,7 +84,8 @@ class OneRow {
     write(dtype, &x, (char*)to + i * size_of(dtype), 1);
   }
   void put_metrics(const Metrics& metrics) const {
-    for (int i = 0; i < kMetrics; ++i) put_number(call_.metrics, n_ * kMetrics + i, ((const double*)&metrics)[i]);
+    for (int i = 0; i < kMetrics; ++i)
+      put_number(call_.metrics, n_ * kMetrics + i, ((const double*)&metrics)[i]);
   }
   void drop() {
     if (call_.verb == Verb::observe) return void(call_.statistics[n_] = {});
@@ -97,11 +100,13 @@ class OneRow {
     if (call_.ce_weight != 0) loss += call_.ce_weight * ce;
     put_number(call_.loss, n_, weight * loss);
   }
-  // Temperatures as the exponentials see them, rounded to F: the row is computed consistently at those.
+  // Temperatures as the exponentials see them, rounded to F: the row is computed consistently at
+  // those.
   void plan() {
     weights_ = listed_.kl ? listed_.kl(call_.parameters) : KlWeights{0, 0};
     kind_ = kEntrywise;
-    if (listed_.kl) kind_ = (Kind)((weights_.forward > 0 ? kForward : 0) | (weights_.reverse > 0 ? kReverse : 0));
+    if (listed_.kl)
+      kind_ = (Kind)((weights_.forward > 0 ? kForward : 0) | (weights_.reverse > 0 ? kReverse : 0));
     if (call_.kd_scale == 0 && !call_.measures) kind_ = kNone;
     row_.unit.scale = (F)kLog2E;
     row_.student.scale = kind_ == kNone ? row_.unit.scale : (F)(kLog2E / call_.temperature);
@@ -109,18 +114,25 @@ class OneRow {
     row_.ratio = row_.teacher.scale / row_.student.scale;
     const bool wanted = call_.labels && (call_.ce_weight != 0 || call_.measures);
     unit_ = wanted && row_.unit.scale != row_.student.scale;
-    // Streaming stores want whole cache lines: a short first tile takes up what lies before the first of them. It goes
-    // by the student's address, so that the same input is added up in the same order whatever becomes of the gradient.
+    // Streaming stores want whole cache lines: a short first tile takes up what lies before the
+    // first of them. It goes by the student's address, so that the same input is added up in the
+    // same order whatever becomes of the gradient.
     const int64_t size = size_of(call_.student.dtype), past = (intptr_t)student_.row % 64;
-    head_ = student_.as_is && call_.columns >= kStreamed && past % size == 0 ? (64 - past) % 64 / size : 0;
-    stream_ = call_.grad.data && call_.stream && writes_directly() && ((intptr_t)grad_ + head_ * size) % 64 == 0;
-    // What is left after whole vectors is a tile of its own: it takes the slow sweeps because of its padding.
+    head_ = student_.as_is && call_.columns >= kStreamed && past % size == 0
+                ? (64 - past) % 64 / size
+                : 0;
+    stream_ = call_.grad.data && call_.stream && writes_directly() &&
+              ((intptr_t)grad_ + head_ * size) % 64 == 0;
+    // What is left after whole vectors is a tile of its own: it takes the slow sweeps because of
+    // its padding.
     body_ = (call_.columns - head_) / Fmt::step * Fmt::step;
     whole_ = (head_ > 0) + (body_ + kTile<X> - 1) / kTile<X>;
     tiles_ = whole_ + (head_ + body_ < call_.columns);
     if (call_.labels) label_ = call_.labels[n_] - call_.offset;
   }
-  bool writes_directly() const { return !transforms(call_.student) && size_of(call_.grad.dtype) == sizeof(X); }
+  bool writes_directly() const {
+    return !transforms(call_.student) && size_of(call_.grad.dtype) == sizeof(X);
+  }
 
   int64_t begin(int64_t k) const {
     if (k >= whole_) return head_ + body_;
@@ -157,7 +169,8 @@ class OneRow {
 
   bool compares() const { return kind_ != kNone; }
   bool owns_label() const { return 0 <= label_ && label_ < call_.columns; }
-  // A tile's extremes, for far(). In a whole row the first sweep has left them; in a piece those of all rows do for most.
+  // A tile's extremes, for far(). In a whole row the first sweep has left them; in a piece those of
+  // all rows do for most.
   void bounds(int64_t k, const Tile<X>& t, bool teacher, double reach) {
     if (call_.verb == Verb::rows) return;
     F hi, *lo = minima(k);
@@ -173,7 +186,8 @@ class OneRow {
     return lo;
   }
 
-  // First sweep: each tile's extremes, then its exponentials relative to the largest logit so far, while it is in L1.
+  // First sweep: each tile's extremes, then its exponentials relative to the largest logit so far,
+  // while it is in L1.
   void statistics() {
     const bool teacher = kind_ != kNone;
     for (int64_t k = 0; k < tiles_; ++k) {
@@ -188,7 +202,8 @@ class OneRow {
         extremes(t.teacher, t.n, minima(k) + 1, &hi);
         if (call_.measures) best(t.teacher, begin(k), end(k), hi, row_.teacher, &top_teacher_);
         const double by_teacher = row_.teacher.advance(hi);
-        sums_.teacher *= by_teacher, sums_.forward *= by_teacher, sums_.teacher_absent *= by_teacher;
+        sums_.teacher *= by_teacher, sums_.forward *= by_teacher,
+            sums_.teacher_absent *= by_teacher;
       }
       Runs<X>::statistics[kind_][unit_][far(k, teacher)](t, row_, sums_);
     }
@@ -200,7 +215,8 @@ class OneRow {
     log_student_ = row_.student.log_sum(sums_.student);
     log_unit_ = unit_ ? row_.unit.log_sum(sums_.unit) : log_student_;
     log_teacher_ = teacher ? row_.teacher.log_sum(sums_.teacher) : 0;
-    // gap = (t ratio - s) / T + this; the last term makes up for the rounding of the ratio, at the largest logit
+    // gap = (t ratio - s) / T + this; the last term makes up for the rounding of the ratio, at the
+    // largest logit
     const double excess = (row_.teacher.scale - (double)row_.ratio * row_.student.scale) * kLn2;
     gap_ = log_student_ - log_teacher_ + (excess != 0 ? excess * row_.teacher.max : 0);
   }
@@ -213,11 +229,12 @@ class OneRow {
   }
   void measure_label() {
     double slope, unused = 0;
-    if (call_.labels && owns_label()) student_label_ = logit(call_.student, student_.row, label_, &slope);
+    if (call_.labels && owns_label())
+      student_label_ = logit(call_.student, student_.row, label_, &slope);
     if (call_.labels && call_.label_smoothing != 0) {
       for (int64_t k = 0; k < tiles_; ++k)
-        moments(padded_tile(student_, k, row_.student), padded(end(k) - begin(k)), row_.student, 1.0 / call_.vocabulary,
-                &unused, &mean_);
+        moments(padded_tile(student_, k, row_.student), padded(end(k) - begin(k)), row_.student,
+                1.0 / call_.vocabulary, &unused, &mean_);
       mean_ += row_.student.max * (call_.columns / (double)call_.vocabulary);
     }
   }
@@ -231,7 +248,8 @@ class OneRow {
     return sum == 0 ? 0 : r.max + moment / sum;
   }
 
-  // The row's statistics go to whoever merges its pieces; exponents and sums are as Reference has them.
+  // The row's statistics go to whoever merges its pieces; exponents and sums are as Reference has
+  // them.
   void put_statistics() {
     const Reference<F>&s = row_.student, &t = row_.teacher, &u = row_.unit;
     fusedkd::Statistics& put = call_.statistics[n_];
@@ -249,7 +267,8 @@ class OneRow {
   void put_measured(fusedkd::Statistics& put) const {
     put.student_expected = expected_student_, put.teacher_expected = expected_teacher_;
     put.student_min = lowest(0);
-    put.mean = mean_, put.label = student_label_, put.student_top = top_student_, put.teacher_top = top_teacher_;
+    put.mean = mean_, put.label = student_label_, put.student_top = top_student_,
+    put.teacher_top = top_teacher_;
   }
   static double most(const Reference<F>& r) { return r.seen ? r.max : -kInfinity; }
   static double exponent(const Reference<F>& r) { return r.seen ? r.whole : -kInfinity; }
@@ -258,7 +277,8 @@ class OneRow {
     const fusedkd::Statistics& merged = call_.statistics[n_];
     row_.student.advance((F)merged.student_max), row_.unit.advance((F)merged.student_max);
     row_.teacher.advance((F)merged.teacher_max);
-    sums_.student = merged.student_sum, sums_.unit = merged.unit_sum, sums_.teacher = merged.teacher_sum;
+    sums_.student = merged.student_sum, sums_.unit = merged.unit_sum,
+    sums_.teacher = merged.teacher_sum;
     sums_.forward = merged.forward, sums_.reverse = merged.reverse;
     sums_.teacher_absent = merged.teacher_absent, sums_.student_absent = merged.student_absent;
     sums_.only_teacher = (F)merged.only_teacher, sums_.only_student = (F)merged.only_student;
@@ -284,13 +304,16 @@ class OneRow {
     compute(row, call_);
   }
 
-  // Whether p and q hardly meet: what an entry gives and the sum, nearly the same for all that q has, then leave a small
-  // difference, of which fp32 keeps little. A KL is never near its largest value: there q's peak tells, which p has not.
+  // Whether p and q hardly meet: what an entry gives and the sum, nearly the same for all that q
+  // has, then leave a small difference, of which fp32 keeps little. A KL is never near its largest
+  // value: there q's peak tells, which p has not.
   bool cancels(double kd) {  // whether a gradient is wanted or not: the loss is the same
-    if (sizeof(F) == sizeof(double) || call_.kd_scale == 0 || kind_ == kNone || kind_ == kForward) return false;
+    if (sizeof(F) == sizeof(double) || call_.kd_scale == 0 || kind_ == kNone || kind_ == kForward)
+      return false;
     if (kind_ == kEntrywise) return kd > (1 - kMeeting) * call_.disjoint;
     if (!peaks()) return false;
-    const double at_peak = call_.verb == Verb::finish ? call_.statistics[n_].teacher_at_top : teacher_at_peak();
+    const double at_peak =
+        call_.verb == Verb::finish ? call_.statistics[n_].teacher_at_top : teacher_at_peak();
     return at_peak * row_.teacher.inverse_temperature() - log_teacher_ < -kLn2;
   }
   bool peaks() const {
@@ -304,7 +327,8 @@ class OneRow {
     double unused;
     return logit(call_.teacher, teacher_.row, peak < call_.columns ? peak : 0, &unused);
   }
-  static void best(const X* x, int64_t from, int64_t to, F hi, const Reference<F>& so_far, int64_t* index) {
+  static void best(const X* x, int64_t from, int64_t to, F hi, const Reference<F>& so_far,
+                   int64_t* index) {
     if (so_far.seen && !(hi > so_far.max)) return;
     *index = from;
     for (int64_t i = 0; i < to - from; ++i) {
@@ -321,15 +345,18 @@ class OneRow {
     if (kind_ == kEntrywise) return call_.verb == Verb::finish ? compared() : middle();
     const double rate = row_.student.inverse_temperature(), unit = rate * kGapUnit;
     if (gap_ - gap_ != 0) return __builtin_nan("");  // a NaN or +inf among the logits
-    const double missing = sums_.teacher_absent / sums_.teacher, extra = sums_.student_absent / sums_.student;
+    const double missing = sums_.teacher_absent / sums_.teacher,
+                 extra = sums_.student_absent / sums_.student;
     const double forward = unit * (sums_.forward / sums_.teacher) + gap_ * (1 - missing);
     finite_reverse_ = -unit * (sums_.reverse / sums_.student) - gap_ * (1 - extra);
     // p counts as 0 where fp64 says so, also where fp32 has long run out of range
-    const bool forward_infinite = sums_.only_teacher * row_.teacher.inverse_temperature() - log_teacher_ > kLogSmallest;
+    const bool forward_infinite =
+        sums_.only_teacher * row_.teacher.inverse_temperature() - log_teacher_ > kLogSmallest;
     const bool reverse_infinite = sums_.only_student * rate - log_student_ > kLogSmallest;
     double sum = 0;
     if (weights_.forward > 0) sum += weights_.forward * (forward_infinite ? kInfinity : forward);
-    if (weights_.reverse > 0) sum += weights_.reverse * (reverse_infinite ? kInfinity : finite_reverse_);
+    if (weights_.reverse > 0)
+      sum += weights_.reverse * (reverse_infinite ? kInfinity : finite_reverse_);
     return sum;
   }
 
@@ -341,10 +368,13 @@ class OneRow {
   // Second sweep, for divergences given entry by entry: their sum, and that of their gradients.
   double middle() {
     Middle<F> m;
-    const double rate_s = row_.student.inverse_temperature(), rate_t = row_.teacher.inverse_temperature();
-    const double far_s = row_.student.max * rate_s - log_student_, far_t = row_.teacher.max * rate_t - log_teacher_;
+    const double rate_s = row_.student.inverse_temperature(),
+                 rate_t = row_.teacher.inverse_temperature();
+    const double far_s = row_.student.max * rate_s - log_student_,
+                 far_t = row_.teacher.max * rate_t - log_teacher_;
     m.over_student = 1 / sums_.student, m.over_teacher = 1 / sums_.teacher;
-    m.log_student = Exact<F>(-::log(sums_.student)), m.log_teacher = Exact<F>(-::log(sums_.teacher));
+    m.log_student = Exact<F>(-::log(sums_.student)),
+    m.log_teacher = Exact<F>(-::log(sums_.teacher));
     m.far_student = Exact<F>(far_s), m.far_teacher = Exact<F>(far_t);
     m.student_rate = (F)rate_s, m.teacher_rate = (F)rate_t;
     m.gap = Exact<F>(gap_), m.far_gap = Exact<F>(far_t - far_s);
@@ -366,15 +396,19 @@ class OneRow {
   }
 
   void report(double kd, double ce) const {
-    put_metrics(kd, ce, log_teacher_ - row_.teacher.inverse_temperature() * expected_teacher_, student_entropy());
+    put_metrics(kd, ce, log_teacher_ - row_.teacher.inverse_temperature() * expected_teacher_,
+                student_entropy());
   }
-  double student_entropy() const { return log_student_ - row_.student.inverse_temperature() * expected_student_; }
+  double student_entropy() const {
+    return log_student_ - row_.student.inverse_temperature() * expected_student_;
+  }
   void put_metrics(double kd, double ce, double teacher_entropy, double student_entropy) const {
     const bool agree = top_student_ == top_teacher_;
     const double unknown = __builtin_nan(""), label = (double)(label_ + call_.offset);
     const double student_right = call_.labels ? top_student_ == label : unknown;
     const double teacher_right = call_.labels ? top_teacher_ == label : unknown;
-    put_metrics({kd, ce, teacher_entropy, student_entropy, (double)agree, student_right, teacher_right});
+    put_metrics(
+        {kd, ce, teacher_entropy, student_entropy, (double)agree, student_right, teacher_right});
   }
 
   // Last sweep: d loss / d s = A q + B p + C q_1 + ..., coefficients from the sums.
@@ -387,7 +421,8 @@ class OneRow {
       kind = kNone;
       row_.student = row_.unit;
     }
-    double student = 0, gap = 0, teacher = 0, at_gap = 0, unit = hard == 0 ? 0 : hard / (unit_ ? sums_.unit : sums_.student);
+    double student = 0, gap = 0, teacher = 0, at_gap = 0,
+           unit = hard == 0 ? 0 : hard / (unit_ ? sums_.unit : sums_.student);
     if (kind == kEntrywise) student = -per_student * grad_sum_, teacher = soft;
     if (kind & kForward && kind != kEntrywise) {
       student += weights_.forward * per_student;
@@ -400,9 +435,15 @@ class OneRow {
     }
     const bool separate = unit_ && hard != 0 && kind != kNone;
     if (!separate) student += unit;
-    const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary, student + at_gap, teacher,
-                         student + at_gap + gap * common_gap(), student, gap, unit};
-    if (const double all = student + at_gap + teacher + gap + unit; all - all != 0) {  // the row holds a NaN
+    const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary,
+                         student + at_gap,
+                         teacher,
+                         student + at_gap + gap * common_gap(),
+                         student,
+                         gap,
+                         unit};
+    if (const double all = student + at_gap + teacher + gap + unit;
+        all - all != 0) {  // the row holds a NaN
       fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.columns);
     } else {
       const bool labelled = hard != 0 && owns_label();
@@ -453,16 +494,19 @@ class OneRow {
     double t = logit(call_.teacher, teacher_.row, label_, &unused);
     double lp = row_.teacher.inverse_temperature() * t - log_teacher_;
     double gap = t == -kInfinity ? 0 : lq - lp;
-    return g + soft * (weights_.forward * (q - ::exp(lp)) + weights_.reverse * q * (gap - finite_reverse_));
+    return g + soft * (weights_.forward * (q - ::exp(lp)) +
+                       weights_.reverse * q * (gap - finite_reverse_));
   }
 
   void zero(int64_t from, int64_t to) {
     memset(grad_ + from * size_of(call_.grad.dtype), 0, (to - from) * size_of(call_.grad.dtype));
   }
 
-  static constexpr double kReach = 20;   // powers of two, see Reference::near
-  static constexpr double kMeeting = 1. / 4096, kRest = 1. / 128;  // of what fp32 would keep 12 and 17 bits
-  static constexpr double kCommon = 64;     // gap between the largest logits that costs fp32 too many digits
+  static constexpr double kReach = 20;  // powers of two, see Reference::near
+  static constexpr double kMeeting = 1. / 4096,
+                          kRest = 1. / 128;  // of what fp32 would keep 12 and 17 bits
+  static constexpr double kCommon =
+      64;  // gap between the largest logits that costs fp32 too many digits
   static constexpr int64_t kStreamed = 8192;  // shorter rows would feel the extra tile
   static constexpr double kLogSmallest = -745.1332191019412;  // of fp64: below it exp is 0
   const RowsCall& call_;
@@ -486,11 +530,12 @@ class OneRow {
   alignas(64) X out_[kTile<X> + Fmt::step];
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 inline bool native_bf16(const RowsCall& call) {
-  return call.student.dtype == DType::bf16 && call.teacher.dtype == DType::bf16 && !transforms(call.student) &&
-         !transforms(call.teacher) && (call.grad.data == nullptr || call.grad.dtype == DType::bf16);
+  return call.student.dtype == DType::bf16 && call.teacher.dtype == DType::bf16 &&
+         !transforms(call.student) && !transforms(call.teacher) &&
+         (call.grad.data == nullptr || call.grad.dtype == DType::bf16);
 }
 
 }  // namespace FUSEDKD_ISA

@@ -1,5 +1,5 @@
-// Between the memory's number formats and tiles of fp32 or fp64, with the logits' transform on the way. Plain loops
-// that compilers vectorise for the instruction set that is switched on.
+// Between the memory's number formats and tiles of fp32 or fp64, with the logits' transform on the
+// way. Plain loops that compilers vectorise for the instruction set that is switched on.
 #pragma once
 
 #include "vec.h"
@@ -7,8 +7,7 @@
 namespace fusedkd {
 namespace FUSEDKD_ISA {
 
-template <class To, class From>
-FUSEDKD_INLINE To as_bits(From x) {
+template <class To, class From> FUSEDKD_INLINE To as_bits(From x) {
   To y;
   static_assert(sizeof x == sizeof y, "");
   __builtin_memcpy(&y, &x, sizeof y);
@@ -43,7 +42,8 @@ FUSEDKD_INLINE uint16_t to_f16(float x) {
   return (uint16_t)(h | sign >> 16);
 }
 
-// fp64 to fp32 such that a second rounding, to fewer bits, gives what one rounding would have (round to odd).
+// fp64 to fp32 such that a second rounding, to fewer bits, gives what one rounding would have
+// (round to odd).
 FUSEDKD_INLINE float to_odd(double x) {
   float f = (float)x;
   if ((double)f == x || f != f) return f;
@@ -53,45 +53,33 @@ FUSEDKD_INLINE float to_odd(double x) {
 }
 FUSEDKD_INLINE float to_odd(float x) { return x; }
 
-template <DType d>
-struct Stored;
-template <>
-struct Stored<DType::f64> {
+template <DType d> struct Stored;
+template <> struct Stored<DType::f64> {
   typedef double T;
   FUSEDKD_INLINE static double get(T x) { return x; }
-  template <class F>
-  FUSEDKD_INLINE static T put(F x) { return x; }
+  template <class F> FUSEDKD_INLINE static T put(F x) { return x; }
 };
-template <>
-struct Stored<DType::f32> {
+template <> struct Stored<DType::f32> {
   typedef float T;
   FUSEDKD_INLINE static float get(T x) { return x; }
-  template <class F>
-  FUSEDKD_INLINE static T put(F x) { return (float)x; }
+  template <class F> FUSEDKD_INLINE static T put(F x) { return (float)x; }
 };
-template <>
-struct Stored<DType::bf16> {
+template <> struct Stored<DType::bf16> {
   typedef uint16_t T;
   FUSEDKD_INLINE static float get(T x) { return from_bf16(x); }
-  template <class F>
-  FUSEDKD_INLINE static T put(F x) { return to_bf16(to_odd(x)); }
+  template <class F> FUSEDKD_INLINE static T put(F x) { return to_bf16(to_odd(x)); }
 };
-template <>
-struct Stored<DType::f16> {
+template <> struct Stored<DType::f16> {
   typedef uint16_t T;
   FUSEDKD_INLINE static float get(T x) { return from_f16(x); }
-  template <class F>
-  FUSEDKD_INLINE static T put(F x) { return to_f16(to_odd(x)); }
+  template <class F> FUSEDKD_INLINE static T put(F x) { return to_f16(to_odd(x)); }
 };
 
-
-template <DType d, class F>
-void read(const void* from, F* to, int64_t n) {
+template <DType d, class F> void read(const void* from, F* to, int64_t n) {
   const auto* p = (const typename Stored<d>::T*)from;
   for (int64_t i = 0; i < n; ++i) to[i] = (F)Stored<d>::get(p[i]);
 }
-template <class F>
-void read(DType d, const void* from, F* to, int64_t n) {
+template <class F> void read(DType d, const void* from, F* to, int64_t n) {
   switch (d) {
     case DType::f64: return read<DType::f64>(from, to, n);
     case DType::f32: return read<DType::f32>(from, to, n);
@@ -100,13 +88,11 @@ void read(DType d, const void* from, F* to, int64_t n) {
   }
 }
 
-template <DType d, class F>
-void write(const F* from, void* to, int64_t n) {
+template <DType d, class F> void write(const F* from, void* to, int64_t n) {
   auto* p = (typename Stored<d>::T*)to;
   for (int64_t i = 0; i < n; ++i) p[i] = Stored<d>::put(from[i]);
 }
-template <class F>
-void write(DType d, const F* from, void* to, int64_t n) {
+template <class F> void write(DType d, const F* from, void* to, int64_t n) {
   switch (d) {
     case DType::f64: return write<DType::f64>(from, to, n);
     case DType::f32: return write<DType::f32>(from, to, n);
@@ -122,9 +108,9 @@ FUSEDKD_INLINE void zero(DType d, void* to, int64_t n) { memset(to, 0, n * size_
 
 FUSEDKD_INLINE bool transforms(const Logits& side) { return side.scale != 1 || side.softcap != 0; }
 
-// In place: x becomes softcap tanh(scale x / softcap); its derivative, where it is asked for, goes to `slope`.
-template <class F>
-void transform(const Logits& side, F* x, F* slope, int64_t n) {
+// In place: x becomes softcap tanh(scale x / softcap); its derivative, where it is asked for, goes
+// to `slope`.
+template <class F> void transform(const Logits& side, F* x, F* slope, int64_t n) {
   typedef typename Lanes<F>::V V;
   constexpr int64_t lanes = sizeof(V) / sizeof(F);
   const V scale = splat<V>(side.scale), cap = splat<V>(side.softcap), one = splat<V>(1);

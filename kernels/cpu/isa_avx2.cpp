@@ -1,5 +1,6 @@
-// The avx2 build of dense.h and sparse.h. Standard headers come first, so that none of their inline functions is compiled for it: the
-// linker keeps one copy of those for the whole program, and it has to run on every machine.
+// The avx2 build of dense.h and sparse.h. Standard headers come first, so that none of their inline
+// functions is compiled for it: the linker keeps one copy of those for the whole program, and it
+// has to run on every machine.
 #include <math.h>
 #include <string.h>
 
@@ -18,8 +19,9 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
-// Sixteen registers hold neither a divergence nor two: without the scheduler, GCC 12 spills so much that JSD takes 4.7 ns an
-// entry instead of 2.5, and forward KL 0.75 instead of 0.73 (first sweeps, Zen 3, 2026-11-24).
+// Sixteen registers hold neither a divergence nor two: without the scheduler, GCC 12 spills so much
+// that JSD takes 4.7 ns an entry instead of 2.5, and forward KL 0.75 instead of 0.73 (first sweeps,
+// Zen 3, 2026-11-24).
 #pragma GCC push_options
 #pragma GCC optimize("schedule-insns", "sched-pressure")
 #pragma GCC target("avx2,fma,tune=haswell")

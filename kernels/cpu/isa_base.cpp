@@ -1,5 +1,6 @@
-// The base build of dense.h and sparse.h. Standard headers come first, so that none of their inline functions is compiled for it: the
-// linker keeps one copy of those for the whole program, and it has to run on every machine.
+// The base build of dense.h and sparse.h. Standard headers come first, so that none of their inline
+// functions is compiled for it: the linker keeps one copy of those for the whole program, and it
+// has to run on every machine.
 #include <math.h>
 #include <string.h>
 

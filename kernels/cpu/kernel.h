@@ -1,5 +1,6 @@
-// What the instruction-set builds of sparse.h and the bindings say to each other: plain data, no functions but static ones
-// (of the others, one compiled with AVX-512 could be the copy that the linker keeps for everybody).
+// What the instruction-set builds of sparse.h and the bindings say to each other: plain data, no
+// functions but static ones (of the others, one compiled with AVX-512 could be the copy that the
+// linker keeps for everybody).
 #pragma once
 
 #include <cstddef>
@@ -12,12 +13,13 @@ static constexpr int64_t size_of(DType d) { return d == DType::f64 ? 8 : d == DT
 
 // Of one side at a time: two such tiles and their gradient stay in a 32 KB L1.
 constexpr int64_t kTileBytes = 8192, kLongestTile = kTileBytes / 2, kShortestTile = kTileBytes / 8;
-constexpr int kParameters = 8;   // of a divergence, at most
+constexpr int kParameters = 8;  // of a divergence, at most
 constexpr int64_t kEntryFields = 5, kEntryStep = 8;
 
 // One row's, in the order of fusedkd.kernels.METRICS.
 struct Metrics {
-  double kd, ce, teacher_entropy, student_entropy, top1_agreement, student_accuracy, teacher_accuracy;
+  double kd, ce, teacher_entropy, student_entropy, top1_agreement, student_accuracy,
+      teacher_accuracy;
 };
 constexpr int kMetrics = sizeof(Metrics) / sizeof(double);
 
@@ -56,43 +58,47 @@ struct RowsCall : Numbers {
   Logits grad;  // data null: no gradient wanted
   Verb verb;
   int64_t batch, tokens, grad_columns;
-  int64_t vocabulary, offset, columns;  // of a row; where what lies here begins in it; how many of them that is
+  int64_t vocabulary, offset,
+      columns;            // of a row; where what lies here begins in it; how many of them that is
   const int64_t* labels;  // null: no cross-entropy
   const void* row_scale;  // (rows,) fp64 if `wide`, else fp32; also loss and metrics
   void* loss;
-  void* metrics;  // (rows, kMetrics) or null
-  bool measures;  // whether there will be metrics
-  bool exact;     // fp64 throughout, as rows need it whose p and q hardly meet
+  void* metrics;           // (rows, kMetrics) or null
+  bool measures;           // whether there will be metrics
+  bool exact;              // fp64 throughout, as rows need it whose p and q hardly meet
   Statistics* statistics;  // of this piece, or merged
   Comparison* comparison;  // of this piece, or merged
-  void* kept;              // (rows, kept_stride) what Workspace::kept is for one row, from `compare` to `finish`
-  int64_t kept_stride;     // bytes
-  bool* again;             // rows that `finish` leaves to be computed with `exact`
+  void*
+      kept;  // (rows, kept_stride) what Workspace::kept is for one row, from `compare` to `finish`
+  int64_t kept_stride;  // bytes
+  bool* again;          // rows that `finish` leaves to be computed with `exact`
   // A sparse teacher, in whose place `teacher` stands as a copy of `student`; null: a dense one.
   const int32_t* indices;   // (rows, entries), ascending, padding of kPadding behind
   const double* log_probs;  // (rows, entries + 1), the last one the tail's
   int64_t entries;
-  bool bucket;    // whether the entries outside are one category; else they have p = 0
-  bool wide;      // accumulate in fp64
-  bool stream;    // write the gradient past the caches
+  bool bucket;  // whether the entries outside are one category; else they have p = 0
+  bool wide;    // accumulate in fp64
+  bool stream;  // write the gradient past the caches
   int divergence;
-  double disjoint;  // the divergence's value where p and q have nothing in common; infinite: not to be looked at
+  double disjoint;  // the divergence's value where p and q have nothing in common; infinite: not to
+                    // be looked at
 };
 constexpr int32_t kPadding = 0x7fffffff;
 
 struct Workspace {
-  void* kept;    // (vocabulary + one tile) of the accumulation type, or null: see `keeps`
-  void* minima;  // (tiles, 2) of the accumulation type
+  void* kept;       // (vocabulary + one tile) of the accumulation type, or null: see `keeps`
+  void* minima;     // (tiles, 2) of the accumulation type
   double* entries;  // sparse rows: (kEntryFields, entries + 1 rounded up to kEntryStep)
   int64_t next;     // the row to fetch from memory while this one computes, or -1
 };
 
 struct ScaleCall {
   const void* data;
-  void* out;  // rows one after the other; or `data` itself
+  void* out;              // rows one after the other; or `data` itself
   const double* factors;  // one per row, or a single one
   int64_t rows, columns;
-  int64_t inner_rows, stride_outer, stride_inner;  // row r starts at (r / inner) outer + (r % inner) inner
+  int64_t inner_rows, stride_outer,
+      stride_inner;    // row r starts at (r / inner) outer + (r % inner) inner
   int64_t out_stride;  // where `out` is not `data`
   bool per_row;
   DType dtype, out_dtype;
@@ -102,7 +108,7 @@ struct InstructionSet {
   const char* name;
   int (*find)(const char* divergence);  // -1: not in pointwise.h
   double (*disjoint)(int divergence, const double* parameters);
-  bool (*keeps)(int divergence);        // whether its gradients wait in Workspace::kept for their sum
+  bool (*keeps)(int divergence);  // whether its gradients wait in Workspace::kept for their sum
   void (*row)(const RowsCall&, const Workspace&, int64_t row);
   void (*scale)(const ScaleCall&, int64_t row);
 };

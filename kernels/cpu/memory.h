@@ -14,11 +14,11 @@
 
 namespace fusedkd {
 
-// Grows, never shrinks: page faults on every call cost more than the memory. Begins at a cache line.
+// Grows, never shrinks: page faults on every call cost more than the memory. Begins at a cache
+// line.
 class Scratch {
  public:
-  template <class T>
-  T* at_least(size_t count) {
+  template <class T> T* at_least(size_t count) {
     const size_t bytes = count * sizeof(T);
     if (bytes > bytes_) {
       memory_.reset();
@@ -37,9 +37,10 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-// Fresh memory costs more than the loss: the kernel clears each page when it is first written. So a few blocks that are
-// given back are kept for the next call, marked as free: the system may take their pages whenever it runs short, and then
-// they are fresh once more. They come in huge pages where it has them, 2 MB to a trap.
+// Fresh memory costs more than the loss: the kernel clears each page when it is first written. So a
+// few blocks that are given back are kept for the next call, marked as free: the system may take
+// their pages whenever it runs short, and then they are fresh once more. They come in huge pages
+// where it has them, 2 MB to a trap.
 class Spare {
  public:
   struct Block {
@@ -81,7 +82,8 @@ class Spare {
 
  private:
   static constexpr size_t kHuge = 2 << 20;
-  static constexpr size_t kLargest = 4;  // times what is asked for: the last chunk is shorter than the others
+  static constexpr size_t kLargest =
+      4;  // times what is asked for: the last chunk is shorter than the others
 
   void drop_oldest() {
     if (kept_.empty()) return;

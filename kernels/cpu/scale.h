@@ -10,9 +10,11 @@ inline void scale(const ScaleCall& call, int64_t row) {
   const double factor = call.factors[call.per_row ? row : 0];
   const bool in_place = call.out == call.data;
   if (in_place && factor == 1) return;
-  const int64_t start = row / call.inner_rows * call.stride_outer + row % call.inner_rows * call.stride_inner;
+  const int64_t start =
+      row / call.inner_rows * call.stride_outer + row % call.inner_rows * call.stride_inner;
   const char* data = (const char*)call.data + start * size_of(call.dtype);
-  char* out = (char*)call.out + (in_place ? start : row * call.out_stride) * size_of(call.out_dtype);
+  char* out =
+      (char*)call.out + (in_place ? start : row * call.out_stride) * size_of(call.out_dtype);
   for (int64_t i = 0; i < call.columns; i += kShortestTile) {
     const int64_t n = call.columns - i < kShortestTile ? call.columns - i : kShortestTile;
     const char* from = data + i * size_of(call.dtype);

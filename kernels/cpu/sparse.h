@@ -1,6 +1,7 @@
-// One row against a teacher of K entries. The sweeps are those of dense rows without a teacher; they run over the row
-// with the ids taken out, so that what the student has outside them is summed as it is and not as a small difference.
-// The K entries are gathered and computed in fp64, and written over what the last sweep left in their places.
+// One row against a teacher of K entries. The sweeps are those of dense rows without a teacher;
+// they run over the row with the ids taken out, so that what the student has outside them is summed
+// as it is and not as a small difference. The K entries are gathered and computed in fp64, and
+// written over what the last sweep left in their places.
 #pragma once
 
 #include "dense.h"
@@ -20,21 +21,22 @@ inline double log_sum_exp(double x, double rate, const double* z, int64_t n) {
   return most + ::log(total(sum) + ::exp(x - most));
 }
 
-template <class X>
-class SparseRow : public OneRow<X> {
+template <class X> class SparseRow : public OneRow<X> {
   typedef OneRow<X> Dense;
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
-  using Dense::begin, Dense::call_, Dense::end, Dense::expected_student_, Dense::far, Dense::grad_, Dense::grad_sum_,
-      Dense::kept, Dense::kind_, Dense::label_, Dense::log_student_, Dense::log_unit_, Dense::minima, Dense::n_,
-      Dense::padded, Dense::row_, Dense::student_, Dense::student_label_, Dense::sums_, Dense::teacher_, Dense::tiles_,
-      Dense::top_student_, Dense::unit_;
+  using Dense::begin, Dense::call_, Dense::end, Dense::expected_student_, Dense::far, Dense::grad_,
+      Dense::grad_sum_, Dense::kept, Dense::kind_, Dense::label_, Dense::log_student_,
+      Dense::log_unit_, Dense::minima, Dense::n_, Dense::padded, Dense::row_, Dense::student_,
+      Dense::student_label_, Dense::sums_, Dense::teacher_, Dense::tiles_, Dense::top_student_,
+      Dense::unit_;
 
  public:
   SparseRow(const RowsCall& call, const Workspace& work, int64_t n)
       : Dense(call, work, n, call.exact) {
     padded_ = (call.entries + 1 + kEntryStep - 1) / kEntryStep * kEntryStep;
-    z_ = work.entries, slopes_ = z_ + padded_, lp_ = slopes_ + padded_, lq_ = lp_ + padded_, entry_grad_ = lq_ + padded_;
+    z_ = work.entries, slopes_ = z_ + padded_, lp_ = slopes_ + padded_, lq_ = lp_ + padded_,
+    entry_grad_ = lq_ + padded_;
   }
 
   void plan() {
@@ -45,7 +47,8 @@ class SparseRow : public OneRow<X> {
   bool cancels(double) const { return false; }
   void again() const {}
 
-  // The ids that lie here. All are asked for before the first is needed: each lies in another line of memory.
+  // The ids that lie here. All are asked for before the first is needed: each lies in another line
+  // of memory.
   void gather() {
     const int32_t *all = call_.indices + n_ * call_.entries, *last = all + call_.entries;
     const double* log_probs = call_.log_probs + n_ * (call_.entries + 1);
@@ -66,7 +69,8 @@ class SparseRow : public OneRow<X> {
     write(sizeof(X) == 2 ? DType::bf16 : sizeof(X) == 4 ? DType::f32 : DType::f64, &value, to, 1);
   }
   X* cover(X* tile, int64_t k, const int32_t* from, const int32_t* to, F value) {
-    for (const int32_t* id = from; id < to; ++id) put(value, tile + (*id - call_.offset - begin(k)));
+    for (const int32_t* id = from; id < to; ++id)
+      put(value, tile + (*id - call_.offset - begin(k)));
     return tile;
   }
   X* in_buffer(const X* tile, int64_t n) {
@@ -85,8 +89,9 @@ class SparseRow : public OneRow<X> {
     return *id == from ? x : cover(in_buffer(x, padded(n)), k, from, *id, -(F)kInfinity);
   }
 
-  // The first sweep of dense rows. An id is covered with the tile's smallest entry, of which as many exponentials are
-  // taken off again: -inf would cost nearly every tile the fast sweep. Where that could cancel, -inf it is.
+  // The first sweep of dense rows. An id is covered with the tile's smallest entry, of which as
+  // many exponentials are taken off again: -inf would cost nearly every tile the fast sweep. Where
+  // that could cancel, -inf it is.
   void statistics() {
     const int32_t* id = indices_;
     for (int64_t k = 0; k < tiles_; ++k) {
@@ -103,7 +108,8 @@ class SparseRow : public OneRow<X> {
       if (id != from) {
         fill = id - from > n / 2 ? -(F)kInfinity : *minima(k);
         t.student = cover(in_buffer(t.student, t.n), k, from, id, fill);
-        bool same = student_.as_is && fill == *minima(k);  // the extremes, if no id held the largest entry
+        bool same =
+            student_.as_is && fill == *minima(k);  // the extremes, if no id held the largest entry
         for (const int32_t* each = from; each < id; ++each) same &= z_[each - indices_] < hi;
         if (!same) extremes(t.student, t.n, minima(k), &hi);
       }
@@ -117,7 +123,9 @@ class SparseRow : public OneRow<X> {
     log_tail_ = log_sum(row_.student, sums_.student);
     log_student_ = log_sum_exp(log_tail_, row_.student.inverse_temperature(), z_, padded_);
     log_unit_ = log_student_;
-    if (unit_) log_unit_ = log_sum_exp(log_sum(row_.unit, sums_.unit), row_.unit.inverse_temperature(), z_, padded_);
+    if (unit_)
+      log_unit_ =
+          log_sum_exp(log_sum(row_.unit, sums_.unit), row_.unit.inverse_temperature(), z_, padded_);
   }
   void put_statistics() const {
     fusedkd::Statistics& put = call_.statistics[n_];
@@ -130,7 +138,8 @@ class SparseRow : public OneRow<X> {
     this->put_measured(put);
   }
   static void put_log_sum(double x, double* exponent, double* sum) {
-    *exponent = x == -kInfinity ? x : ::nearbyint(x / kLn2), *sum = x == -kInfinity ? 0 : ::exp(x - *exponent * kLn2);
+    *exponent = x == -kInfinity ? x : ::nearbyint(x / kLn2),
+    *sum = x == -kInfinity ? 0 : ::exp(x - *exponent * kLn2);
   }
   void restore() {
     const fusedkd::Statistics& merged = call_.statistics[n_];
@@ -150,12 +159,15 @@ class SparseRow : public OneRow<X> {
     for (int64_t k = 0; k < tiles_; ++k)
       moments(without_ids(k, &id), padded(end(k) - begin(k)), row_.student, 0, &moment, &unused);
     if (log_tail_ != -kInfinity)
-      expected_student_ = ::exp(log_tail_ - log_student_) * (row_.student.max + moment / sums_.student);
+      expected_student_ =
+          ::exp(log_tail_ - log_student_) * (row_.student.max + moment / sums_.student);
     for (int64_t i = 0; i < count_; ++i)
       expected_student_ += z_[i] == -kInfinity ? 0 : ::exp(z_[i] * rate - log_student_) * z_[i];
   }
   static double power(const Reference<F>& r, F x) { return ::exp2((double)x * r.scale - r.whole); }
-  static double log_sum(const Reference<F>& r, double sum) { return r.seen ? r.log_sum(sum) : -kInfinity; }
+  static double log_sum(const Reference<F>& r, double sum) {
+    return r.seen ? r.log_sum(sum) : -kInfinity;
+  }
   // log-probability of what Reference makes 1
   double log_one(const Reference<F>& r, double log_sum) const { return r.whole * kLn2 - log_sum; }
 
@@ -163,7 +175,8 @@ class SparseRow : public OneRow<X> {
   double divergence() {
     const double rate = row_.student.inverse_temperature();
     const double lq_tail = call_.bucket ? log_tail_ - log_student_ : -kInfinity;
-    lp_tail_ = log_tail_ == -kInfinity && ::exp(lp_[count_]) <= call_.rounding ? -kInfinity : lp_[count_];
+    lp_tail_ =
+        log_tail_ == -kInfinity && ::exp(lp_[count_]) <= call_.rounding ? -kInfinity : lp_[count_];
     for (int64_t i = 0; i < count_; ++i) lq_[i] = z_[i] * rate - log_student_;
     const bool whole = call_.verb == Verb::rows;
     lp_[count_] = whole ? lp_tail_ : -kInfinity, lq_[count_] = whole ? lq_tail : -kInfinity;
@@ -226,10 +239,13 @@ class SparseRow : public OneRow<X> {
     const bool separate = unit_ && hard != 0;
     double student = soft == 0 ? 0 : -soft * grad_sum_ * ::exp(log_one(row_.student, log_student_));
     if (tail() && row_.student.seen) student += soft * entry_grad_[count_] / sums_.student;
-    double unit = hard == 0 ? 0 : hard * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
+    double unit =
+        hard == 0 ? 0 : hard * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
     if (!separate) student += unit;
-    const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary, student, soft, 0, 0, 0, unit};
-    if (const double every = student + unit + log_student_; every - every != 0) {  // the row holds a NaN
+    const Coefficients c{
+        -hard * call_.label_smoothing / call_.vocabulary, student, soft, 0, 0, 0, unit};
+    if (const double every = student + unit + log_student_;
+        every - every != 0) {  // the row holds a NaN
       fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.columns);
     } else {
       double slope = 0;
@@ -240,7 +256,8 @@ class SparseRow : public OneRow<X> {
       for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, kind, separate, c, reach);
       if (label_outside) put(label_, student_label_, label * slope);
       for (int64_t i = 0; i < count_; ++i)
-        put(column(i), z_[i], slopes_[i] * at(column(i), z_[i], soft == 0 ? 0 : entry_grad_[i], soft, hard));
+        put(column(i), z_[i],
+            slopes_[i] * at(column(i), z_[i], soft == 0 ? 0 : entry_grad_[i], soft, hard));
     }
     this->zero(call_.columns, call_.grad_columns);
   }
@@ -253,15 +270,18 @@ class SparseRow : public OneRow<X> {
   // The gradient of one logit in fp64; `own` is d value / d log q of its entry.
   double at(int64_t column, double z, double own, double soft, double hard) const {
     double g = 0;
-    if (soft != 0) g = soft * (own - ::exp(z * row_.student.inverse_temperature() - log_student_) * grad_sum_);
+    if (soft != 0)
+      g = soft * (own - ::exp(z * row_.student.inverse_temperature() - log_student_) * grad_sum_);
     if (hard == 0) return g;
-    const double smoothing = call_.label_smoothing, q = ::exp(z * row_.unit.inverse_temperature() - log_unit_);
+    const double smoothing = call_.label_smoothing,
+                 q = ::exp(z * row_.unit.inverse_temperature() - log_unit_);
     return g + hard * (q - (column == label_ ? 1 - smoothing : 0) - smoothing / call_.vocabulary);
   }
   double label_outside_gradient(double soft, double hard, double* slope) const {
     const double z = logit(call_.student, student_.row, label_, slope);
     double own = 0;
-    if (tail()) own = entry_grad_[count_] * ::exp(z * row_.student.inverse_temperature() - log_tail_);
+    if (tail())
+      own = entry_grad_[count_] * ::exp(z * row_.student.inverse_temperature() - log_tail_);
     if (outside_ && soft != 0) {
       int64_t k = 0;
       while (end(k) <= label_) ++k;
@@ -282,8 +302,7 @@ class SparseRow : public OneRow<X> {
   bool outside_;
 };
 
-template <class X>
-void row_of(const RowsCall& call, const Workspace& work, int64_t n) {
+template <class X> void row_of(const RowsCall& call, const Workspace& work, int64_t n) {
   if (call.indices) {
     SparseRow<X> row(call, work, n);
     return compute(row, call);
