@@ -136,6 +136,10 @@ def _prepare(
         raise UserError("--data is missing: expected files, folders or names of data sets.")
     if flags.data_streaming and args.max_steps < 1:
         raise UserError("--data_streaming: a stream's length is not known: expected --max_steps.")
+    dealt: Any = args.accelerator_config
+    if flags.data_streaming and dealt.dispatch_batches is None:
+        # each process makes its own batches, as of other data: one row cannot be dealt out
+        dealt.dispatch_batches = False
     check_flags(args)
     named = {"teacher": models.teacher, "student": models.student}
     check_output(Path(args.output_dir or "."), **named)
@@ -165,6 +169,8 @@ def _prepare(
             processing_class=tokenizer,
             data_collator=data.collator,
         )
+    if trainer.terms.attention and flags.packing == "flatten":
+        raise UserError("--packing flatten: terms of attention compare rows: expected none.")
     # after the trainer's checks: a vocabulary that does not fit explains ids that do not
     readers = {"student": student_model} | ({} if cached else {"teacher": teacher_side})
     for name in ("train_dataset", "eval_dataset"):

@@ -19,7 +19,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt",),
 }
 _BESIDE: dict[str, tuple[str, ...]] = dict.fromkeys(KINDS, ("tools",))
-_BESIDE |= {"input_ids": ("labels",), "text": ()}
+_MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+_BESIDE |= {"input_ids": ("labels", *_MASKS), "text": ()}
 _ALIASES = {"conversations": "messages"}
 
 
@@ -98,7 +99,7 @@ def _check(name: str, theirs: str, ours: str, values: pa.ChunkedArray) -> None:
         return
     kind, expected = values.type, _EXPECTED.get(ours, "lists of whole numbers")
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if ours in ("input_ids", "labels"):
+    if ours in ("input_ids", "labels", *_MASKS):
         fits = _is_list(kind) and pa.types.is_integer(kind.value_type)
     else:  # messages may be JSON in text
         fits = text if ours == "text" else text or _is_messages(kind)

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets, interleave_datasets
 from rich.console import Console
 
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.chat import with_template
+from fusedkd.data.chat import IGNORED, with_template
 from fusedkd.data.columns import Columns, kind_of
 from fusedkd.data.packing import collator
 from fusedkd.data.rows import COUNTED, LABELLED, LENGTH, Encoder, column_names, encode
@@ -23,6 +23,8 @@ from fusedkd.errors import UserError, as_user_error
 BUFFER = 1000  # rows of a stream that are shuffled among each other
 LOOKED_AT = 100  # rows of a stream that are counted
 PROMPTS = "prompts alone"
+ENDLESS = "no special token ends an answer: the student will not learn where to stop"
+LEFT_OUT = "no label, or a prompt that is too long"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Summary:
     packed: int | None  # rows afterwards; None: of a stream
     packing: str
     max_length: int
+    stops: bool = True  # whether answers end with a special token
 
     @property
     def streamed(self) -> bool:
@@ -57,9 +60,11 @@ class Summary:
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated to {self.max_length:,} tokens")
         if self.left_out:
-            parts.append(f"{self.left_out:,} left out, without a label")
+            parts.append(f"{self.left_out:,} left out ({LEFT_OUT})")
         if self.packing != "none" and not self.streamed:
             parts.append(f"packed into {self.packed:,} {self._unit}")
+        if not self.stops:
+            parts.append(ENDLESS)
         return "; ".join(parts)
 
     @property
@@ -78,11 +83,13 @@ class Summary:
         if self.packing != "blocks":
             found[f"truncated to {self.max_length:,} tokens"] = f"{self.truncated:,}"
         if self.packing != "blocks" and not self.streamed:
-            found["left out, without a label"] = f"{self.left_out:,}"
+            found[f"left out ({LEFT_OUT})"] = f"{self.left_out:,}"
         if self.packing != "none" and not self.streamed:
             found["packing"] += (
                 f", {self.packed:,} {self._unit} of up to {self.max_length:,} tokens"
             )
+        if not self.stops:
+            found["how answers end"] = ENDLESS
         return found
 
 
@@ -115,10 +122,10 @@ def load_rows(flags: DataArguments, tokenizer: Any, packing: str | None = None) 
         with_template(tokenizer, flags.chat_template)
     with as_user_error("--data", Exception):
         names, weights = names_and_weights(flags.data, flags.data_weights)
-        parts = _documents(flags, names, weights)
-        packing = packing or flags.packing or _packing(parts)
+        documents = _documents(flags, names, weights)
+        packing = packing or flags.packing or _packing(documents)
         encoder = _encoder(flags, tokenizer, packing)
-        parts, left_out = _encoded(parts, encoder, flags.data_num_proc)
+        parts, left_out = _encoded(documents, encoder, flags.data_num_proc)
     test: list[Any] = []
     if flags.eval_data:
         with as_user_error("--eval_data", Exception):
@@ -132,6 +139,8 @@ def load_rows(flags: DataArguments, tokenizer: Any, packing: str | None = None) 
     with as_user_error("--data", Exception):
         train = packed(rows, packing, flags.max_length)
         summary = _summary(rows, left_out, packing, flags.max_length, train)
+        if any("messages" in column_names(part.rows) for part in documents):
+            summary = replace(summary, stops=_stops(rows, tokenizer))
     with as_user_error("--eval_data", Exception):
         held_out = packed(_joined(test), packing, flags.max_length) if test else None
     if flags.data_streaming:
@@ -183,8 +192,11 @@ def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tupl
     left_out = 0
     for place, part in enumerate(parts):
         prompts = kind_of(column_names(part.rows)) == "prompt"
-        rows = encode(part.rows, encoder, processes)
-        if not encoder.joined and not prompts:
+        try:
+            rows = encode(part.rows, encoder, processes)
+        except ValueError as error:
+            raise ValueError(f"{part.name}: {error}") from error
+        if not encoder.joined:
             kept = rows.filter(_counts, input_columns=COUNTED, batched=True)
             left_out += len(rows) - len(kept) if isinstance(rows, Dataset) else 0
             rows = kept
@@ -243,3 +255,10 @@ def _summary(rows: Any, left_out: int, packing: str, most: int, done: Any) -> Su
         packing=packing,
         max_length=most,
     )
+
+
+def _stops(rows: Any, tokenizer: Any) -> bool:
+    """Whether one of the last tokens with a label is special, in any of the first rows."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ends = ([x for x in row["labels"] if x != IGNORED][-3:] for row in rows.take(10))
+    return any(special & set(end) for end in ends)

@@ -13,6 +13,7 @@ from fusedkd.data.columns import kind_of
 
 # What is known of a row beside its ids and labels: its tokens before it was truncated, and how
 # many of those left have a label, and one that counts (the first token is nobody's next one).
+# Rows where none counts are left out.
 LENGTH, LABELLED, COUNTED = "length", "labelled", "counted"
 
 
@@ -59,8 +60,14 @@ def _encode(rows: dict[str, list[Any]], encoder: Encoder, kind: str) -> dict[str
         found["input_ids"].append(ids)
         found["labels"].append(labels)
         found[LABELLED].append(sum(label != IGNORED for label in labels))
-        found[COUNTED].append(sum(label != IGNORED for label in labels[1:]))
+        # a prompt counts as a whole, and cut it would be another
+        whole = found[LENGTH][-1] == len(ids)
+        found[COUNTED].append(int(whole) if kind == "prompt" else _counted(labels))
     return found
+
+
+def _counted(labels: list[int]) -> int:
+    return sum(label != IGNORED for label in labels[1:])
 
 
 Pairs = list[tuple[list[int], list[int]]]
@@ -83,15 +90,10 @@ class Encoder:
     joined: bool = False
 
     def input_ids(self, rows: dict[str, list[Any]]) -> Pairs:
-        """Ids and labels as they are."""
-        pairs = list(zip(rows["input_ids"], rows.get("labels", rows["input_ids"]), strict=True))
-        for ids, labels in pairs:
-            if len(ids) != len(labels):
-                raise ValueError(
-                    f"a row has {len(ids)} input_ids and {len(labels)} labels: expected one label "
-                    "per token (-100 where it does not count; nothing is shifted)."
-                )
-        return pairs
+        """Ids and labels as they are; or the labels of TRL's masks. Without padding."""
+        names = [name for name in rows if name != "input_ids"]
+        columns = zip(rows["input_ids"], *(rows[name] for name in names), strict=True)
+        return [_given(ids, dict(zip(names, beside, strict=True))) for ids, *beside in columns]
 
     def text(self, rows: dict[str, list[Any]]) -> Pairs:
         """All of it, and the end of text after it."""
@@ -158,6 +160,23 @@ class Encoder:
     def _ended(self, ids: list[int]) -> list[int]:
         end = self._end()
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _given(ids: list[int], beside: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    if not beside:
+        return ids, ids
+    for name, column in beside.items():
+        if len(column) != len(ids):
+            raise ValueError(
+                f"a row has {len(ids)} input_ids and {len(column)} {name}: expected one per token "
+                "(labels of -100 where it does not count; nothing is shifted)."
+            )
+    real = beside.pop("attention_mask", [1] * len(ids))
+    labels = beside.pop("labels", ids)
+    told = [list(column) for column in beside.values()]  # masks
+    labels = [x if all(column[n] for column in told) else IGNORED for n, x in enumerate(labels)]
+    there = [n for n, here in enumerate(real) if here]
+    return [ids[n] for n in there], [labels[n] for n in there]
 
 
 def _once(ids: list[int], bos: int | None, end: int | None) -> list[int]:

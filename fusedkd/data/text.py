@@ -59,7 +59,8 @@ def split(documents: Dataset, share: float) -> tuple[Dataset, Dataset | None]:
 
 def default_packing(columns: Sequence[str]) -> str:
     """Text is cut into blocks; what has a prompt and an answer never is."""
-    whole = kind_of(columns) != "text" and ("labels" in columns or "input_ids" not in columns)
+    told = {"labels", "completion_mask", "assistant_masks"} & set(columns)
+    whole = kind_of(columns) != "text" and (told or "input_ids" not in columns)
     return "none" if whole else "blocks"
 
 
@@ -90,7 +91,7 @@ def pack(
     blocks = packing == "blocks"
     encoder = Encoder(tokenizer, train_on, None if blocks else max_length, joined=blocks)
     rows = encode(documents, encoder)
-    if not blocks and kind_of(documents.column_names) != "prompt":
+    if not blocks:
         rows = rows.filter(_counts, input_columns=COUNTED, batched=True)
         if not len(rows):
             raise ValueError("no row has an answer or two tokens: there is nothing to learn from.")

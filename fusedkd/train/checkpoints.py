@@ -79,6 +79,8 @@ def staged(trainer: Any, asked: str | None) -> Iterator[str | None]:
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             for file in sorted(stage.iterdir(), key=_last):
+                if file.is_dir():  # DeepSpeed's
+                    shutil.rmtree(final / file.name, ignore_errors=True)
                 os.replace(file, final / file.name)
     finally:
         if trainer.args.should_save:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fusedkd.errors import UserError
 from fusedkd.models.columns import columns
+from fusedkd.models.positions import most_positions
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class OnPolicy:
 
     def _write(self, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
         prompts, mask = self.prompts(batch, _pad(model))
+        most = None if model.config.is_encoder_decoder else most_positions(model.config)
+        if most is not None and prompts.shape[1] + self.new_tokens > most:
+            raise UserError(
+                f"on_policy_new_tokens={self.new_tokens} after a prompt of {prompts.shape[1]}: the "
+                f"student has {most} positions: expected fewer, or shorter prompts (--max_length)."
+            )
         of_tokens, others = _beside(batch)
         places = self._places(batch)
         of_prompts = {name: _left(column, places, 0) for name, column in of_tokens.items()}

@@ -293,7 +293,9 @@ class DistillationTrainer(FromHeads, Trainer):
         self._finite.check(self, wait=True)
         check_weights(self)
         with staged(self, output_dir) as folder:
-            super().save_model(folder, _internal_call)
+            super().save_model(folder, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:  # now that it is there
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -154,6 +154,13 @@ MISTAKES: list[tuple[str, str, list[str], str]] = [
     ("distill", "chat", ["--on_policy_share", "1", "--train_on", "all"], "--train_on all"),
     ("distill", "chat", ["--on_policy_share", "1", "--packing", "blocks"], "--packing blocks"),
     ("distill", "chat", ["--data", "{}/text.jsonl", "{}/chat.jsonl"], "for such a mixture"),
+    ("distill", "chat", ["--packing", "flatten", "--terms", "attention_mse"], "--packing flatten"),
+    (
+        "distill",
+        "chat",
+        ["--on_policy_share", "1", "--on_policy_new_tokens", "99"],
+        "128 positions",
+    ),
     ("cache", "chat", ["--packing", "tight"], "--packing tight"),
     ("cache", "chat", ["--data_streaming"], "--data_streaming: not a flag"),
 ]

@@ -120,6 +120,26 @@ def test_rows_without_an_answer_are_left_out() -> None:
     ) == [("ab", "b")]
 
 
+def test_masks_of_rows_that_were_tokenized_before() -> None:
+    own = reader(CHATML)
+    ids = own("abcde")["input_ids"]  # with <s>
+    masks = {"completion_mask": [0, 0, 1, 1, 1, 1], "assistant_masks": [0, 0, 1, 0, 1, 1]}
+    assert rows([{"input_ids": ids, **masks}], own) == [("<s>abcde", "bde")]
+    padded = {"input_ids": [0, *ids], "attention_mask": [0, 1, 1, 1, 1, 1, 1]}
+    assert rows([padded], own) == [("<s>abcde", "<s>abcde")]
+    assert rows([{**padded, "labels": [-100] * 5 + ids[-2:]}], own) == [("<s>abcde", "de")]
+    with pytest.raises(ValueError, match="7 input_ids and 6 completion_mask"):
+        rows([{"input_ids": [0, *ids], **masks}], own)
+
+
+def test_a_prompt_is_never_cut() -> None:
+    own = reader(CHATML)
+    prompts = [{"prompt": ONE[:1]}, {"prompt": [user("x" * 300)]}]
+    assert [text for text, _ in rows(prompts, own)] == [
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

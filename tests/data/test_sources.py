@@ -258,10 +258,26 @@ def test_flags_out_of_range_are_named(flags: dict[str, Any], said: str) -> None:
         DataArguments(["a", "b"], **flags)
 
 
+def test_answers_without_an_end_are_told(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", [{"messages": ONE}])
+    bare = tmp_path / "bare.jinja"
+    bare.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert load(data).summary.stops
+    found = load(data, chat_template=str(bare)).summary
+    assert not found.stops and "will not learn where to stop" in str(found)
+
+
+def test_a_row_that_is_none_is_named_with_its_file(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.jsonl", [{"messages": ONE}])
+    bad = write(tmp_path / "b.jsonl", [{"messages": ONE[:0]}, {"messages": ONE}])
+    with pytest.raises(UserError, match=r"--data: .*b\.jsonl: .*empty conversation"):
+        load(good, bad)
+
+
 def test_a_summary_counts_what_became_of_the_rows(tmp_path: Path) -> None:
     rows = [{"messages": [user("a" * 10 * i), assistant("b" * 20)]} for i in (1, 2, 3, 6, 9)]
     rows.append({"messages": [user("alone")]})
     found = load(write(tmp_path / "a.jsonl", rows), max_length=90).summary
     assert (found.rows, found.truncated, found.left_out, found.longest) == (4, 1, 2, 101)
-    assert "truncated to 90 tokens; 2 left out, without a label" in str(found)
+    assert "truncated to 90 tokens; 2 left out (no label" in str(found)
     assert found.table()["with a label"].startswith(f"{found.labels:,} (")

@@ -153,6 +153,18 @@ def test_a_saved_student_is_replaced_when_the_new_one_is_whole(
         assert folder == str(tmp_path / "elsewhere")
 
 
+def test_a_student_is_pushed_once_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = trainer(build("llama", 1), build("llama", 2), tmp_path)
+    tested.args.push_to_hub, found = True, []
+    monkeypatch.setattr(
+        tested, "push_to_hub", lambda **how: found.append((tmp_path / "config.json").exists())
+    )
+    tested.save_model()
+    assert found == [True] and not (tmp_path / "model.tmp").exists()
+
+
 def test_agreement_of_nan_is_none() -> None:
     teacher, labels = torch.full((3, 5), NAN), torch.tensor([0, 1, 2])
     for student in (torch.randn(3, 5), torch.full((3, 5), NAN)):

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from fusedkd import LMHead, kd_loss
 from fusedkd.divergences import forward_kl
-from fusedkd.integrations.functions import LossFunction
-
-__all__ = [
-    "LigerFusedLinearKLDivFunction",
-    "LigerFusedLinearKLDivLoss",
-    "liger_fused_linear_kl_div",
-]
+from fusedkd.integrations.liger.functions import as_function
 
 
 class LigerFusedLinearKLDivLoss(nn.Module):
@@ -89,7 +83,6 @@ def liger_fused_linear_kl_div(
     return loss
 
 
-class LigerFusedLinearKLDivFunction(LossFunction):
-    """:func:`liger_fused_linear_kl_div`."""
-
-    loss = staticmethod(liger_fused_linear_kl_div)
+LigerFusedLinearKLDivFunction = as_function(
+    "LigerFusedLinearKLDivFunction", liger_fused_linear_kl_div
+)

@@ -15,23 +15,8 @@ from torch import Tensor, nn
 
 from fusedkd import divergences
 from fusedkd.autograd import once_differentiable, roots
-from fusedkd.divergences import Divergence
-from fusedkd.integrations.functions import LossFunction
-
-__all__ = [
-    "LigerJSD",
-    "LigerJSDFunction",
-    "LigerKLDIVLoss",
-    "LigerKLDivLossFunction",
-    "LigerTVDLoss",
-    "LigerTVDLossFunction",
-    "elementwise_loss",
-    "generalized_jsd",
-    "liger_jsd",
-    "liger_kl_div",
-    "liger_tvd",
-    "pieces",
-]
+from fusedkd.integrations.conventions import generalized_jsd
+from fusedkd.integrations.liger.functions import as_function
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -127,14 +112,7 @@ class _Sum(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------------------
-# By Liger's names: see fusedkd.integrations.liger
-
-
-def generalized_jsd(beta: float) -> Divergence:
-    """What Liger and TRL call JSD: forward KL at beta = 0, reverse KL at 1."""
-    if beta in (0, 1):
-        return divergences.reverse_kl() if beta else divergences.forward_kl()
-    return divergences.jsd(float(beta))
+# By Liger's names
 
 
 class LigerJSD(nn.Module):
@@ -233,19 +211,6 @@ def _tvd(p: Tensor, q: Tensor, labels: Any = None, how: str = "batchmean", *rest
     return liger_tvd(p, q, labels, how, *rest)
 
 
-class LigerJSDFunction(LossFunction):
-    """:func:`liger_jsd`."""
-
-    loss = staticmethod(liger_jsd)
-
-
-class LigerKLDivLossFunction(LossFunction):
-    """``(input, target, reduction="batchmean", log_target=False, eps=1e-10)``."""
-
-    loss = staticmethod(_kl_div)
-
-
-class LigerTVDLossFunction(LossFunction):
-    """:func:`liger_tvd`, whose reduction is "batchmean" here."""
-
-    loss = staticmethod(_tvd)
+LigerJSDFunction = as_function("LigerJSDFunction", liger_jsd)
+LigerKLDivLossFunction = as_function("LigerKLDivLossFunction", _kl_div)
+LigerTVDLossFunction = as_function("LigerTVDLossFunction", _tvd)

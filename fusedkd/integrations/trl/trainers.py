@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
@@ -10,15 +9,14 @@ from torch import Tensor, nn
 from trl import DistillationTrainer as _DistillationTrainer
 from trl.experimental.gkd import GKDTrainer as _GKDTrainer
 from trl.experimental.gold import GOLDTrainer as _GOLDTrainer
+from trl.trainer import distillation_trainer
 
-from fusedkd.integrations.elementwise import generalized_jsd
-from fusedkd.integrations.trl import chunked_divergence_loss, generalized_jsd_loss
+from fusedkd.integrations.conventions import generalized_jsd
+from fusedkd.integrations.trl.losses import chunked_divergence_loss, generalized_jsd_loss
 from fusedkd.models.heads import next_labels
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.base import FromHeads
 from fusedkd.train.tasks.language import Causal
-
-__all__ = ["DistillationTrainer", "GKDTrainer", "GOLDTrainer"]
 
 
 class _FromHeads(FromHeads):
@@ -129,19 +127,16 @@ class GOLDTrainer(_FromHeads, _GOLDTrainer):  # type: ignore[misc]
         return super()._forward_inputs(inputs) | self._get_model_forward_kwargs(inputs)
 
 
-def _with_globals(function: Any, **replaced: Any) -> Any:
-    """The same function where some of the global names that it uses mean something else: TRL reads
-    its loss from there, and patching its module would change it for others too."""
-    scope = {**function.__globals__, **replaced}
-    made = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
-
-
 class DistillationTrainer(_DistillationTrainer):  # type: ignore[misc]
     """TRL's, with :func:`fusedkd.integrations.trl.chunked_divergence_loss` in its function's
     place."""
 
-    _compute_loss: Any = _with_globals(
-        _DistillationTrainer._compute_loss, _chunked_divergence_loss=chunked_divergence_loss
-    )
+    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL reads its loss from its module, and has no hook: it is ours while this runs
+        name = "_chunked_divergence_loss"
+        theirs = getattr(distillation_trainer, name)  # an error, should TRL have moved it
+        setattr(distillation_trainer, name, chunked_divergence_loss)
+        try:
+            return super()._compute_loss(*args, **kwargs)
+        finally:
+            setattr(distillation_trainer, name, theirs)

@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedkd.autograd import once_differentiable, roots
 
-__all__ = ["DistillationFunction", "LossFunction", "counted"]
-
 
 class LossFunction(torch.autograd.Function):
     """``loss`` with ``apply``, ``forward`` and ``backward``: a function of tensors and numbers that
@@ -45,6 +43,11 @@ class LossFunction(torch.autograd.Function):
             torch.autograd.grad(ctx.found, inputs, upstream, retain_graph=True, allow_unused=True)
         )
         return tuple(next(grads) if want else None for want in wanted)
+
+
+def as_function(name: str, loss: Callable[..., Any]) -> type[LossFunction]:
+    """The :class:`LossFunction` of a loss."""
+    return type(name, (LossFunction,), {"loss": staticmethod(loss), "__doc__": loss.__doc__})
 
 
 class DistillationFunction(LossFunction):

@@ -1,28 +1,5 @@
-"""Liger-Kernel's distillation losses, by Liger's names, signatures and values.
-
-Replacing the import is the whole migration; Liger need not be installed::
-
-    from fusedkd.integrations.liger import LigerFusedLinearJSDLoss
-
-Values are Liger's (0.8.5): no T^2, the mean over the tokens that count, beta 0 forward KL and beta
-1 reverse KL, with M = beta * teacher + (1 - beta) * student between. Leading dimensions are
-flattened. What differs is what was wrong there:
-
-* all is computed in fp32, from products of half-precision operands that are not rounded;
-* a teacher with more columns than the student is an error instead of a comparison with zeros: say
-  how many are real, ``LigerFusedLinearJSDLoss(vocab_size=...)``;
-* labels that are all ignored give 0 and zero gradients; probabilities of 0 give no NaN;
-* the parts of ``return_soft_hard_loss`` carry no graph, as nothing flows through them;
-* the teacher is a constant, also where its tensors require grad.
-
-``compiled``, ``chunk_size`` and ``accum_dtype`` have no effect: nothing is compiled, logits are
-held by bytes (see :func:`fusedkd.kd_loss`), weight gradients add up in fp32.
-
-The linear losses run :func:`fusedkd.kd_loss`. Those on probabilities (:class:`LigerJSD`,
-:class:`LigerKLDIVLoss`, :class:`LigerTVDLoss`) are plain torch, see
-:mod:`fusedkd.integrations.elementwise`; where logits are at hand ``kd_loss`` on them is faster and
-takes less memory.
-"""
+"""Liger-Kernel's losses of two heads: ``liger_kernel.chunked_loss``, and ``LigerFusedLinearJSD`` of
+``liger_kernel.transformers``. See :mod:`fusedkd.integrations.liger`."""
 
 from __future__ import annotations
 
@@ -33,52 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedkd import LMHead, kd_loss, kd_loss_and_metrics
-from fusedkd.integrations.cosine import CosineRows
-from fusedkd.integrations.elementwise import (
-    LigerJSD,
-    LigerJSDFunction,
-    LigerKLDIVLoss,
-    LigerKLDivLossFunction,
-    LigerTVDLoss,
-    LigerTVDLossFunction,
-    generalized_jsd,
-    liger_jsd,
-    liger_kl_div,
-    liger_tvd,
-)
-from fusedkd.integrations.functions import DistillationFunction, counted
-from fusedkd.integrations.linear_kl import (
-    LigerFusedLinearKLDivFunction,
-    LigerFusedLinearKLDivLoss,
-    liger_fused_linear_kl_div,
-)
-
-__all__ = [
-    "LigerFusedLinearCosineSimilarityFunction",
-    "LigerFusedLinearCosineSimilarityLoss",
-    "LigerFusedLinearJSD",
-    "LigerFusedLinearJSDFunction",
-    "LigerFusedLinearJSDLoss",
-    "LigerFusedLinearKLDivFunction",
-    "LigerFusedLinearKLDivLoss",
-    "LigerJSD",
-    "LigerJSDFunction",
-    "LigerKLDIVLoss",
-    "LigerKLDivLossFunction",
-    "LigerTVDLoss",
-    "LigerTVDLossFunction",
-    "generalized_jsd",
-    "liger_fused_linear_cosine",
-    "liger_fused_linear_jsd",
-    "liger_fused_linear_kl_div",
-    "liger_jsd",
-    "liger_kl_div",
-    "liger_tvd",
-]
-
-
-# ----------------------------------------------------------------------------------------------
-# Heads: liger_kernel.chunked_loss, and LigerFusedLinearJSD of liger_kernel.transformers
+from fusedkd.integrations.conventions import generalized_jsd
+from fusedkd.integrations.liger.cosine import CosineRows
+from fusedkd.integrations.liger.functions import DistillationFunction, counted
 
 
 class _ChunkedLoss(nn.Module):

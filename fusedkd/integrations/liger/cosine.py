@@ -6,10 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from fusedkd.backends import CustomRows
-from fusedkd.integrations.elementwise import pieces
+from fusedkd.integrations.liger.probabilities import pieces
 from fusedkd.kernels import METRICS, RowCall, Rows
-
-__all__ = ["CosineRows"]
 
 
 class CosineRows(CustomRows):
