@@ -55,6 +55,8 @@ def add_lora(model: Any, task_type: str | None, targets: list[str], **options: A
     peft = _installed("--use_peft needs", "peft")
     with as_user_error("--use_peft", Exception):
         chosen = targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets
+        if chosen == "all-linear" and task_type == "TOKEN_CLS":  # peft spares other heads itself
+            options["exclude_modules"] = ["classifier", "score"]
         config = peft.LoraConfig(task_type=task_type, target_modules=chosen, **options)
         return peft.get_peft_model(model, config)
 

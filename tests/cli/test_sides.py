@@ -214,6 +214,17 @@ def test_examples_of_every_kind(kind: str, disk: Path) -> None:
     assert kind != "several classes" or config.problem_type == "multi_label_classification"
 
 
+def test_lora_spares_the_head_of_a_token_classifier(disk: Path) -> None:
+    make, row, _ = EXAMPLES["words"]
+    (disk / "text.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    for role in ("teacher", "student"):
+        saved(disk / role, make())
+    assert run(disk, "--use_peft") == 0
+    names = load_file(disk / "out" / "adapter_model.safetensors").keys()
+    heads = {name.split("classifier.")[1] for name in names if "classifier." in name}
+    assert heads == {"weight", "bias"}
+
+
 def test_a_word_s_first_token_carries_its_label() -> None:
     from fusedkd.data.labelled import _of_tokens
 
