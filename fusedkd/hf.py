@@ -145,9 +145,14 @@ def _per_process(count: Tensor) -> Tensor:
 
 
 def _is_wrapped(model: nn.Module) -> bool:
-    """For several processes: in what holds it, or (FSDP2) by its parameters."""
+    """For several processes: in what holds it, by its parameters (FSDP2), or with what calls this
+    (DDP around a whole training step, as Lightning's)."""
     inside = getattr(model, "_orig_mod", model) is not bare(model)
-    return inside or any(isinstance(x, DTensor) for x in model.parameters())
+    return inside or _in_ddp() or any(isinstance(x, DTensor) for x in model.parameters())
+
+
+def _in_ddp() -> bool:
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
 def _trains(model: nn.Module) -> bool:
@@ -194,7 +199,7 @@ def _refuse_inside_of_ddp(model: nn.Module) -> None:
     that DDP has it, so all objects are looked through, once a model (0.1 s of a million)."""
     if _is_wrapped(model) or not (dist.is_available() and dist.is_initialized()):
         return
-    if dist.get_world_size() == 1 or getattr(DistributedDataParallel, "_active_ddp_module", None):
+    if dist.get_world_size() == 1:
         return
     wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
     if any(inner is model for wrapper in wrappers for inner in wrapper.modules()):

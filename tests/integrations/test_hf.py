@@ -53,6 +53,11 @@ def test_processes(wrap: str, how: str, alone: Any, ranks: list[Any]) -> None:
         same(rank[wrap, how], alone)
 
 
+def test_a_step_within_ddp(alone: Any, ranks: list[Any]) -> None:
+    for rank in ranks:
+        torch.testing.assert_close(rank["around"], alone[1], rtol=1e-4, atol=1e-6)
+
+
 def test_what_ddp_holds_is_refused(ranks: list[Any]) -> None:
     assert all("expected the DistributedDataParallel itself" in rank["inside"] for rank in ranks)
 

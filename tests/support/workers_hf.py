@@ -85,6 +85,24 @@ def inside() -> str:
     return "nothing"
 
 
+class Step(nn.Module):
+    """A training step that DDP wraps as a whole, as Lightning's are."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.model, self.teacher = model, (teacher,)
+
+    def forward(self, batch: Any) -> Tensor:
+        return hf.distill(self.model, *self.teacher, batch, **LOSS)[0]
+
+
+def around(rank: int) -> Any:
+    model = tiny.build("llama", 1)
+    step = ddp(Step(model, tiny.build("llama", 2)))  # which has to outlive the backward
+    step(tiny.batch(tiny.rows()[2 * rank : 2 * rank + 2])).backward()
+    return {name: x.grad for name, x in model.named_parameters()}
+
+
 def unheard(rank: int) -> dict[str, float]:
     """Means where one process has measured nothing."""
     meter = hf.Meter()
@@ -94,7 +112,7 @@ def unheard(rank: int) -> dict[str, float]:
 
 
 def everything(rank: int) -> Any:
-    return together(rank) | {"unheard": unheard(rank)}
+    return together(rank) | {"unheard": unheard(rank), "around": around(rank)}
 
 
 if __name__ == "__main__":
