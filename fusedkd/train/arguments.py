@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from fusedkd import KDLoss, backends, divergences
@@ -155,6 +157,10 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(
                 f"on_policy_share={self.on_policy_share} with a cross-entropy: the labels would be "
                 "what the student wrote itself. Expected ce_weight=0."
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = (
+                True  # else accelerate makes each of torchrun's processes a run of its own
             )
         super().__post_init__()
         if self.backend is not None:

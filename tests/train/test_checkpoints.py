@@ -97,14 +97,14 @@ def test_processes_of_torchrun_are_one_run(tmp_path: Path) -> None:
     texts = [" ".join(WORDS[n % 7 :: 1 + n % 5]) for n in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
-    def words(out: str, batch: int) -> list[str]:
+    def words(out: str, batch: int) -> list[str]:  # --use_cpu is not needed
         return [
             "distill", "--teacher", str(tmp_path / "teacher"),
             "--student", str(tmp_path / "student"), "--data", str(tmp_path / "a.jsonl"),
             "--eval_share", "0.2", "--max_length", "16", "--max_steps", "3", "--optim", "sgd",
             "--learning_rate", "0.1", "--per_device_train_batch_size", str(batch),
             "--logging_steps", "1", "--save_strategy", "no", "--report_samples", "1",
-            "--report_new_tokens", "2", "--use_cpu", "true", "--report_to", "none",
+            "--report_new_tokens", "2", "--report_to", "none",
             "--disable_tqdm", "true", "--output_dir", str(tmp_path / out),
         ]  # fmt: skip
 
