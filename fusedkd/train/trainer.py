@@ -113,6 +113,11 @@ class DistillationTrainer(FromHeads, Trainer):
             self._run(teacher)
         if args.on_policy_share and not self._task.writes:
             raise ValueError("on_policy_share: expected a decoder, which can write.")
+        if args.kd_tokens == "all" and self._task.over_tokens and not self._task.per_token:
+            raise ValueError(
+                "kd_tokens='all': the answers of an encoder-decoder are at its labels, not at its "
+                "input's tokens: expected 'labels'."
+            )
         self._meters = {True: Meter(), False: Meter()}  # by model.training
         self._objective = Objective(args, self._loss_keywords)
         self._finite = Finite()

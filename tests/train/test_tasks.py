@@ -375,3 +375,11 @@ def test_padding_that_one_model_does_not_know(larger: int, tmp_path: Path) -> No
     padded[0, 0] = V
     with pytest.raises(ValueError, match=f"input_ids holds {V}: the BertForMaskedLM knows {V}"):
         tested.compute_loss(pair[0], {**batch, "input_ids": padded})
+
+
+def test_an_encoder_decoder_has_answers_at_its_labels_alone(tmp_path: Path) -> None:
+    arguments = DistillationArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", kd_tokens="all"
+    )
+    with pytest.raises(ValueError, match=r"kd_tokens='all'.*encoder-decoder.*'labels'"):
+        DistillationTrainer(t5(), t5(), arguments)
