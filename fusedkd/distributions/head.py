@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedkd.checks import check_device, check_logits, is_finite
 from fusedkd.distributions.side import Side
 from fusedkd.spec import Transform
+from fusedkd.synchronised import check_synchronised
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ class LMHead:
 def head_side(name: str, head: LMHead, fewest: int) -> Side:
     """The head as the side called ``name``, checked, of no fewer columns than ``fewest``."""
     _check_head(name, head, fewest)
+    if name == "student":
+        check_synchronised(head.weight)
     transform = Transform(float(head.logit_scale), float(head.softcap or 0.0))
     return Side(name, head.hidden, head.weight.shape[0], head.weight, head.bias, transform)
 

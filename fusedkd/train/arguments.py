@@ -19,7 +19,7 @@ KD_TOKENS = ("labels", "all")
 METRICS = ("every", "logging_steps", "none")
 # those of fusedkd.train.tasks, which reads data: too much for a help text
 TASK_NAMES = """masked, causal, seq2seq, sequence_classification, token_classification, \
-multiple_choice, question_answering, image_classification"""
+multiple_choice, question_answering, image_classification, audio_classification"""
 
 
 @dataclass

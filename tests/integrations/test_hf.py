@@ -63,6 +63,14 @@ def test_what_ddp_holds_is_refused(ranks: list[Any]) -> None:
     assert all("expected the DistributedDataParallel itself" in rank["inside"] for rank in ranks)
 
 
+def test_a_loss_past_ddp_is_said(ranks: list[Any]) -> None:
+    """From the second step on, and not where the hidden states are DDP's own."""
+    for rank in ranks:
+        right, wrong = rank["past"]
+        assert not right and len(wrong) == 2
+        assert "forward has not run since the last step: gradients are not averaged" in wrong[0]
+
+
 def test_a_process_that_measured_nothing(ranks: list[Any]) -> None:
     assert [rank["unheard"] for rank in ranks] == [{"kd": 3.0}] * 2
 

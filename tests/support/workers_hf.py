@@ -3,6 +3,7 @@ test_hf.py."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import families as tiny
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fusedkd import hf
+from fusedkd import LMHead, hf, kd_loss
 
 LOSS = {"divergence": "jsd", "temperature": 2.0, "ce_weight": 0.3}
 
@@ -103,6 +104,24 @@ def around(rank: int) -> Any:
     return {name: x.grad for name, x in model.named_parameters()}
 
 
+def past_ddp(rank: int, inside: bool) -> list[str]:
+    """What is said in two steps whose loss is made of ``kd_loss`` outside of DDP, from hidden
+    states of DDP's forward, or of its module's."""
+    model: Any = tiny.build("llama", 1)
+    wrapped = ddp(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = tiny.batch(tiny.rows())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            run = model if inside else wrapped
+            outputs = run(batch["input_ids"], output_hidden_states=True)
+            head = LMHead(outputs.hidden_states[-1], model.lm_head.weight)
+            kd_loss(head, torch.zeros(*head.hidden.shape[:-1], len(head.weight))).backward()
+            optimizer.step()
+    return [str(x.message) for x in said if "DistributedDataParallel" in str(x.message)]
+
+
 def unheard(rank: int) -> dict[str, float]:
     """Means where one process has measured nothing."""
     meter = hf.Meter()
@@ -112,7 +131,8 @@ def unheard(rank: int) -> dict[str, float]:
 
 
 def everything(rank: int) -> Any:
-    return together(rank) | {"unheard": unheard(rank), "around": around(rank)}
+    past = [past_ddp(rank, inside) for inside in (False, True)]
+    return together(rank) | {"unheard": unheard(rank), "around": around(rank), "past": past}
 
 
 if __name__ == "__main__":
