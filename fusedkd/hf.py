@@ -44,6 +44,11 @@ __all__ = ["Mean", "Measured", "Meter", "distill", "normalizer"]
 Answer = Tensor | LMHead | SparseTeacher
 Teacher = nn.Module | TeacherCache | Callable[[dict[str, Any]], Answer] | Answer
 
+_NOT_HERE = {
+    "ignore_index": "for transformers' labels have -100",
+    "reduction": "for the loss is a mean; with normalizer=1 it is the sum",
+}
+
 
 def distill(
     model: nn.Module,
@@ -71,7 +76,8 @@ def distill(
         task: what the model does, if its class does not say (``fusedkd.train.tasks.TASKS``).
         normalizer: what the sum over tokens is divided by. For gradient accumulation that of
             :func:`normalizer`; losses of micro-batches are then added up. None: the labels of this
-            batch, averaged over the processes among which a model that trains is wrapped.
+            batch; where a model that trains is wrapped for several processes, of all of theirs,
+            which then have to call this equally often.
         vocab_size: how many columns are real, where the two models do not say.
         **keywords: of :func:`fusedkd.kd_loss`.
 
@@ -84,11 +90,12 @@ def distill(
         ValueError: no labels, a head that is not known, vocabularies or classes that differ, models
             that share parameters, or ``model`` is inside of DDP and its gradients would not be
             synchronised.
-        TypeError: a keyword that is not one of ``kd_loss``'s, or is for aligned labels alone.
+        TypeError: a keyword that is not one of ``kd_loss``'s, or means nothing here.
         CacheError: the cache does not have a sequence, or not for this loss.
     """
-    if "ignore_index" in keywords:
-        raise TypeError("ignore_index: expected none, transformers' labels have -100.")
+    if unfit := keywords.keys() & _NOT_HERE.keys():
+        name = unfit.pop()
+        raise TypeError(f"{name}={keywords[name]!r}: expected none, {_NOT_HERE[name]}.")
     student, known = bare(model), _known(model, teacher, task)
     given = dict(batch)
     if labels is not None:
@@ -99,7 +106,7 @@ def distill(
     answer = _answers(teacher, known.task)
     aligned = known.task.labels(dict(given))
     count = _count(aligned, keywords.get("token_weights"))
-    if normalizer is None and keywords.get("reduction", "mean") == "mean":
+    if normalizer is None:
         normalizer = _per_process(count) if _is_wrapped(model) and _trains(model) else count
     loss, metrics, outputs = known(
         *(model, teacher, answer, given),
@@ -109,7 +116,7 @@ def distill(
         **keywords,
     )
     routers = router_loss(student, outputs)
-    if isinstance(routers, Tensor) and normalizer is not None:
+    if isinstance(routers, Tensor):
         # each token has its part in the step, so that micro-batches add up to one mean
         share = count / torch.as_tensor(normalizer, device=count.device).clamp(min=1e-9)
         loss = loss + routers.to(loss.device) * share.to(loss.device)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fusedkd.models.kinds import bare, frozen, true_vocabulary
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.base import FromHeads
+from fusedkd.train.tasks import task_between
 
 __all__ = ["DistillationMixin"]
 
@@ -69,7 +70,7 @@ class DistillationMixin(FromHeads):
             )
         teacher = frozen(teacher, student, self.args.device)
         self._loss_keywords = {"vocab_size": None, **keywords}
-        self._learn(teacher, task)
+        self._compute_from_heads(task_between(student, teacher, task))
         self._keep_columns_of(teacher)
         self._vocabulary(student, teacher)
         self._teacher_side = LiveTeacher(
@@ -87,7 +88,6 @@ class DistillationMixin(FromHeads):
         if self._teacher_side is None:
             host: Any = super()
             return host.compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        assert self._head_loss is not None
         given = self._teacher_side.model
         keywords = self._loss_keywords | {
             "vocab_size": self._vocabulary(bare(model), given),

@@ -13,7 +13,7 @@ from fusedkd.models.columns import columns
 from fusedkd.models.heads import loss_in_forward
 from fusedkd.models.kinds import HeadOf, bare, router_loss
 from fusedkd.train.meter import Measured
-from fusedkd.train.tasks import Task, task_between
+from fusedkd.train.tasks import Task
 from fusedkd.train.tasks.language import Causal
 
 
@@ -108,33 +108,24 @@ class FromHeads:
     loss_is_scaled_for_ga: bool | None
     model: Any
 
-    _head_loss: HeadLoss | None = None
+    _head_loss: HeadLoss  # once there is a distillation
     _loss_shifts_labels: bool  # the Trainer counts a step's tokens in the alignment used here
     _signature_columns: Any
 
     @property
     def _task(self) -> Task:
-        return Causal() if self._head_loss is None else self._head_loss.task
+        return self._head_loss.task if hasattr(self, "_head_loss") else Causal()
 
     @property
     def _student_head(self) -> HeadOf:
-        assert self._head_loss is not None
         return self._head_loss.head
 
-    def _learn(self, teacher: Any, task: str | None) -> HeadLoss:
-        """Find out what the student is distilled to do, and have the Trainer count the labels of a
-        step as they are aligned here: the loss divides by their number.
-
-        Raises:
-            ValueError: from :func:`fusedkd.train.tasks.task_between`.
-        """
-        return self._compute_from_heads(task_between(bare(self.model), teacher, task))
-
-    def _compute_from_heads(self, task: Task) -> HeadLoss:
+    def _compute_from_heads(self, task: Task) -> None:
+        """From now on; the Trainer counts the labels of a step as they are aligned here, for the
+        loss divides by their number."""
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, task.causal
         self._head_loss = HeadLoss(task, self.accelerator.autocast)
-        self._head_loss.head.look(self.model)
-        return self._head_loss
+        self._student_head.look(self.model)
 
     def _keep_columns_of(self, teacher: Any) -> None:
         """Data sets keep the columns that only the teacher reads."""
@@ -152,8 +143,8 @@ class FromHeads:
         """As the Trainer's; the new model's head is looked up before anything wraps it."""
         host: Any = super()
         model = host.call_model_init(trial)
-        if self._head_loss is not None:
-            self._head_loss.head.look(model)
+        if hasattr(self, "_head_loss"):
+            self._student_head.look(model)
         return model
 
     def _refuse_other_losses(self) -> None:

@@ -26,6 +26,7 @@ from fusedkd.train.finite import Finite, check_weights, finite_rows
 from fusedkd.train.meter import Measured, Meter
 from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.report.clock import Clock
+from fusedkd.train.tasks import task_between
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class DistillationTrainer(FromHeads, Trainer):
         super().__init__(model, args, **kwargs)
         self._refuse_other_losses()
         self._refuse_compiled_terms(self.model)
-        self._from_head = self._learn(teacher, args.task)
+        self._compute_from_heads(task_between(bare(self.model), teacher, args.task))
         self._keep_columns_of(teacher)
         self._loss_keywords = args.loss_keywords()
         if isinstance(teacher, TeacherCache):
@@ -208,7 +209,7 @@ class DistillationTrainer(FromHeads, Trainer):
         self, model: nn.Module, inputs: Inputs, num_items: Tensor | int | None, dense: bool = False
     ) -> tuple[Tensor, Measured, Any]:
         self._refuse_compiled_terms(model)
-        labels, ours, theirs = self._from_head.sides(self.model, self.teacher, inputs)
+        labels, ours, theirs = self._head_loss.sides(self.model, self.teacher, inputs)
         tokens = real_tokens(inputs) if self._counts_tokens else None
         num_tokens = None if num_items is None else self._step_tokens
         done = self.state.global_step / max(self.state.max_steps, 1)
@@ -231,7 +232,7 @@ class DistillationTrainer(FromHeads, Trainer):
         self._loss_keywords["vocab_size"] = self._vocabulary(inner)
         weights = self._objective.numbers(done)
         with self.terms.in_forward(inner, states, tokens, num_tokens, weights) as extra:
-            loss, (metrics, rows), outputs = self._from_head.in_forward(
+            loss, (metrics, rows), outputs = self._head_loss.in_forward(
                 *(model, ours, lambda student: self._loss(student, teacher, targets), dense)
             )
         if dense or self._student_head.found is None:  # the terms were there before the loss

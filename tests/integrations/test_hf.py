@@ -11,6 +11,7 @@ import families as tiny
 import processes
 import pytest
 import torch
+import transformers as tf
 import workers_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -158,6 +159,8 @@ def test_mistakes() -> None:
         hf.distill(student, tiny.build("llama", 2, vocab_size=1000), batch)
     with pytest.raises(TypeError, match="ignore_index"):
         hf.distill(student, tiny.build("llama", 2), batch, ignore_index=0)
+    with pytest.raises(TypeError, match=r"reduction='sum'.*normalizer=1"):
+        hf.distill(student, tiny.build("llama", 2), batch, reduction="sum")
     with pytest.raises(TypeError, match="tempreature"):
         hf.distill(student, tiny.build("llama", 2), batch, tempreature=2.0)
     with pytest.raises(ValueError, match="a masked one"):
@@ -177,3 +180,29 @@ def test_nothing_stays_with_a_copy() -> None:
         other.lm_head.weight.data.mul_(2)
         assert hf.distill(other, teacher, batch)[0] != want
         assert hf.distill(student, copy.deepcopy(teacher), batch)[0] == want
+
+
+def test_routers_of_experts() -> None:
+    """Each token has its share of what they add, so that micro-batches of one text add up."""
+    config = tf.MixtralConfig(
+        **tiny.DECODER, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.7
+    )
+    torch.manual_seed(0)
+    student, teacher = tf.MixtralForCausalLM(config), tiny.build("llama", 2)
+    batch = tiny.batch(tiny.rows())
+    routers = 0.7 * student(batch["input_ids"]).aux_loss
+    whole, _ = hf.distill(student, teacher, batch, **LOSS)
+    torch.testing.assert_close(whole - routers, by_hand(student, teacher, batch), rtol=1e-4, atol=0)
+    count = hf.normalizer(student, [batch, batch])
+    halves = [hf.distill(student, teacher, batch, normalizer=count, **LOSS)[0] for _ in range(2)]
+    torch.testing.assert_close(sum(halves), whole)
+
+
+def test_autocast() -> None:
+    student, teacher = tiny.build("llama", 1), tiny.build("llama", 2)
+    batch = tiny.batch(tiny.rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = hf.distill(student, teacher, batch, **LOSS)
+    loss.backward()
+    assert student.lm_head.weight.grad is not None and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), by_hand(student, teacher, batch), rtol=2e-2, atol=0)

@@ -34,7 +34,7 @@ class _FromHeads(FromHeads):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._from_head = self._compute_from_heads(Causal())
+        self._compute_from_heads(Causal())
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         self._teacher_side = LiveTeacher(teacher, self.accelerator.autocast)
 
@@ -48,7 +48,7 @@ class _FromHeads(FromHeads):
         """As TRL's; with ``return_outputs`` the outputs hold dense logits."""
         batch = self._forward_inputs(inputs) | {"labels": inputs["labels"]}
         self.teacher_model.eval()
-        loss, _, outputs = self._from_head(
+        loss, _, outputs = self._head_loss(
             *(model, self._teacher_side.model, self._teacher_side, batch),
             dense=return_outputs,
             divergence=generalized_jsd(self.beta),
