@@ -13,8 +13,8 @@ The values are TRL's: no T^2, beta 0 forward KL and beta 1 reverse KL. What diff
 * completions that were generated in the step are counted, not the ones they replaced. GKD
   generates one micro-batch after the other, so there (``lmbda`` or ``seq_kd`` set) each micro-batch
   is normalised over the processes, and their losses are averaged over accumulation steps;
-* GOLD's ULD is TRL's own. It adds micro-batches up, so that loss and gradient grow with
-  ``gradient_accumulation_steps``: a warning says so, and how to get their mean.
+* GOLD's ULD is TRL's, a mean over rows, and averaged over a step's micro-batches, which TRL adds
+  up. (Its cross-entropy, ``uld_crossentropy_weight``, is a mean over a micro-batch's tokens.)
 
 :func:`generalized_jsd_loss` and :func:`chunked_divergence_loss` stand in for TRL's functions and
 need no TRL; the trainers are made when they are first asked for.

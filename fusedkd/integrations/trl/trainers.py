@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -16,11 +15,8 @@ from fusedkd.integrations.conventions import generalized_jsd
 from fusedkd.integrations.trl.losses import chunked_divergence_loss, generalized_jsd_loss
 from fusedkd.models.heads import next_labels
 from fusedkd.teachers import LiveTeacher
-from fusedkd.train.base import FromHeads, HeadLoss
-from fusedkd.train.tasks import Task
+from fusedkd.train.base import FromHeads
 from fusedkd.train.tasks.language import Causal
-
-logger = logging.getLogger(__name__)
 
 
 class _FromHeads(FromHeads):
@@ -97,30 +93,23 @@ class GKDTrainer(_FromHeads, _GKDTrainer):  # type: ignore[misc]
 
 
 class GOLDTrainer(_FromHeads, _GOLDTrainer):  # type: ignore[misc]
-    """TRL's, with the loss of ``use_uld_loss=False`` from heads. ULD is TRL's own in everything."""
+    """TRL's, with the loss of ``use_uld_loss=False`` from heads. ULD is TRL's, a mean over rows,
+    averaged over a step's micro-batches (of as many rows each) where TRL adds them up."""
 
     generalized_jsd_loss: Any = staticmethod(generalized_jsd_loss)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As TRL's."""
-        if self.use_uld_loss:
-            return _GOLDTrainer.compute_loss(self, model, inputs, *args, **kwargs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _compute_from_heads(self, task: Task) -> HeadLoss:
-        scaled, steps = self.model_accepts_loss_kwargs, self.args.gradient_accumulation_steps
-        found = super()._compute_from_heads(task)
-        if self.use_uld_loss:
-            self.model_accepts_loss_kwargs = scaled
-            if scaled and steps > 1:
-                logger.warning(
-                    "use_uld_loss=True, gradient_accumulation_steps=%d: TRL adds the ULD losses of "
-                    "micro-batches up, so loss and gradient are %d times those of one batch of as "
-                    "many rows. For their mean, divide uld_distillation_weight and "
-                    "uld_crossentropy_weight by it.",
-                    *(steps, steps),
-                )
-        return found
+        if not self.use_uld_loss:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.loss_is_scaled_for_ga = False
+        parts = "_matched_sum", "_unmatched_sum"  # for the log, which divides by steps
+        before = [getattr(self, part) for part in parts]
+        loss = _GOLDTrainer.compute_loss(self, model, inputs, *args, **kwargs)
+        for part, old in zip(parts, before, strict=True):
+            added = getattr(self, part) - old
+            setattr(self, part, old + added / self.args.gradient_accumulation_steps)
+        return loss
 
     def _generated_tokens(self, labels: Tensor) -> tuple[Tensor, bool] | None:
         # A step's micro-batches are made together, and the Trainer counted each of them as often
