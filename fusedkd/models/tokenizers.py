@@ -29,7 +29,7 @@ def check_same(student: Any, teacher: Any, names: dict[str, str]) -> None:
         UserError: how they differ, and what helps.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    for token, number in ours.items():
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):  # always the same one
         if theirs.get(token, number) != number:
             raise _differ(
                 f"{token!r} is {number} for the student and {theirs[token]} for the teacher"
