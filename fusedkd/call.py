@@ -97,6 +97,7 @@ class Call(NamedTuple):
     plan: Plan
     weights: Tensor  # (N,) in the accumulation type, 0 where the token does not count
     leading: torch.Size  # of the tokens
+    teacher_entropy: Tensor | None  # (...,) where the teacher brings it
     traced: bool  # the tensors may be stand-ins without memory
 
     @classmethod
@@ -127,7 +128,7 @@ class Call(NamedTuple):
         weight, bias = _detached(t.weight), _detached(t.bias)
         teacher = (t.tensor, weight, bias, t.indices)
         inputs = Inputs(s.tensor, s.weight, s.bias, *teacher, labels, row_scale)
-        return cls(inputs, spec, plan, weights, s.leading, traced)
+        return cls(inputs, spec, plan, weights, s.leading, t.entropy, traced)
 
 
 def _plan(

@@ -250,11 +250,12 @@ def _run(call: Call) -> tuple[Tensor, KDMetrics | None]:
         loss = loss.view(call.leading)
     if sums is None:
         return loss, None
-    return loss, _metrics(sums, call.weights, call.inputs.teacher is not None)
+    return loss, _metrics(sums, call)
 
 
-def _metrics(sums: Tensor, weights: Tensor, has_teacher: bool) -> KDMetrics:
-    count = (weights != 0).sum()
+def _metrics(sums: Tensor, call: Call) -> KDMetrics:
+    counted = call.weights != 0
+    count = counted.sum()
     means = sums / count.clamp(min=1)
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
     # of a side that is NaN there is no favourite token, though the kernels name one
@@ -262,6 +263,10 @@ def _metrics(sums: Tensor, weights: Tensor, has_teacher: bool) -> KDMetrics:
     named["top1_agreement"] = named["top1_agreement"] + student + other
     named["student_accuracy"] = named["student_accuracy"] + student
     named["teacher_accuracy"] = named["teacher_accuracy"] + other
-    if not has_teacher:
+    if call.teacher_entropy is not None:
+        entropy = call.teacher_entropy.detach().reshape(-1).to(means.dtype)
+        known = entropy.masked_fill(~counted, 0.0).sum() / count.clamp(min=1)
+        named["teacher_entropy"] = known + 0.0 * named["teacher_entropy"]
+    if call.inputs.teacher is None:
         named |= {name: named[name] * math.nan for name in OF_TEACHER}
     return KDMetrics(**named, num_tokens=count)

@@ -22,6 +22,7 @@ class Side(NamedTuple):
     transform: Transform = IDENTITY
     indices: Tensor | None = None  # of the log-probabilities
     tail: str | None = None
+    entropy: Tensor | None = None  # (...,) of a teacher of which only some is known
 
     @property
     def leading(self) -> torch.Size:

@@ -58,15 +58,19 @@ class SparseTeacher:
             ``teacher_temperature``: nothing here can change their temperature. Constants; ignored
             at padding. Their rounding is the teacher's rounding, so prefer fp32.
         tail: "bucket", "renormalize" or "drop".
+        entropy: (...,) nats, of the whole teacher at ``teacher_temperature``, for the metric; None:
+            unknown.
 
-    Metrics: ``teacher_entropy`` is that of the K or K + 1 categories, not of the teacher that was
-    cut; ``student_entropy`` that of q over the whole vocabulary; the teacher's top-1 is its most
-    probable id (smallest id at a tie), even where the tail holds more.
+    Metrics: ``teacher_entropy`` is ``entropy`` where it is given, else that of the K or K + 1
+    categories, not of the teacher that was cut; ``student_entropy`` that of q over the whole
+    vocabulary; the teacher's top-1 is its most probable id (smallest id at a tie), even where the
+    tail holds more.
     """
 
     indices: Tensor
     log_probs: Tensor
     tail: str = "bucket"
+    entropy: Tensor | None = None
 
 
 def sparse_side(teacher: SparseTeacher) -> Side:
@@ -89,7 +93,20 @@ def sparse_side(teacher: SparseTeacher) -> Side:
         raise ValueError(
             f"teacher.tail={teacher.tail!r}: expected one of {', '.join(map(repr, TAILS))}."
         )
-    return Side("teacher", log_probs, None, indices=indices, tail=teacher.tail)
+    if teacher.entropy is not None:
+        _check_entropy(teacher.entropy, log_probs)
+    tail, entropy = teacher.tail, teacher.entropy
+    return Side("teacher", log_probs, None, indices=indices, tail=tail, entropy=entropy)
+
+
+def _check_entropy(entropy: Tensor, log_probs: Tensor) -> None:
+    check_logits("teacher.entropy", entropy)
+    check_device("teacher.entropy", entropy, "teacher.log_probs", log_probs)
+    if entropy.shape != log_probs.shape[:-1]:
+        raise ValueError(
+            f"teacher.entropy has shape {tuple(entropy.shape)}: expected "
+            f"{tuple(log_probs.shape[:-1])}, one number per token."
+        )
 
 
 class SparseRows(NamedTuple):

@@ -16,7 +16,7 @@ from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
 from fusedkd.models.kinds import vocabulary_size
 
-_INDICES, _LOG_PROBS = "teacher_indices", "teacher_log_probs"
+_INDICES, _LOG_PROBS, _ENTROPY = "teacher_indices", "teacher_log_probs", "teacher_entropy"
 
 
 class CachedTeacher:
@@ -48,7 +48,8 @@ class CachedTeacher:
                 "the batch has no answers of the teacher: make it with trainer.data_collator, "
                 "which looks them up in the cache."
             )
-        return SparseTeacher(inputs.pop(_INDICES), inputs.pop(_LOG_PROBS), self.tail)
+        indices, log_probs = inputs.pop(_INDICES), inputs.pop(_LOG_PROBS)
+        return SparseTeacher(indices, log_probs, self.tail, inputs.pop(_ENTROPY, None))
 
     def collator(self, collate: Callable[..., Any]) -> Callable[..., Any]:
         """``collate``, with the teacher's answers added to the batch."""
@@ -61,7 +62,8 @@ class CachedTeacher:
         names = ("input_ids", "attention_mask", "position_ids")
         found = self.collator(dict)({k: batch[k].cpu() for k in names if batch.get(k) is not None})
         device = batch["input_ids"].device
-        return {**batch, **{k: found[k].to(device) for k in (_INDICES, _LOG_PROBS)}}
+        answers = [name for name in (_INDICES, _LOG_PROBS, _ENTROPY) if name in found]
+        return {**batch, **{name: found[name].to(device) for name in answers}}
 
     def vocabulary(self, student: Any, given: int | None) -> int | None:
         """How many of the student's columns are real; None: all of them.
@@ -117,11 +119,15 @@ class _Collator:
         width = max((target.ids.shape[1] for target in found), default=0)
         indices = np.full((*ids.shape, width), -1, np.int32)
         log_probs = np.full((*ids.shape, width), -np.inf, np.float32)
+        entropy = np.zeros(ids.shape, np.float32)  # of the whole teacher, at T = 1
         for (row, span), target in zip(pieces, found, strict=True):
             indices[row, span, : target.ids.shape[1]] = target.ids
             log_probs[row, span, : target.ids.shape[1]] = target.log_probs
+            entropy[row, span] = target.entropy
         batch[_INDICES] = torch.from_numpy(indices)
         batch[_LOG_PROBS] = torch.from_numpy(log_probs)
+        if self.temperature == 1 and not np.isnan(entropy).any():
+            batch[_ENTROPY] = torch.from_numpy(entropy)
         return batch
 
 

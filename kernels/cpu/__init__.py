@@ -174,14 +174,16 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
     else:
         side, indices, rounding = call.teacher_logits, None, 0.0
     numbers = Numbers(
-        spec.temperature,
-        spec.teacher_temperature,
-        spec.kd_scale,
-        spec.ce_weight,
-        spec.label_smoothing,
-        *spec.student_transform,
-        *spec.teacher_transform,
-        rounding,
+        temperature=spec.temperature,
+        teacher_temperature=spec.teacher_temperature,
+        kd_scale=spec.kd_scale,
+        ce_weight=spec.ce_weight,
+        label_smoothing=spec.label_smoothing,
+        student_scale=spec.student_transform.scale,
+        student_softcap=spec.student_transform.softcap,
+        teacher_scale=spec.teacher_transform.scale,
+        teacher_softcap=spec.teacher_transform.softcap,
+        rounding=rounding,
     )
     name, every = spec.divergence.name, (*numbers, *spec.divergence.params)
     head = call.student, side, indices, _buckets(call), call.labels, call.row_scale

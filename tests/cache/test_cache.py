@@ -589,6 +589,18 @@ def test_losses_are_close_to_the_live_teacher_s(
     np.testing.assert_allclose(found[0], found[1], rtol=2e-3)
 
 
+def test_the_entropy_of_a_teacher_that_was_cut_is_its_own(
+    disk: Path, cache: Path, tmp_path: Path
+) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(disk / "teacher")
+    found = []
+    for side in (teacher, TeacherCache(cache)):
+        tested = make_trainer(disk, side, tmp_path, max_steps=1, vocab_size=257)
+        tested.train()
+        found += [e["teacher_entropy"] for e in tested.state.log_history if "loss" in e]
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
 def test_workers_read_the_cache_too(disk: Path, cache: Path, tmp_path: Path) -> None:
     losses = []
     for workers in (0, 1):

@@ -470,3 +470,21 @@ def test_canonical_form():
     assert rows.log_probs.dtype == torch.float64
     torch.testing.assert_close(rows.log_probs[0].exp().float(), torch.tensor([0.5, 0.25, 0, 0.25]))
     assert rows.indices.dtype == torch.int32 and rows.part(slice(1)).indices.shape == (1, 3)
+
+
+def test_the_entropy_that_a_teacher_brings(backend: str, device: torch.device) -> None:
+    """Is the metric, over the tokens that count; the loss knows nothing of it."""
+    logits = torch.randn(2, 3, 11, device=device)
+    log_probs, ids = logits.log_softmax(-1).topk(2)
+    labels = torch.tensor([[1, -100, 2], [3, 4, -100]], device=device)
+    entropy = torch.tensor([[1.0, math.nan, 2.0], [3.0, 4.0, math.inf]], device=device)
+    plain, whole = (
+        kd_loss_and_metrics(
+            logits, SparseTeacher(ids, log_probs, "bucket", x), labels, backend=backend
+        )
+        for x in (None, entropy)
+    )
+    assert whole[0] == plain[0] and whole[1].teacher_entropy == 2.5
+    assert whole[1]._replace(teacher_entropy=plain[1].teacher_entropy) == plain[1]
+    with pytest.raises(ValueError, match=r"teacher.entropy has shape \(2, 3, 1\).*\(2, 3\)"):
+        kd_loss(logits, SparseTeacher(ids, log_probs, "bucket", entropy[..., None]), labels)
