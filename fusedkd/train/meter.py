@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,3 +72,21 @@ def _of_every_process(sums: dict[str, list[float]]) -> list[dict[str, list[float
     found: list[dict[str, list[float]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(found, sums)
     return found
+
+
+def without_repeats(inputs: Mapping[str, Any], accelerator: Any) -> Mapping[str, Any]:
+    """The batch, with labels that do not count in rows that are there twice.
+
+    So that all processes have as many rows, accelerate ends an epoch with its first ones once more;
+    only the last batch knows how many rows are new.
+    """
+    state, labels = accelerator.gradient_state, inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return inputs
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return inputs
+    new = state.remainder - accelerator.process_index * len(labels)
+    if accelerator.num_processes == 1 or new >= len(labels):
+        return inputs
+    again = torch.arange(len(labels), device=labels.device) >= new
+    return {**inputs, "labels": labels.masked_fill(again.view(-1, *[1] * (labels.dim() - 1)), -100)}

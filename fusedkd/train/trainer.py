@@ -23,7 +23,7 @@ from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.base import FromHeads
 from fusedkd.train.checkpoints import staged
 from fusedkd.train.finite import Finite, check_weights, finite_rows
-from fusedkd.train.meter import Measured, Meter
+from fusedkd.train.meter import Measured, Meter, without_repeats
 from fusedkd.train.objective import Objective, Targets
 from fusedkd.train.report.clock import Clock
 from fusedkd.train.tasks import task_between
@@ -334,6 +334,7 @@ class DistillationTrainer(FromHeads, Trainer):
         """The student's cross-entropy, without logits unless ``compute_metrics`` needs them."""
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = dict(without_repeats(inputs, self.accelerator))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics, _ = self._distill(model, self._prepare_inputs(inputs), None)
         found = next((metrics[name][0] for name in _HELD_OUT if name in metrics), loss.detach())

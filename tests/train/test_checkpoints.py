@@ -104,6 +104,7 @@ def test_processes_of_torchrun_are_one_run(tmp_path: Path) -> None:
             "--eval_share", "0.2", "--max_length", "16", "--max_steps", "3", "--optim", "sgd",
             "--learning_rate", "0.1", "--per_device_train_batch_size", str(batch),
             "--logging_steps", "1", "--save_strategy", "no", "--report_samples", "1",
+            "--per_device_eval_batch_size", "3",
             "--report_new_tokens", "2", "--report_to", "none",
             "--disable_tqdm", "true", "--output_dir", str(tmp_path / out),
         ]  # fmt: skip
@@ -125,5 +126,11 @@ def test_processes_of_torchrun_are_one_run(tmp_path: Path) -> None:
     ]
     losses = [[log["loss"] for log in state["log_history"] if "loss" in log] for state in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+    # also of a set that does not divide into their batches
+    ends = [
+        json.loads((tmp_path / out / "distillation.json").read_text()) for out in ("two", "one")
+    ]
+    for name in ("eval_loss", "eval_kd", "eval_student_accuracy"):
+        assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-4), name
     assert "# By 2 processes." in (tmp_path / "two" / "run.yaml").read_text()
     assert not list((tmp_path / "two").glob("*.tmp"))
