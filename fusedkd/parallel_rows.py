@@ -34,16 +34,16 @@ class GroupRows(CustomRows):
         budget: int,
     ) -> None:
         super().__init__(name, device)
-        self.group, self.part = group, part
-        self.step = self.inner.block_rows(widest, budget)
+        self.group, self.part, self.widest, self.budget = group, part, widest, budget
 
     def rows(self, call: RowCall) -> Rows:
         """Of (1, N, C), as the loop over chunks makes them, in blocks. While one waits for the
         other ranks the next is worked on; every rank takes the same steps in the same order."""
         results, n = call.results(), call.row_scale.numel()
+        step = self.inner.block_rows(call, self.widest, self.budget)
         live: list[Iterator[None]] = []
-        for start in range(0, n, self.step):
-            rows = slice(start, min(start + self.step, n))
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
             live.insert(0, self._block(call.of(rows, self.part), results, rows))
             live = _advanced(live)
         while live:

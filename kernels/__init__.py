@@ -43,7 +43,7 @@ which each piece sees ``call.part``; what is merged is the same for all pieces, 
         and q hardly meet) and that were left out; all pieces go through them once more, with
         ``Part.exact``. The same on every piece
 
-``block_rows(widest, budget)``: how many rows of so many columns such verbs take at a time.
+``block_rows(call, widest, budget)``: how many rows of so many columns such verbs take at a time.
 
 Beside rows a backend has what a head's chunks are made with:
 

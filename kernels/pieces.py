@@ -75,7 +75,7 @@ class _Tables(NamedTuple):
         return _Tables(*(x.to(device) for x in found))
 
 
-def block_rows(widest: int, budget: int) -> int:
+def block_rows(call: RowCall, widest: int, budget: int) -> int:
     """How many rows of ``widest`` columns are worked on at a time, within ``budget`` bytes."""
     return max(1, budget // (widest * 8 * COPIES))
 

@@ -38,11 +38,10 @@ __all__ = [
 
 LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
 
-# Of rows in pieces, both sides in bf16. A block should stay in the last cache from one verb to the
-# next, and every one costs Python and a gather: forward KL on 256 x 75,968 took 11.5, 10.1 and 9.4
-# ms in blocks of 4, 16 and 78 MB, without the gathers (whole rows 7.2; Zen 5, 32 MB of L3,
-# 2026-11-28).
-BLOCK_BYTES = 16 << 20
+# Of rows in pieces, both sides in bf16; by whether d D / d log q is kept from one verb to the next,
+# which takes as much again. A block should stay in the last cache meanwhile, and every one costs
+# Python and a gather.
+BLOCK_BYTES = {False: 64 << 20, True: 16 << 20}
 LONGEST_TILE = 4096  # of kernel.h
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
@@ -136,7 +135,8 @@ def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
     if entrywise and call.grad is not None and spec.kd_scale and not _buckets(call):
         wide = part.exact or call.row_scale.dtype == torch.float64
         lines = -(-(part.columns + LONGEST_TILE) // 16)
-        kept = torch.empty(n, lines * 16 * (8 if wide else 4), dtype=torch.uint8)
+        size = lines * 16 * (8 if wide else 4)
+        kept = empty((n, size), dtype=torch.uint8, device=call.student.device)
     sums = call.row_scale.new_empty((n, 2), dtype=torch.float64)
     _piece(COMPARE, call, statistics, sums, kept)
     return Comparison(sums, kept)
@@ -157,8 +157,9 @@ def _piece(verb: int, call: RowCall, statistics: Tensor, *results: Tensor | None
     )
 
 
-def block_rows(widest: int, budget: int) -> int:
-    return max(1, BLOCK_BYTES // (4 * widest))  # by nothing that the ranks may differ in
+def block_rows(call: RowCall, widest: int, budget: int) -> int:
+    keeps = _ops().keeps(call.spec.divergence.name) and not _buckets(call)
+    return max(1, BLOCK_BYTES[keeps] // (4 * widest))  # by nothing that the ranks may differ in
 
 
 def _buckets(call: RowCall) -> bool:

@@ -12,6 +12,7 @@ FILES = (
     "loss/test_contract",
     "loss/test_counted",
     "loss/test_precision",
+    "loss/test_sparse",
 )
 TRITON = {"TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
 
@@ -24,11 +25,8 @@ pytestmark = pytest.mark.skipif(
 def test_the_kernels_in_the_interpreter() -> None:
     paths = [f"{name}.py" for name in FILES]
     # two processes: this is the last test of all to end, on idle cores
-    assert "passed" in children.tests(*paths, "-n", "2", "--dist", "loadfile", **TRITON)
-
-
-def test_sparse_teachers_in_the_interpreter() -> None:
-    children.tests("loss/test_sparse.py", "-k", "triton", **TRITON)
+    words = ("-n", "2", "--dist", "worksteal", "-k", "triton")
+    assert "passed" in children.tests(*paths, *words, **TRITON)
 
 
 @pytest.mark.slow
