@@ -57,7 +57,7 @@ class Arguments(NamedTuple):
                 "Divide the result, or use reduction='sum'."
             )
         heat = self.teacher_temperature
-        return _checked(
+        spec = LossSpec(
             divergence=divergences.resolve(self.divergence),
             vocab_size=vocab_size,
             temperature=self.temperature,
@@ -71,6 +71,7 @@ class Arguments(NamedTuple):
             student_transform=student,
             teacher_transform=teacher,
         )
+        return _checked(spec)
 
     def plan(self, wanted: Wanted) -> Plan:
         """How it is computed, checked as far as the tensors have no say in it."""
@@ -200,15 +201,16 @@ def _row_scale(
     weights: Tensor, normalizer: float | Tensor | None, spec: LossSpec, plan: Plan
 ) -> Tensor:
     """(N,) weights over what their weighted sum is divided by."""
-    tiny = torch.finfo(weights.dtype).tiny
     if normalizer is None:
         if spec.reduction != "mean":
             return weights
         # in fp64, so that weights of 0 between others change nothing; 0 over 0 is 0
-        row_scale = weights / weights.sum(dtype=torch.float64).clamp_(min=tiny)
+        total = weights.sum(dtype=torch.float64)
+        row_scale = weights / (total + (total == 0))
     else:
         row_scale = (weights / _divisor(weights, normalizer)).masked_fill(weights == 0, 0.0)
     if plan.num_counted is not None:  # what underflows is no less counted
+        tiny = torch.finfo(weights.dtype).tiny
         row_scale = row_scale.masked_fill((row_scale == 0) & (weights != 0), tiny)
     return row_scale
 
@@ -225,16 +227,16 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _checked(**fields: Any) -> LossSpec:
+def _checked(spec: LossSpec) -> LossSpec:
     if torch.compiler.is_compiling():  # dynamo has no use for a memory, and warns of it
-        return LossSpec(**fields).checked()
+        return spec.checked()
     try:
-        return _remembered(*fields.values())
+        return _remembered(*spec)
     except TypeError:  # something that cannot be remembered, or a mistake, which is said here
-        return LossSpec(**fields).checked()
+        return spec.checked()
 
 
-@functools.lru_cache(maxsize=64, typed=True)
+@functools.lru_cache(maxsize=64, typed=True)  # of each field: True is no 1
 def _remembered(*fields: Any) -> LossSpec:
     """A training repeats its hyper-parameters, and checking them takes 9 us of a small call (2026-
     11-28, AMD Zen 5)."""

@@ -220,3 +220,13 @@ def test_large_temperatures_are_right_or_refused(
     assert abs(wide - scale * exact) < 0.05 * wide
     with pytest.raises(ValueError, match="expected at least 1e-30"):
         kd_loss(s, t, divergence=name, temperature=1e-40, backend=backend)
+
+
+@pytest.mark.parametrize("weight", [1e-30, 1e-40])  # the latter no normal number in fp32
+def test_a_mean_does_not_depend_on_the_size_of_its_weights(
+    backend: str, device: torch.device, weight: float
+) -> None:
+    student, teacher = (torch.randn(3, 20, device=device) for _ in range(2))
+    weights = torch.full((3,), weight, device=device)
+    mean = kd_loss(student, teacher, token_weights=weights, backend=backend)
+    torch.testing.assert_close(mean, kd_loss(student, teacher, backend=backend), rtol=1e-3, atol=0)
