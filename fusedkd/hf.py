@@ -20,7 +20,6 @@ and the head's weight is whole there; from the model's head, without logits, whe
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakSet
@@ -29,11 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from fusedkd import LMHead, SparseTeacher, divergences
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.models.kinds import bare, refuse_shared, router_loss, true_vocabulary
+from fusedkd.synchronised import ddp_wrappers, in_ddp, several_processes
 from fusedkd.teachers import CachedTeacher, LiveTeacher
 from fusedkd.train.base import HeadLoss
 from fusedkd.train.meter import Mean, Measured, Meter
@@ -155,11 +154,7 @@ def _is_wrapped(model: nn.Module) -> bool:
     """For several processes: in what holds it, by its parameters (FSDP2), or with what calls this
     (DDP around a whole training step, as Lightning's)."""
     inside = getattr(model, "_orig_mod", model) is not bare(model)
-    return inside or _in_ddp() or any(isinstance(x, DTensor) for x in model.parameters())
-
-
-def _in_ddp() -> bool:
-    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+    return inside or in_ddp() or any(isinstance(x, DTensor) for x in model.parameters())
 
 
 def _trains(model: nn.Module) -> bool:
@@ -202,14 +197,10 @@ def _known(model: nn.Module, teacher: Any, name: str | None) -> _Known:
 
 
 def _refuse_inside_of_ddp(model: nn.Module) -> None:
-    """Gradients are averaged only where DDP's own forward was called. Nothing in a module says
-    that DDP has it, so all objects are looked through, once a model (0.1 s of a million)."""
-    if _is_wrapped(model) or not (dist.is_available() and dist.is_initialized()):
+    """Gradients are averaged only where DDP's own forward was called. Looked for once a model."""
+    if _is_wrapped(model) or not several_processes():
         return
-    if dist.get_world_size() == 1:
-        return
-    wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-    if any(inner is model for wrapper in wrappers for inner in wrapper.modules()):
+    if any(inner is model for wrapper in ddp_wrappers() for inner in wrapper.modules()):
         raise ValueError(
             f"model is the {type(model).__name__} inside of a DistributedDataParallel, which would "
             "not synchronise its gradients: expected the DistributedDataParallel itself."

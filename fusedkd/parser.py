@@ -115,3 +115,8 @@ def near(word: str, words: Sequence[str], command: str) -> str:
     """A hint for a flag that is none."""
     matches = difflib.get_close_matches(word[:80], words, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else f" (see {command} --help)."
+
+
+def printable(text: str) -> str:
+    """Files of strangers may hold what terminals obey."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -32,9 +32,9 @@ def check_synchronised(weight: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter):
         return
-    if not (weight.requires_grad and torch.is_grad_enabled() and _several()):
+    if not (weight.requires_grad and torch.is_grad_enabled() and several_processes()):
         return
-    if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+    if in_ddp():
         return
     if weight not in _watches:
         _watches[weight] = _watched(weight)
@@ -52,15 +52,25 @@ def check_synchronised(weight: Tensor) -> None:
     watch.version, watch.ran = weight._version, False
 
 
-def _several() -> bool:
+def in_ddp() -> bool:
+    """Whether a DDP's forward is what calls this."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def ddp_wrappers() -> list[DistributedDataParallel]:
+    """Every one that there is. Nothing in a module or a parameter says that DDP has it, so all
+    objects are looked through: 0.1 s of a million."""
+    return [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+
+
+def several_processes() -> bool:
+    """Whether there is a default group of more than one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _watched(weight: Tensor) -> _Watch | None:
-    """Nothing in a parameter says who has it, so all objects are looked through, once a weight (0.1
-    s of a million)."""
-    wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-    having = [x for x in wrappers if any(p is weight for p in x.parameters())]
+    """Looked for once a weight."""
+    having = [x for x in ddp_wrappers() if any(p is weight for p in x.parameters())]
     if not having:
         return None
     watch = _Watch(weight._version)

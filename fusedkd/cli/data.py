@@ -7,7 +7,7 @@ from typing import Any
 
 from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.parser import Parser, add_fields, number, of_fields
+from fusedkd.parser import Parser, add_fields, number, of_fields, printable
 
 ABOUT = """\
 Show what a run would train on: counts, and rows as the models will see them. Takes the same flags
@@ -85,7 +85,7 @@ def _text(ids: list[int], labels: list[int], tokenizer: Any, console: Any) -> An
 
     text = Text()
     for labelled, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != -100):
-        said = _printable(tokenizer.decode([token for token, _ in run]))
+        said = printable(tokenizer.decode([token for token, _ in run]))
         said = said.replace("\n", "\\n\n")
         mark = labelled and console.color_system is None
         text.append(f"[[{said}]]" if mark else said, LABELLED if labelled else READ)
@@ -104,8 +104,3 @@ def _table(ids: list[int], labels: list[int], tokenizer: Any, console: Any) -> A
         mark = "" if not labelled else "yes" if label == token else str(label)
         table.add_row(str(place), str(token), said, mark, style=LABELLED if labelled else READ)
     return table
-
-
-def _printable(text: str) -> str:
-    """Files of strangers may hold what terminals obey."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

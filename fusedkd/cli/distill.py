@@ -19,9 +19,7 @@ from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import NotFinite, UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
-from fusedkd.models.loading import (
-    load_tokenizer,
-)
+from fusedkd.models.loading import load_tokenizer
 from fusedkd.models.saved import SavedModel
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fusedkd.errors import UserError, as_user_error, of_the_machine
-from fusedkd.parser import OneSentence, Parser, number
+from fusedkd.parser import OneSentence, Parser, number, printable
 
 ABOUT = """\
 Distil language models with fused, memory-saving losses.
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = _last_line(str(error)) if isinstance(error, UserError) else of_the_machine(error)
         if said is None:  # a bug, which wants its traceback
             raise
-        print(f"fusedkd{name and ' '}{name}: {_printable(said)}", file=sys.stderr)
+        print(f"fusedkd{name and ' '}{name}: {printable(said)}", file=sys.stderr)
         return 2
 
 
@@ -111,11 +111,6 @@ def _last_line(text: str) -> str:
     worker's traceback as its text."""
     caught = text.startswith("Caught ") and "Traceback" in text
     return text.rstrip().rpartition("\n")[2].partition(": ")[2] if caught else text
-
-
-def _printable(text: str) -> str:
-    """Files of strangers may hold what terminals obey."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -22,10 +22,7 @@ from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
-from fusedkd.models.loading import (
-    load_tokenizer,
-    required,
-)
+from fusedkd.models.loading import load_tokenizer, required
 from fusedkd.models.saved import SavedModel
 from fusedkd.teachers import LiveTeacher
 from fusedkd.train.tasks import saved_task

@@ -24,6 +24,11 @@ _BESIDE |= {"input_ids": ("labels", *_MASKS), "text": ()}
 _ALIASES = {"conversations": "messages"}
 
 
+def column_names(rows: Any) -> list[str]:
+    """Of a data set, or of a stream, which may not know them before it has begun."""
+    return list(rows.column_names or next(iter(rows.take(1)), {}))
+
+
 def kind_of(columns: Sequence[str]) -> str:
     """Of rows whose columns have their standard names."""
     return next(kind for kind, needed in KINDS.items() if set(needed) <= set(columns))
@@ -46,7 +51,7 @@ class Columns:
         Raises:
             ValueError: it has none of them, or they hold something else.
         """
-        there = list(rows.column_names or next(iter(rows.take(1)), {}))
+        there = column_names(rows)
         found = {ours: theirs for ours, theirs in self.given.items() if theirs in there}
         self.used |= found.keys()
         names = {ours: theirs for theirs, ours in _ALIASES.items() if theirs in there}

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.chat import IGNORED, with_template
-from fusedkd.data.columns import Columns, kind_of
+from fusedkd.data.columns import Columns, column_names, kind_of
 from fusedkd.data.packing import collator
-from fusedkd.data.rows import COUNTED, LABELLED, LENGTH, Encoder, column_names, encode
+from fusedkd.data.rows import LABELLED, LENGTH, Encoder, encode, encoder_for, with_labels
 from fusedkd.data.sources import Part, names_and_weights, read_parts
 from fusedkd.data.text import SPLIT_SEED, default_packing, packed, split
 from fusedkd.errors import UserError, as_user_error
@@ -124,7 +124,7 @@ def load_rows(flags: DataArguments, tokenizer: Any, packing: str | None = None) 
         names, weights = names_and_weights(flags.data, flags.data_weights)
         documents = _documents(flags, names, weights)
         packing = packing or flags.packing or _packing(documents)
-        encoder = _encoder(flags, tokenizer, packing)
+        encoder = encoder_for(tokenizer, packing, flags.train_on, flags.max_length)
         parts, left_out = _encoded(documents, encoder, flags.data_num_proc)
     test: list[Any] = []
     if flags.eval_data:
@@ -180,11 +180,6 @@ def _packing(parts: list[Part]) -> str:
     return next(iter(found))
 
 
-def _encoder(flags: DataArguments, tokenizer: Any, packing: str) -> Encoder:
-    blocks = packing == "blocks"
-    return Encoder(tokenizer, flags.train_on, None if blocks else flags.max_length, joined=blocks)
-
-
 def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tuple[list[Part], int]:
     """Ids and labels, and how many rows without any were left out. Sources that are not weighted
     are one; prompts alone stay apart."""
@@ -197,7 +192,7 @@ def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tupl
         except ValueError as error:
             raise ValueError(f"{part.name}: {error}") from error
         if not encoder.joined:
-            kept = rows.filter(_counts, input_columns=COUNTED, batched=True)
+            kept = with_labels(rows)
             left_out += len(rows) - len(kept) if isinstance(rows, Dataset) else 0
             rows = kept
         key = (prompts, None if part.weight is None else place)
@@ -209,10 +204,6 @@ def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tupl
             "--max_length)."
         )
     return found, left_out
-
-
-def _counts(numbers: list[int]) -> list[bool]:
-    return [number > 0 for number in numbers]
 
 
 def _joined(parts: list[Any]) -> Any:

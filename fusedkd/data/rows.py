@@ -9,17 +9,12 @@ from typing import Any
 from datasets import Dataset
 
 from fusedkd.data.chat import IGNORED, Chat, as_messages, common_prefix
-from fusedkd.data.columns import kind_of
+from fusedkd.data.columns import column_names, kind_of
 
 # What is known of a row beside its ids and labels: its tokens before it was truncated, and how
 # many of those left have a label, and one that counts (the first token is nobody's next one).
 # Rows where none counts are left out.
 LENGTH, LABELLED, COUNTED = "length", "labelled", "counted"
-
-
-def column_names(rows: Any) -> list[str]:
-    """Of a data set, or of a stream, which may not know them before it has begun."""
-    return list(rows.column_names or next(iter(rows.take(1)), {}))
 
 
 def mapped(
@@ -47,6 +42,21 @@ def encode(rows: Any, encoder: Encoder, processes: int | None = None) -> Any:
     """
     kind = kind_of(column_names(rows))
     return mapped(rows, _encode, "Tokenizing", processes=processes, encoder=encoder, kind=kind)
+
+
+def with_labels(rows: Any) -> Any:
+    """Those of the encoded rows in which something counts."""
+    return rows.filter(_counts, input_columns=COUNTED, batched=True)
+
+
+def _counts(numbers: list[int]) -> list[bool]:
+    return [number > 0 for number in numbers]
+
+
+def encoder_for(tokenizer: Any, packing: str, train_on: str, max_length: int) -> Encoder:
+    """Of documents that are packed so: what is cut into blocks is one text, and truncated nowhere."""
+    blocks = packing == "blocks"
+    return Encoder(tokenizer, train_on, None if blocks else max_length, joined=blocks)
 
 
 def _encode(rows: dict[str, list[Any]], encoder: Encoder, kind: str) -> dict[str, list[Any]]:

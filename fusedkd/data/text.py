@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from fusedkd.data.columns import Columns, kind_of
 from fusedkd.data.packing import cut_blocks, flatten
-from fusedkd.data.rows import COUNTED, Encoder, encode
+from fusedkd.data.rows import encode, encoder_for, with_labels
 from fusedkd.data.sources import STDLIB, load_files, read
 
 __all__ = [
@@ -88,18 +88,13 @@ def pack(
             answer.
     """
     packing = packing or default_packing(documents.column_names)
-    blocks = packing == "blocks"
-    encoder = Encoder(tokenizer, train_on, None if blocks else max_length, joined=blocks)
+    encoder = encoder_for(tokenizer, packing, train_on, max_length)
     rows = encode(documents, encoder)
-    if not blocks:
-        rows = rows.filter(_counts, input_columns=COUNTED, batched=True)
+    if not encoder.joined:
+        rows = with_labels(rows)
         if not len(rows):
             raise ValueError("no row has an answer or two tokens: there is nothing to learn from.")
     return packed(rows, packing, max_length)
-
-
-def _counts(numbers: list[int]) -> list[bool]:
-    return [number > 0 for number in numbers]
 
 
 def packed(rows: Any, packing: str, max_length: int) -> Any:

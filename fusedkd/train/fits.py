@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from fusedkd.data.arguments import DataArguments
-from fusedkd.data.rows import column_names
+from fusedkd.data.columns import column_names
 from fusedkd.data.text import check_ids
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -253,18 +254,17 @@ class DistillationTrainer(FromHeads, Trainer):
 
     def _loss(
         self, student: Tensor | LMHead, teacher: Teacher, targets: Targets
-    ) -> tuple[Tensor, tuple[Measured, dict[str, Tensor | None]]]:
-        """The loss, what was measured, and which rows of either side are finite."""
+    ) -> tuple[Tensor, tuple[Measured, Callable[[], dict[str, Tensor | None]]]]:
+        """The loss, what was measured, and what tells which rows of either side are finite."""
         student = self._task.trimmed(self.model, student, targets.labels)
         counted = targets.tokens if targets.everywhere else targets.labels != -100
         sides = {"teacher": teacher, "student": student}
-        rows = {name: finite_rows(side, counted) for name, side in sides.items()}
         # a head's hidden states and weight may differ in dtype
         with self.accelerator.autocast(), self._timed("loss"):
             loss, metrics = self._objective(student, teacher, targets)
             if not targets.training and not self._teacher_loss_known:
                 metrics = {**metrics, **self._teacher_loss(teacher, targets)}
-        return loss, (metrics, rows)
+        return loss, (metrics, lambda: {n: finite_rows(side, counted) for n, side in sides.items()})
 
     def _teacher_loss(self, teacher: Teacher, targets: Targets) -> Measured:
         """The teacher's own cross-entropy, as if it were the student."""
