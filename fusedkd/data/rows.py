@@ -54,7 +54,7 @@ def _counts(numbers: list[int]) -> list[bool]:
 
 
 def encoder_for(tokenizer: Any, packing: str, train_on: str, max_length: int) -> Encoder:
-    """Of documents that are packed so: what is cut into blocks is one text, and truncated nowhere."""
+    """Of documents packed so: what is cut into blocks is one text, and nowhere truncated."""
     blocks = packing == "blocks"
     return Encoder(tokenizer, train_on, None if blocks else max_length, joined=blocks)
 
