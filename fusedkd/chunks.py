@@ -62,7 +62,7 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    chunks = list(_chunks(student, teacher, grads, backend, plan, index))
+    chunks = list(cut_rows(student, teacher, grads, backend, plan, index))
     if debug.ENABLED:
         debug.show(inputs, spec, plan, backend, chunks)
     for part in chunks:
@@ -152,10 +152,10 @@ def _sides(
     shape = None if index is not None else _common_rows(inputs)
     if inplace:
         shape = shape or row_shapes(inputs.student)[0]
-    student = _side(inputs.student, *inputs[1:3], shape, autocast)
+    student = side_of(inputs.student, *inputs[1:3], shape, autocast)
     if inputs.teacher is None or inputs.teacher_indices is not None:
         return student, None
-    return student, _side(inputs.teacher, *inputs[4:6], shape, autocast)
+    return student, side_of(inputs.teacher, *inputs[4:6], shape, autocast)
 
 
 def _common_rows(inputs: Inputs) -> tuple[int, int]:
@@ -171,7 +171,7 @@ def _common_rows(inputs: Inputs) -> tuple[int, int]:
     return next(common, everything[0])
 
 
-def _side(
+def side_of(
     tensor: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -191,7 +191,7 @@ def _side(
     return Side(rows, weight.detach().to(dtype), bias, dtype)
 
 
-def _chunks(
+def cut_rows(
     student: Side,
     teacher: Side | None,
     grads: Gradients,

@@ -19,6 +19,7 @@
 
 #include "kernel.h"
 #include "memory.h"
+#include "rows.h"
 #include "tensors.h"
 
 using torch::headeronly::ScalarType;
@@ -26,12 +27,6 @@ using torch::stable::Tensor;
 
 namespace fusedkd {
 namespace {
-
-// Work for one thread below which a second one does not pay, in vocabulary entries.
-constexpr int64_t kGrain = 32768;
-// Gradients of at least this many bytes are written past the caches: they would not stay there
-// anyhow.
-constexpr int64_t kStreamBytes = 16 << 20;
 
 const InstructionSet& pick() {
   const char* asked = std::getenv("FUSEDKD_CPU_ISA");
@@ -55,22 +50,6 @@ const InstructionSet& pick() {
   return base_set();
 }
 
-const InstructionSet& instructions() {
-  static const InstructionSet& set = pick();
-  return set;
-}
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "fusedkd_cpu: expected float64, float32, bfloat16 or float16");
-  }
-  return DType::f32;
-}
-
 // Two rows of both sides that fit in there do not drive each other out.
 int64_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -79,34 +58,6 @@ int64_t l2_bytes() {
 #else
   return 0;  // unknown
 #endif
-}
-
-Logits logits_of(const Tensor& t, double scale, double softcap) {
-  STD_TORCH_CHECK(
-      t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
-      "fusedkd_cpu: expected (batch, tokens, columns) with unit stride in the last dimension");
-  return {pointer(t), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
-}
-
-// Calls `one(row, next)` for each row; `next` is what the same thread does then, or -1. Which
-// thread does a row does not matter to its result, so threads take the next one when they are free:
-// rows that do not count cost nothing, and neighbours on the machine disturb less.
-template <class One> void for_rows(int64_t rows, int64_t columns, const One& one) {
-  if (rows == 0) return;
-  const int64_t workers =
-      std::min<int64_t>({torch::stable::get_num_threads(), rows, rows * columns / kGrain + 1});
-  const int64_t batch = std::max<int64_t>(
-      1, std::min(kGrain / 2 / std::max<int64_t>(columns, 1), rows / workers / 4));
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    auto claim = [&] { return next.fetch_add(batch, std::memory_order_relaxed); };
-    for (int64_t from = claim(), then; from < rows; from = then) {
-      then = claim();
-      const int64_t last = std::min(rows, from + batch) - 1;
-      for (int64_t row = from; row < last; ++row) one(row, row + 1);
-      one(last, then < rows ? then : -1);
-    }
-  });
 }
 
 // `numbers`: as in Numbers, the divergence's parameters behind them as far as it has any.
@@ -300,6 +251,12 @@ std::string instruction_set() { return instructions().name; }
 bool knows(std::string divergence) { return instructions().find(divergence.c_str()) >= 0; }
 
 }  // namespace
+
+const InstructionSet& instructions() {
+  static const InstructionSet& set = pick();
+  return set;
+}
+
 }  // namespace fusedkd
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {

@@ -6,6 +6,7 @@
 
 #include "dense.h"
 #include "scale.h"
+#include "softmax.h"
 
 namespace fusedkd {
 namespace FUSEDKD_ISA {
@@ -316,7 +317,8 @@ inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
   row_of<float>(call, work, n);
 }
 
-constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale};
+constexpr InstructionSet kSet = {
+    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, softmax_row};
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

@@ -10,6 +10,7 @@ from torch import Tensor, empty
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, observe
+from fusedkd.kernels.tokens import token_gradient, token_statistics
 
 __all__ = [
     "block_rows",
@@ -21,6 +22,8 @@ __all__ = [
     "observe",
     "rows",
     "scale_",
+    "token_gradient",
+    "token_statistics",
     "unavailable",
 ]
 
