@@ -2,9 +2,9 @@
 // factory in fusedkd/divergences.py, one function in kernels/triton/pointwise.py, and no edit
 // anywhere else. Formulas and edges: fusedkd/divergences.py. A struct has either
 //
-//   static Point<V> at(const Entry<V>&, const double* w): value and gradient = d value / d lq of one
-//     entry, a total function (any of lp, lq may be -inf, gap then +-inf, 0 where both are), w the
-//     divergence's parameters;
+//   static Point<V> at(const Entry<V>&, const double* w): value and gradient = d value / d lq of
+//     one entry, a total function (any of lp, lq may be -inf, gap then +-inf, 0 where both are), w
+//     the divergence's parameters;
 //
 // or
 //
