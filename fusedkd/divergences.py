@@ -16,6 +16,8 @@ Conventions shared by the three files, for one vocabulary entry with lp = log p 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,12 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkd.tape import Tape
+from fusedkd.trace import check, trace
 from fusedkd.values import bind_call, number, split_call
 
 __all__ = [
     "Divergence",
     "alpha",
     "alpha_beta",
+    "custom",
     "forward_kl",
     "jsd",
     "mixed_kl",
@@ -38,6 +43,9 @@ __all__ = [
     "skew_reverse_kl",
     "total_variation",
 ]
+
+
+MOST_PARAMETERS = 8  # of kernels/cpu/kernel.h
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,120 @@ class Divergence:
     name: str
     params: tuple[float, ...] = ()
     value: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True, compare=False, repr=False)
+    tape: Tape | None = field(default=None, kw_only=True, repr=False)
     builtin: bool = field(default=False, init=False, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.builtin:
             return make, (self.name, *self.params)  # closures do not pickle; their recipe does
+        if self.tape is not None:
+            return recorded, (self.name, self.params, self.tape)
         return _own, (self.name, self.params, self.value)
+
+
+def recorded(name: str, params: tuple[float, ...], tape: Tape) -> Divergence:
+    """The divergence that ``tape`` computes with these parameters."""
+    value = functools.partial(_Recorded.apply, tape, params)
+    return Divergence(name, params, value=value, tape=tape)
+
+
+class _Recorded(torch.autograd.Function):
+    """A tape with the derivative that was recorded, which is finite where autograd's may be NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, params: tuple[float, ...], lp: Tensor, lq: Tensor) -> Tensor:
+        value, grad = tape(lp, lq, params)
+        ctx.save_for_backward(torch.where(grad.isinf(), 0.0, grad))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        return None, None, None, upstream * grad
+
+
+class Custom:
+    """A formula of one's own: call it with its parameters for a :class:`Divergence`."""
+
+    def __init__(self, formula: Callable[..., Tensor]) -> None:
+        self.formula = formula
+        self.__name__, self.__doc__ = formula.__name__, formula.__doc__
+        self.__module__ = formula.__module__
+        self.defaults = _defaults(formula)
+        self.__signature__ = inspect.Signature(
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value)
+            for name, value in self.defaults.items()
+        )
+        self.tape = trace(formula, self.defaults)
+        check(self.__name__, self.tape, tuple(self.defaults.values()))
+
+    def __call__(self, *positional: float, **named: float) -> Divergence:
+        """The divergence with these parameters; the others have their defaults.
+
+        Raises:
+            TypeError: a parameter that it does not have.
+            ValueError: one that is no finite number, or with which the formula is not total.
+        """
+        bound = self.__signature__.bind(*positional, **named)
+        bound.apply_defaults()
+        values = tuple(_number(self.__name__, *item) for item in bound.arguments.items())
+        if values != tuple(self.defaults.values()):
+            check(self.__name__, self.tape, values)
+        return recorded(self.__name__, values, self.tape)
+
+    def __repr__(self) -> str:
+        return f"<divergence {self.__module__}.{self.__name__}{self.__signature__}>"
+
+
+def _defaults(formula: Callable[..., Tensor]) -> dict[str, float]:
+    """The parameters of a formula: numbers with defaults behind ``*``."""
+    where = f"divergences.custom: {formula.__name__}{inspect.signature(formula)}"
+    parameters = list(inspect.signature(formula).parameters.values())
+    first, rest = parameters[:2], parameters[2:]
+    keywords = all(p.kind is p.KEYWORD_ONLY for p in rest)
+    if len(first) < 2 or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in first) or not keywords:
+        raise TypeError(f"{where}: expected (lp, lq, *, parameter=default, ...).")
+    for p in rest:
+        if isinstance(p.default, bool) or not isinstance(p.default, (int, float)):
+            raise TypeError(f"{where}: {p.name} needs a number as its default.")
+    if len(rest) > MOST_PARAMETERS:
+        raise TypeError(f"{where}: expected at most {MOST_PARAMETERS} parameters.")
+    return {p.name: _number(formula.__name__, p.name, p.default) for p in rest}
+
+
+def custom(formula: Callable[..., Tensor]) -> Custom:
+    """A decorator: a divergence of your own, at the speed of those here.
+
+    >>> @divergences.custom
+    ... def tsallis(lp, lq, *, order=0.5):
+    ...     p, q = lp.exp(), lq.exp()
+    ...     return (order * p + (1 - order) * q - p**order * q**(1 - order)) / (order * (1 - order))
+    >>> loss = kd_loss(student, teacher, divergence=tsallis(order=0.7))
+
+    ``formula(lp, lq, *, parameter=default, ...)`` gets log p and log q of the vocabulary's entries
+    as tensors of one shape, in [-inf, 0], and returns each entry's contribution; their sum is the
+    divergence. It is recorded once, as the elementwise torch operations that it makes, and
+    differentiated in lq; each backend turns them into the code that its own divergences are made
+    of. The first call on a CPU compiles for some seconds, into ``$FUSEDKD_CACHE`` (the user's
+    cache folder); parameters are numbers at run time and compile nothing.
+
+    Raises:
+        TypeError: a signature of another kind.
+        ValueError: an operation that is not known or not elementwise, or control flow on values, in
+            which line; NaN at some point of [-inf, 0]^2, an infinity where p and q are positive, of
+            the value or its derivative; a name that is taken.
+
+    Warns:
+        UserWarning: not 0 at p = q, or negative for some p and q.
+    """
+    if not callable(formula) or not hasattr(formula, "__code__"):
+        raise TypeError(f"divergences.custom({formula!r}): expected a Python function.")
+    if formula.__name__ in _FACTORIES:
+        raise ValueError(
+            f"divergences.custom: {formula.__name__!r} is the name of one of ours, which "
+            "kd_loss(divergence=...) takes as a string: expected another."
+        )
+    return Custom(formula)
 
 
 def _own(name: str, params: tuple[float, ...], value: Callable[..., Tensor]) -> Divergence:
@@ -328,5 +444,5 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
 
 
 _FACTORIES: dict[str, Callable[..., Divergence]] = {
-    name: globals()[name] for name in __all__ if name != "Divergence"
+    name: globals()[name] for name in __all__ if name not in ("Divergence", "custom")
 }

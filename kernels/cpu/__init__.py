@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fusedkd.distributions.sparse import SparseRows
+from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
+from fusedkd.tape import Tape
 
 from .products import head_dtypes, mm_
 
@@ -81,8 +83,21 @@ def _ops() -> torch._ops._OpNamespace:
     return torch.ops.fusedkd_cpu
 
 
+def _name(divergence: Divergence) -> str:
+    """What the extension calls it."""
+    return _known(divergence.name) if divergence.tape is None else _own(divergence.tape)
+
+
 @functools.cache
-def _check(divergence: str) -> None:
+def _own(tape: Tape) -> str:
+    """One of somebody's own, compiled where it is not yet."""
+    from . import emit
+
+    return emit.load(tape, instruction_set(), _ops().register_set)
+
+
+@functools.cache
+def _known(divergence: str) -> str:
     """Raise unless the extension has the divergence; once, for asking it costs 2 us."""
     if not _ops().knows(divergence):
         raise NotImplementedError(
@@ -90,6 +105,7 @@ def _check(divergence: str) -> None:
             "one function of "
             f"the same name in each of {SISTER_FILES}."
         )
+    return divergence
 
 
 class Numbers(NamedTuple):
@@ -127,7 +143,7 @@ def observe(call: RowCall) -> Tensor:
 def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
     spec, part = call.spec, call.part
     sparse = isinstance(call.teacher, SparseRows)
-    entrywise = _ops().keeps(spec.divergence.name)
+    entrywise = _ops().keeps(_name(spec.divergence))
     if not (spec.kd_scale or call.metrics) or not (sparse or entrywise):
         return None
     assert part is not None
@@ -158,7 +174,7 @@ def _piece(verb: int, call: RowCall, statistics: Tensor, *results: Tensor | None
 
 
 def block_rows(call: RowCall, widest: int, budget: int) -> int:
-    keeps = _ops().keeps(call.spec.divergence.name) and not _buckets(call)
+    keeps = _ops().keeps(_name(call.spec.divergence)) and not _buckets(call)
     return max(1, BLOCK_BYTES[keeps] // (4 * widest))  # by nothing that the ranks may differ in
 
 
@@ -169,7 +185,6 @@ def _buckets(call: RowCall) -> bool:
 def _arguments(call: RowCall) -> tuple[Any, ...]:
     """What all operators on rows begin with."""
     spec, teacher = call.spec, call.teacher
-    _check(spec.divergence.name)
     if isinstance(teacher, SparseRows):
         side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
     else:
@@ -186,7 +201,7 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         teacher_softcap=spec.teacher_transform.softcap,
         rounding=rounding,
     )
-    name, every = spec.divergence.name, (*numbers, *spec.divergence.params)
+    name, every = _name(spec.divergence), (*numbers, *spec.divergence.params)
     head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
     return *head, name, every, spec.vocab_size
 

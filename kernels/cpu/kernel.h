@@ -119,4 +119,8 @@ const InstructionSet& avx2_set();
 const InstructionSet& avx512_set();
 #endif
 
+// What a library of one divergence must have in common with the extension that calls it.
+static constexpr int64_t kLayout[] = {sizeof(RowsCall), sizeof(Workspace), sizeof(InstructionSet),
+                                      kMetrics, sizeof(Statistics)};
+
 }  // namespace fusedkd

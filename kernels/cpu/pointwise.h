@@ -17,6 +17,9 @@
 #pragma once
 
 #include "vec.h"
+#if defined(FUSEDKD_POINTWISE)
+#include "elementwise.h"
+#endif
 
 namespace fusedkd {
 namespace FUSEDKD_ISA {
@@ -47,6 +50,11 @@ constexpr int kFirstDivergence = __COUNTER__ + 1;
     typedef called type;                                \
     static constexpr const char* name = #called;        \
   }
+
+#if defined(FUSEDKD_POINTWISE)  // a library of one divergence of somebody's own: emit.py
+#include FUSEDKD_POINTWISE
+FUSEDKD_DIVERGENCE(custom);
+#else
 
 // -------------------------------------------------------------------------------------------------
 
@@ -187,6 +195,8 @@ struct alpha_beta {
   }
 };
 FUSEDKD_DIVERGENCE(alpha_beta);
+
+#endif
 
 // -------------------------------------------------------------------------------------------------
 
