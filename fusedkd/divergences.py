@@ -17,8 +17,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 import math
+import os
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +49,7 @@ __all__ = [
 ]
 
 
-MOST_PARAMETERS = 8  # of kernels/cpu/kernel.h
+MOST_PARAMETERS = 7  # kernels/cpu has room for eight numbers, and keeps one for itself
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,23 @@ class Divergence:
     ``value(lp, lq)`` maps log-probabilities of one shape to the elementwise contributions; their
     sum over the vocabulary is the divergence in nats. Two are equal when name and parameters are.
 
-    ``builtin``: a factory of this module made it, so that the kernels know its formula by name. One
-    of your own needs a name of its own, and runs on ``backend="reference"``.
+    Make one of your own with :func:`custom`; one made by hand needs a name of its own, and runs on
+    ``backend="reference"`` only.
+
+    Attributes:
+        key: what the kernels know the formula by, and :func:`make` too: the name of one of this
+            module's factories, or of a recorded tape; None for one that is made by hand.
     """
 
     name: str
     params: tuple[float, ...] = ()
     value: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True, compare=False, repr=False)
     tape: Tape | None = field(default=None, kw_only=True, repr=False)
-    builtin: bool = field(default=False, init=False, compare=False, repr=False)
+    key: str | None = field(default=None, init=False, compare=False, repr=False)
+
+    @property
+    def builtin(self) -> bool:
+        return self.key is not None and self.tape is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.builtin:
@@ -76,7 +88,10 @@ class Divergence:
 def recorded(name: str, params: tuple[float, ...], tape: Tape) -> Divergence:
     """The divergence that ``tape`` computes with these parameters."""
     value = functools.partial(_Recorded.apply, tape, params)
-    return Divergence(name, params, value=value, tape=tape)
+    made = Divergence(name, params, value=value, tape=tape)
+    object.__setattr__(made, "key", f"{name}#{tape.key}")
+    _TAPES[f"{name}#{tape.key}"] = name, tape
+    return made
 
 
 class _Recorded(torch.autograd.Function):
@@ -102,10 +117,9 @@ class Custom:
         self.__name__, self.__doc__ = formula.__name__, formula.__doc__
         self.__module__ = formula.__module__
         self.defaults = _defaults(formula)
-        self.__signature__ = inspect.Signature(
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value)
-            for name, value in self.defaults.items()
-        )
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(n, kind, default=x) for n, x in self.defaults.items()]
+        self.__signature__ = inspect.Signature(parameters)
         self.tape = trace(formula, self.defaults)
         check(self.__name__, self.tape, tuple(self.defaults.values()))
 
@@ -184,7 +198,7 @@ def _own(name: str, params: tuple[float, ...], value: Callable[..., Tensor]) -> 
 
 def _builtin(name: str, *params: float, value: Callable[[Tensor, Tensor], Tensor]) -> Divergence:
     made = Divergence(name, params, value=value)
-    object.__setattr__(made, "builtin", True)
+    object.__setattr__(made, "key", name)
     return made
 
 
@@ -198,12 +212,14 @@ def make(name: str, *params: float) -> Divergence:
 
     Args:
         name: ``"jsd"``; or with its parameters as a command line or a recipe writes them,
-            ``"jsd(beta=0.3)"``, ``"jsd(0.3)"``, ``"jsd:0.3"``. Nothing is evaluated.
+            ``"jsd(beta=0.3)"``, ``"jsd(0.3)"``, ``"jsd:0.3"``. Nothing is evaluated. One of your
+            own is ``"my_module:tsallis(order=0.7)"``: **the module is imported**.
         params: the parameters, where the name has none.
 
     Raises:
         TypeError: not a string.
-        ValueError: an unknown name or parameter, or a parameter outside its range.
+        ValueError: an unknown name or parameter, or a parameter outside its range; a module that
+            cannot be imported, or has no such :func:`custom` divergence.
     """
     if not isinstance(name, str):
         raise TypeError(
@@ -212,14 +228,45 @@ def make(name: str, *params: float) -> Divergence:
         )
     if name in _FACTORIES:
         return _FACTORIES[name](*params)
-    called, positional, named = split_call("divergence", name, "'forward_kl' or 'jsd(beta=0.3)'")
-    if called not in _FACTORIES:
+    if name in _TAPES:
+        called, tape = _TAPES[name]
+        return recorded(called, tuple(params), tape)
+    module, text = split_module(name)
+    called, positional, named = split_call("divergence", text, "'forward_kl' or 'jsd(beta=0.3)'")
+    factory = _imported(name, module, called) if module else _FACTORIES.get(called)
+    if factory is None:
         near = difflib.get_close_matches(called, names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"divergence={name!r}: expected one of {', '.join(names())}.{hint}")
     given = [*(number("divergence", name, x) for x in positional), *params]
     keywords = {key: number("divergence", name, x) for key, x in named.items()}
-    made: Divergence = bind_call("divergence", name, called, _FACTORIES[called], given, keywords)
+    made: Divergence = bind_call("divergence", name, called, factory, given, keywords)
+    return made
+
+
+def split_module(name: str) -> tuple[str, str]:
+    """``"my_module:tsallis(order=0.7)"`` as ``("my_module", "tsallis(order=0.7)")``; no module is
+    ``""``, as in ``"jsd:0.3"``.
+    """
+    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*):([A-Za-z_]\w*\s*(?:[(:].*)?)", name)
+    return (match[1], match[2]) if match and match[1] not in _FACTORIES else ("", name)
+
+
+def _imported(name: str, module: str, called: str) -> Custom:
+    here = os.getcwd()
+    try:
+        sys.path.insert(0, here)  # as `python -m` has it; a console script has its own folder
+        made = getattr(importlib.import_module(module), called, None)
+    except ImportError as error:
+        raise ValueError(
+            f"divergence={name!r}: {error}; expected a module that Python finds from here."
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not isinstance(made, Custom):
+        raise ValueError(
+            f"divergence={name!r}: {module} has no {called} that @divergences.custom made."
+        )
     return made
 
 
@@ -235,7 +282,7 @@ def resolve(divergence: str | Divergence) -> Divergence:
         raise ValueError(
             f"divergence={made!r} is hand-made, but {made.name!r} is the name of "
             f"divergences.{made.name}(), whose formula the kernels would run: expected a name of "
-            "its own (then backend='reference' runs it)."
+            "its own; @divergences.custom makes one that the kernels run."
         )
     return made
 
@@ -443,6 +490,7 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     return _builtin("alpha_beta", a, b, value=value)
 
 
+_TAPES: dict[str, tuple[str, Tape]] = {}  # by key: what torch.compile's graphs name
 _FACTORIES: dict[str, Callable[..., Divergence]] = {
     name: globals()[name] for name in __all__ if name not in ("Divergence", "custom")
 }

@@ -20,8 +20,8 @@ Formula = Callable[..., Tensor]
 LOGS = (
     *(-math.inf, -1e4, -746.0, -709.0, -104.0, -88.0, -60.0, -30.0, -10.0, -3.0, -1.0, -0.3),
     *(-1e-2, -1e-4, -1e-7, -1e-12, 0.0),
+    *(-k / 8 for k in range(1, 41)),
 )
-ABSENT_REMEDY = "guard it: torch.where(p > 0, ..., 0.0) with p = lp.exp(), or (q > 0) likewise"
 
 
 def trace(formula: Formula, parameters: dict[str, float]) -> Tape:
@@ -65,22 +65,21 @@ def check(name: str, tape: Tape, parameters: Sequence[float]) -> None:
     for dtype in (torch.float64, torch.float32):
         logs = torch.tensor(LOGS, dtype=dtype)
         lp, lq = (x.flatten() for x in torch.meshgrid(logs, logs, indexing="ij"))
-        results = zip(("value", "derivative in lq"), tape(lp, lq, parameters), strict=True)
         smallest = torch.finfo(dtype).smallest_normal
         absent = (lp.exp() < smallest) | (lq.exp() < smallest)
-        for what, result in results:
-            for wrong, bad in (
-                ("NaN", result.isnan()),
-                ("infinite", result.isinf() & ~absent),
-            ):
-                if bad.any():
-                    at = int(bad.nonzero()[0])
-                    raise ValueError(
-                        f"{name}: the {what} is {wrong} at lp = {lp[at].item():g}, lq = "
-                        f"{lq[at].item():g} in {str(dtype).removeprefix('torch.')} (p = "
-                        f"{lp[at].exp().item():.3g}, q = {lq[at].exp().item():.3g}): {ABSENT_REMEDY}"
-                        "."
-                    )
+        for what, result in zip(
+            ("value", "derivative in lq"), tape(lp, lq, parameters), strict=True
+        ):
+            wrong = result.isnan() | (result.isinf() & ~absent)
+            if wrong.any():
+                at = int(wrong.nonzero()[0])
+                point = f"lp = {lp[at].item():g}, lq = {lq[at].item():g}"
+                raise ValueError(
+                    f"{name}: the {what} is {result[at].item()} at {point} (p = "
+                    f"{lp[at].exp().item():.3g}, q = {lq[at].exp().item():.3g}, in {dtype}): expected "
+                    "a number there. Guard it: torch.where(p > 0, ..., 0.0) with p = lp.exp(), or "
+                    "(q > 0) likewise."
+                )
     _warn_unless_divergence(name, tape, parameters)
 
 
@@ -177,9 +176,9 @@ class _Number(int):
 def _refusal(name: str) -> str:
     if name in ("_local_scalar_dense", "is_nonzero", "equal"):
         return (
-            "control flow on values, or a tensor made a Python number: the formula is recorded once "
-            "and runs on every entry, with every value of its parameters: use torch.where, and "
-            "torch.log and the like instead of math.log."
+            "control flow on values, or a tensor made a Python number: the formula is recorded "
+            "once and runs on every entry, with every value of its parameters: use torch.where, "
+            "and torch.log and the like instead of math.log."
         )
     if name.endswith("_") and name.rstrip("_") in RULES:
         return f"{name} writes in place: expected operations that make new tensors."
@@ -315,5 +314,7 @@ RULES: dict[str, Rule] = {
     "full_like": lambda b, x, number, **_: number,
     "scalar_tensor": lambda b, number, **_: number,
     "full": _full,
+    **{name: _constant(number) for name, number in (("new_zeros", 0), ("new_ones", 1))},
+    "new_full": lambda b, x, size, number, **_: number,
 }
 HIDDEN = frozenset(("_to_copy", "alias", "lift_fresh", "lift_fresh_copy", "scalar_tensor", "sgn"))

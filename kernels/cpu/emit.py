@@ -95,15 +95,19 @@ def _expression(tape: Tape, position: int, numeric: list[bool]) -> str:
     return f"{CALLS[node.op][not vector]}({', '.join(inputs)})"
 
 
-def _leaf(tape: Tape, node: Node) -> str | None:
-    """What each entry comes with; its differences and exponentials are better than ours."""
+def _entry_of(tape: Tape, node: Node) -> str | None:
+    """What each entry comes with; its difference and exponentials are better than ours."""
     inner = [tape.nodes[i].op for i in node.inputs]
-    if node.op in ("lp", "lq"):
-        return f"e.{node.op}"
     if node.op == "exp" and inner[0] in ("lp", "lq"):
-        return f"e.{inner[0][1]}"
-    if node.op == "sub" and set(inner) == {"lp", "lq"}:
-        return "e.gap" if inner[0] == "lp" else "-e.gap"
+        return inner[0][1]
+    if node.op == "sub" and inner == ["lp", "lq"]:
+        return "gap"
+    return node.op if node.op in ("lp", "lq") else None
+
+
+def _leaf(tape: Tape, node: Node) -> str | None:
+    if entry := _entry_of(tape, node):
+        return f"e.{entry}"
     if node.op == "parameter":
         return f"w[{int(node.number)}]"
     if node.op == "constant":
@@ -122,6 +126,53 @@ def _operand(tape: Tape, position: int, numeric: list[bool], vector: bool) -> st
         return f"x{position}"
     mask = tape.nodes[position].op in MASKS
     return f"every_lane<V>(x{position})" if mask else f"splat<V>(x{position})"
+
+
+# ----------------------------------------------------------------------------------------------
+# without a compiler
+
+MASK_STEPS = {"and": "both", "or": "either", "not": "no"}
+STEPS = (  # the order of kernel.h's TapeOp
+    *("lp", "lq", "p", "q", "gap", "constant", "parameter", "neg", "abs", "sign", "exp", "expm1"),
+    *("log", "log1p", "sqrt", "tanh", "sigmoid", "detach", "add", "sub", "mul", "div", "pow"),
+    *("minimum", "maximum", "logaddexp", "where", "eq", "lt", "le", "both", "either", "no"),
+)
+MOST_STEPS = 256
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("op", ctypes.c_int),
+        ("inputs", ctypes.c_int * 3),
+        ("number", ctypes.c_double),
+    )
+
+
+class _Tape(ctypes.Structure):
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("value", ctypes.c_int64),
+        ("grad", ctypes.c_int64),
+        ("steps", _Step * MOST_STEPS),
+    )
+
+
+def assemble(tape: Tape) -> _Tape:
+    """The tape as tape.h runs it.
+
+    Raises:
+        RuntimeError: more operations than there is room for.
+    """
+    if len(tape.nodes) > MOST_STEPS:
+        raise RuntimeError(
+            f"{len(tape.nodes)} operations: without a C++ compiler, at most {MOST_STEPS}"
+        )
+    made = _Tape(len(tape.nodes), tape.value, tape.grad)
+    for step, node in zip(made.steps, tape.nodes, strict=False):
+        name = _entry_of(tape, node) or MASK_STEPS.get(node.op, node.op)
+        step.op, step.number = STEPS.index(name.removeprefix("-")), node.number
+        step.inputs = (*node.inputs, 0, 0, 0)[:3]
+    return made
 
 
 # ----------------------------------------------------------------------------------------------

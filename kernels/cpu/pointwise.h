@@ -17,9 +17,6 @@
 #pragma once
 
 #include "vec.h"
-#if defined(FUSEDKD_POINTWISE)
-#include "elementwise.h"
-#endif
 
 namespace fusedkd {
 namespace FUSEDKD_ISA {
@@ -39,6 +36,14 @@ template <class V> struct Point {
 struct KlWeights {
   double forward, reverse;
 };
+
+}  // namespace FUSEDKD_ISA
+}  // namespace fusedkd
+
+#include "tape.h"
+
+namespace fusedkd {
+namespace FUSEDKD_ISA {
 
 // The n-th divergence of this file; the counter lets each register itself without a constructor at
 // load time (which would run AVX-512 code on machines that lack it).
@@ -196,6 +201,7 @@ struct alpha_beta {
 };
 FUSEDKD_DIVERGENCE(alpha_beta);
 
+FUSEDKD_DIVERGENCE(tape);
 #endif
 
 // -------------------------------------------------------------------------------------------------
