@@ -22,7 +22,7 @@ WARM_PEERS = ("compile", "liger-triton")  # torch.compile needs the very shapes
 
 
 def run(journal: Journal, orders: Orders) -> None:
-    count = 2 if orders.device == "cpu" else min(PROCESSES, os.cpu_count() or 1)
+    count = 1 if orders.device == "cpu" else min(PROCESSES, os.cpu_count() or 1)
     whats = [(f"{i}/{count}", "warm") for i in range(count)]
     # compiled for a target that is no device, which the interpreter's process cannot
     #    whats += [(f"{i}/{max(1, count // 4)}", "counted") for i in range(max(1, count // 4))]

