@@ -76,8 +76,8 @@ def check(name: str, tape: Tape, parameters: Sequence[float]) -> None:
                 point = f"lp = {lp[at].item():g}, lq = {lq[at].item():g}"
                 raise ValueError(
                     f"{name}: the {what} is {result[at].item()} at {point} (p = "
-                    f"{lp[at].exp().item():.3g}, q = {lq[at].exp().item():.3g}, in {dtype}): expected "
-                    "a number there. Guard it: torch.where(p > 0, ..., 0.0) with p = lp.exp(), or "
+                    f"{lp[at].exp().item():.3g}, q = {lq[at].exp().item():.3g}, in {dtype}): "
+                    "expected a number. Guard it: torch.where(p > 0, ..., 0.0), p = lp.exp(), or "
                     "(q > 0) likewise."
                 )
     _warn_unless_divergence(name, tape, parameters)
