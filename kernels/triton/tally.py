@@ -46,18 +46,15 @@ def reduced(
         right, loss = answers.unbind()
         tally = {"labels": labels, "rows": n, "vocab": columns, "mean": int(mean)}
         tally["ignore_index"] = spec.ignore_index
-        launcher = _launcher()
+        launch = launcher()
         with device.guard(student):
             if labels is None:
                 row_scale = answers.new_full((n,), 1.0 / n if mean else 1.0)
             else:
                 row_scale = answers.new_empty(n)
-                launcher((1, 1), {**tally, "values": row_scale, "answer": right, "after": 0})
-                if labels.is_cpu:
-                    if not right:
-                        return None
-                else:
-                    torch._assert_async(right, f"labels: expected 0 to {columns - 1}")
+                launch((1, 1), {**tally, "values": row_scale, "answer": right, "after": 0})
+                if not device.holds(right, f"labels: expected 0 to {columns - 1}"):
+                    return None
             grad = torch.empty_like(student) if gradient else None
             call = RowCall(
                 student=student.view(1, n, columns),
@@ -69,15 +66,45 @@ def reduced(
                 metrics=False,
             )
             results = ops.rows(call)
-            launcher((1, 1), {**tally, "values": results.loss, "answer": loss, "after": 1})
+            launch((1, 1), {**tally, "values": results.loss, "answer": loss, "after": 1})
         return loss, grad
 
     return compute
 
 
 @functools.cache
-def _launcher() -> Launcher:
+def launcher() -> Launcher:
+    """Of ``tally_kernel``."""
     return Launcher(tally_kernel, {"BLOCK": BLOCK}, {"num_warps": WARPS})
+
+
+@triton.jit
+def _sum(values, rows, BLOCK: tl.constexpr):
+    total = tl.full([BLOCK], 0, tl.float64)
+    for start in range(0, rows, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        total += tl.load(values + n, mask=n < rows, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _weigh(labels, values, rows, vocab, ignore_index, mean, BLOCK: tl.constexpr):
+    """Write the weights; whether all labels are right."""
+    counted, wrong = tl.full([BLOCK], 0, tl.int32), tl.full([BLOCK], 0, tl.int32)
+    for start in range(0, rows, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        label = tl.load(labels + n, mask=n < rows, other=ignore_index)
+        counts = label != ignore_index
+        counted += counts.to(tl.int32)
+        wrong += (counts & ((label < 0) | (label >= vocab))).to(tl.int32)
+    number = tl.maximum(tl.sum(counted, axis=0), 1)
+    each = tl.where(mean == 1, 1.0 / number.to(tl.float64), 1.0)
+    for start in range(0, rows, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        label = tl.load(labels + n, mask=n < rows, other=ignore_index)
+        weight = tl.where(label != ignore_index, each, 0.0)
+        tl.store(values + n, weight.to(values.dtype.element_ty), mask=n < rows)
+    return tl.sum(wrong, axis=0) == 0
 
 
 @triton.jit(
@@ -93,27 +120,8 @@ def tally_kernel(
 ):  # fmt: skip
     """Before the rows: values = each one's weight, answer = whether all labels are right. After
     them: answer = the sum of the values, in fp64. One program."""
-    lanes = tl.arange(0, BLOCK)
     if after == 1:
-        total = tl.full([BLOCK], 0, tl.float64)
-        for start in range(0, rows, BLOCK):
-            n = start + lanes
-            total += tl.load(values + n, mask=n < rows, other=0.0).to(tl.float64)
-        tl.store(answer, tl.sum(total, axis=0).to(answer.dtype.element_ty))
+        tl.store(answer, _sum(values, rows, BLOCK).to(answer.dtype.element_ty))
     elif labels is not None:
-        counted, wrong = tl.full([BLOCK], 0, tl.int32), tl.full([BLOCK], 0, tl.int32)
-        for start in range(0, rows, BLOCK):
-            n = start + lanes
-            label = tl.load(labels + n, mask=n < rows, other=ignore_index)
-            counts = label != ignore_index
-            counted += counts.to(tl.int32)
-            wrong += (counts & ((label < 0) | (label >= vocab))).to(tl.int32)
-        total = tl.maximum(tl.sum(counted, axis=0), 1)
-        each = tl.where(mean == 1, 1.0 / total.to(tl.float64), 1.0)
-        for start in range(0, rows, BLOCK):
-            n = start + lanes
-            label = tl.load(labels + n, mask=n < rows, other=ignore_index)
-            weight = tl.where(label != ignore_index, each, 0.0)
-            tl.store(values + n, weight.to(values.dtype.element_ty), mask=n < rows)
-        right = tl.sum(wrong, axis=0) == 0
+        right = _weigh(labels, values, rows, vocab, ignore_index, mean, BLOCK)
         tl.store(answer, right.to(answer.dtype.element_ty))
