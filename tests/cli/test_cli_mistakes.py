@@ -795,13 +795,13 @@ def test_a_recipe_imports_what_the_command_line_trusts(
         "from fusedkd import divergences\n\n@divergences.custom\n"
         "def squared(lp, lq, *, scale=1.0):\n    return scale * (lp.exp() - lq.exp()) ** 2\n"
     )
-    (tmp_path / "recipe.yaml").write_text("divergence: my_losses:squared(scale=2)\n")
+    (tmp_path / "recipe.yaml").write_text("divergence: my_losses:squared(scale=1000000)\n")
     monkeypatch.chdir(tmp_path)
     words = model(disk, tmp_path / "out")
     log = ("--logging_steps", "1")
     assert main([*words, *log, "--config", "recipe.yaml", "--trust_remote_code"]) == 0
     words = model(disk, tmp_path / "other")
-    assert main([*words, *log, "--divergence", "my_losses:squared(scale=2)"]) == 0
+    assert main([*words, *log, "--divergence", "my_losses:squared(scale=1000000)"]) == 0
     states = [tmp_path / name / "trainer_state.json" for name in ("out", "other")]
     logged = [json.loads(state.read_text())["log_history"][0]["kd"] for state in states]
     assert logged[0] == logged[1] > 0
