@@ -20,6 +20,10 @@ def stored_dtype(x: Tensor, head: bool) -> torch.dtype:
 class Gradients:
     """Those of the student's rows (logits or hidden states), of its head's weight and its bias.
 
+    A head's is kept for a block of rows, which may be several chunks of logits, and then multiplied
+    at once: :meth:`begin`; for each chunk :meth:`memory`, :meth:`buffer`, :meth:`take`; and
+    :meth:`multiply`.
+
     Args:
         inputs, side: the student's tensors, and how the chunks read them.
         wanted: which of the gradients are made.
@@ -41,7 +45,8 @@ class Gradients:
         self.d_rows: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias: Tensor | None = None
-        self.powers: Tensor | None = None  # of dense fp16 rows: (N,); of an fp16 head's weight: 0-d
+        self.powers: Tensor | None = None  # of dense fp16 rows: (N,); of an fp16 head's: 0-d
+        self.kept: Tensor | None = None  # (1, n, V) of a head's block
         rows, weight = side.rows, side.weight
         if weight is None:
             if wanted.hidden:
@@ -52,7 +57,7 @@ class Gradients:
             return
         self.logits_dtype, self.dtype = backend.head_dtypes(side.dtype)
         self.accumulate = torch.promote_types(self.logits_dtype, torch.float32)
-        self.started = False  # whether the weight's holds a chunk
+        self.started = False  # whether the weight's holds a block
         if wanted.weight:  # the largest first: no chunk takes the memory that the last call's left
             self.d_weight = self._empty(weight.shape, self.accumulate)
         if wanted.hidden:
@@ -66,40 +71,56 @@ class Gradients:
         return made.zero_() if self.some else made
 
     @property
-    def _narrows(self) -> bool:
-        """Whether a head's chunk of the gradient is made in the logits' memory, then rounded to
-        fp16."""
-        return self.side.weight is not None and self.dtype == torch.float16 != self.logits_dtype
+    def _over_logits(self) -> bool:
+        """Whether a head's gradient has the dtype of its logits, and is written over them."""
+        return self.logits_dtype == self.dtype
 
     @property
-    def bytes_per_entry(self) -> int:
-        """What of a chunk's gradient is held beside its logits, for each of these."""
-        if self.side.weight is None:
-            return 4 if self.powers is not None else 0
-        if not self.wanted.any_gradient or self.logits_dtype == self.dtype:
-            return 0
-        return self.dtype.itemsize
+    def _narrows(self) -> bool:
+        """Whether it is, but then rounded to fp16."""
+        return self.dtype == torch.float16 != self.logits_dtype
 
-    def buffer(self, logits: Tensor, part: Chunk) -> Tensor | None:
+    @property
+    def bytes_per_entry(self) -> tuple[int, int]:
+        """What a logit takes with what is made beside it, and what is kept of its gradient."""
+        logit = self.side.bytes_per_entry(self.backend)
+        if self.side.weight is None:
+            return logit + (4 if self.powers is not None else 0), 0
+        if not self.wanted.any_gradient:
+            return logit, 0
+        return (0, logit) if self._over_logits else (logit, self.dtype.itemsize)
+
+    def begin(self, block: Chunk) -> None:
+        """The chunks of a block follow."""
+        if self.side.weight is not None and self.wanted.any_gradient:
+            shape = (1, block.flat.stop - block.flat.start, self.side.columns)
+            self.kept = self._empty(shape, self.dtype)
+
+    def memory(self, at: slice) -> Tensor | None:
+        """Where the logits of some of the block's rows are to be made; None: anywhere."""
+        return None if self.kept is None or not self._over_logits else self.kept[:, at]
+
+    def buffer(self, logits: Tensor, part: Chunk, at: slice) -> Tensor | None:
         """Where the row kernel writes the gradient of these logits; None: no gradient wanted."""
+        if self.kept is not None:
+            return logits if self._narrows else self.kept[:, at]
         if not self.wanted.any_gradient:
             return None
-        if self.side.weight is None:
-            if self.powers is not None:
-                return self._empty(logits.shape, torch.float32)
-            if part.tokens is not None:  # they are a copy
-                return logits
-            return part.of(self.d_rows) if self.d_rows is not None else None
-        if self._narrows or self.logits_dtype == self.dtype:
+        if self.powers is not None:
+            return self._empty(logits.shape, torch.float32)
+        if part.tokens is not None:  # they are a copy
             return logits
-        return self._empty(logits.shape, self.dtype)
+        return part.of(self.d_rows) if self.d_rows is not None else None
 
-    def add(self, grad: Tensor | None, states: Tensor, part: Chunk) -> None:
-        """Take up the gradient of one chunk of logits, which were made of ``states``."""
+    def take(self, grad: Tensor | None, part: Chunk, at: slice) -> None:
+        """Take up what has been written to :meth:`buffer`."""
         if grad is None:
             return
-        if self.side.weight is not None:
-            self._add_head(grad[0], states[0], part)
+        if self.kept is not None:
+            if self.d_bias is not None:
+                self.d_bias += grad[0].sum(0, dtype=self.d_bias.dtype)
+            if self._narrows:
+                self._narrow_chunk(grad, at)
         elif self.d_rows is not None:
             if self.powers is not None:
                 grad = self._narrowed_rows(grad, part)
@@ -113,43 +134,46 @@ class Gradients:
         part.put(self.powers.view(self.side.rows.shape[:-1]), power)
         return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power[..., None])
 
-    def _add_head(self, grad: Tensor, states: Tensor, part: Chunk) -> None:
-        """A head's share: (n, V) and (n, H)."""
-        if self.d_bias is not None:
-            self.d_bias += grad.sum(0, dtype=self.d_bias.dtype)
-        power = None
-        if self._narrows:
-            grad, power = self._narrowed(grad)
-        mm_ = self.backend.mm_
-        if self.d_rows is not None:
-            scattered = part.tokens is not None
-            shape = (1, *states.shape)
-            rows = self._empty(shape, self.accumulate) if scattered else part.of(self.d_rows)
-            mm_(rows[0], grad, self.side.weight)
-            if power is not None:
-                rows.div_(power)
-            if scattered:
-                part.put(self.d_rows, rows)
-        if self.d_weight is not None:  # added up over chunks, at full precision
-            mm_(self.d_weight, grad.T, states, accumulate=self.started)
-            self.started = True
-
-    def _narrowed(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """A chunk in fp16 and its power: one for all rows, for the weight's gradient adds them up.
-        It only shrinks from chunk to chunk, so what has been added up is hardly ever touched."""
-        rows = fp16.powers(grad)
+    def _narrow_chunk(self, grad: Tensor, at: slice) -> None:
+        """Keep a chunk in fp16, at one power for all rows, for the weight's gradient adds them up.
+        It only shrinks from chunk to chunk, so what there is already is hardly ever touched."""
+        assert self.kept is not None
+        rows = fp16.powers(grad[0])
         power = rows.amin() if len(rows) else rows.new_ones(())
         if self.powers is not None:
             power = torch.minimum(power, self.powers)
+            ratio = power / self.powers
+            if at.start:
+                self.backend.scale_(self.kept[:, : at.start], ratio)
             if self.started:
-                self.backend.scale_(self.d_weight, power / self.powers)
+                self.backend.scale_(self.d_weight, ratio)
         self.powers = power
-        return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power), power
+        fp16.narrow(self.kept[:, at], grad, power)
+
+    def multiply(self, states: Tensor, block: Chunk) -> None:
+        """The products of a block, whose logits were made of ``states`` (1, n, H)."""
+        if self.kept is None:
+            return
+        grad, mm_ = self.kept[0], self.backend.mm_
+        if self.d_rows is not None:
+            scattered = block.tokens is not None
+            rows = (
+                self._empty(states.shape, self.accumulate) if scattered else block.of(self.d_rows)
+            )
+            mm_(rows[0], grad, self.side.weight)
+            if self.powers is not None:
+                rows.div_(self.powers)
+            if scattered:
+                block.put(self.d_rows, rows)
+        if self.d_weight is not None:  # added up over blocks, at full precision
+            mm_(self.d_weight, grad.T, states[0], accumulate=self.started)
+            self.started = True
+        self.kept = None
 
     def results(self) -> list[Tensor]:
         """What was wanted, in the inputs' shapes, as the backward needs it; behind it the powers of
         dense fp16 rows."""
-        if self._narrows and self.powers is not None and self.d_weight is not None:
+        if self.d_weight is not None and self._narrows and self.powers is not None:
             self.backend.scale_(self.d_weight, 1 / self.powers)
         if self.inplace:
             torch.autograd.graph.increment_version(self.inputs.student)
