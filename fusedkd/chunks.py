@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -52,7 +51,7 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     cut, blocks = _cut(student, teacher, grads, plan, index)
     if debug.ENABLED:
         debug.show(inputs, spec, plan, backend, cut, blocks)
-    for part, s, grad in chunks(grads, cut, blocks, scale if masked else None):
+    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None):
         rows = backend.rows(
             RowCall(
                 student=s,
@@ -189,28 +188,3 @@ def _cut(
         logits, budget = 0, 0
     cut = Cut.of(length, budget, logits * columns, gradient * columns)
     return cut, list(cut.blocks(batch, length, index))
-
-
-def chunks(
-    grads: Gradients, cut: Cut, blocks: list[Chunk], scale: Tensor | None
-) -> Iterator[tuple[Chunk, Tensor, Tensor | None]]:
-    """Of each chunk of tokens the student's logits (1, n, V), and where their gradient is to be
-    written, if it is wanted, before the next one is asked for. A head's is multiplied as soon as
-    a block of rows is full. ``scale``: where it is 0 the states are 0, for 0 times what a row that
-    does not count may hold would be NaN.
-    """
-    student = grads.side
-    for block in blocks:
-        states = student.states(block)
-        if scale is not None:
-            states = states.masked_fill((block.of_flat(scale) == 0).view(1, -1, 1), 0.0)
-        grads.begin(block)
-        for part, at in block.parts(cut.logits):
-            own = states if part is block else states[:, at]
-            s = student.logits(grads.backend, own, grads.memory(at))
-            grad = grads.buffer(s, part, at)
-            yield part, s, grad
-            grads.take(grad, part, at)
-            del s, grad
-        grads.multiply(states, block)
-        del states

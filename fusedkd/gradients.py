@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fusedkd import fp16
+from fusedkd.cut import Cut
 from fusedkd.inputs import Chunk, Inputs, Side, Wanted
 
 
@@ -20,9 +22,8 @@ def stored_dtype(x: Tensor, head: bool) -> torch.dtype:
 class Gradients:
     """Those of the student's rows (logits or hidden states), of its head's weight and its bias.
 
-    A head's is kept for a block of rows, which may be several chunks of logits, and then multiplied
-    at once: :meth:`begin`; for each chunk :meth:`memory`, :meth:`buffer`, :meth:`take`; and
-    :meth:`multiply`.
+    A head's is kept for a block of rows, of which logits are made chunk by chunk, and multiplied at
+    once; where it has the dtype of the logits it is written over them, so they are kept.
 
     Args:
         inputs, side: the student's tensors, and how the chunks read them.
@@ -90,17 +91,35 @@ class Gradients:
             return logit, 0
         return (0, logit) if self._over_logits else (logit, self.dtype.itemsize)
 
-    def begin(self, block: Chunk) -> None:
-        """The chunks of a block follow."""
-        if self.side.weight is not None and self.wanted.any_gradient:
-            shape = (1, block.flat.stop - block.flat.start, self.side.columns)
-            self.kept = self._empty(shape, self.dtype)
+    def chunks(
+        self, cut: Cut, blocks: list[Chunk], scale: Tensor | None = None
+    ) -> Iterator[tuple[Chunk, Tensor, Tensor | None]]:
+        """Of each chunk of tokens the student's logits (1, n, V), and where their gradient is to be
+        written, if it is wanted, before the next one is asked for. Whoever gets them lets go of
+        them first, else two chunks are held.
 
-    def memory(self, at: slice) -> Tensor | None:
-        """Where the logits of some of the block's rows are to be made; None: anywhere."""
-        return None if self.kept is None or not self._over_logits else self.kept[:, at]
+        Args:
+            cut, blocks: the tokens that are computed.
+            scale: of each of them; where it is 0 a head's states are taken as 0, for 0 times what a
+                row that does not count may hold would be NaN.
+        """
+        for block in blocks:
+            states = self.side.states(block)
+            if scale is not None:
+                states = states.masked_fill((block.of_flat(scale) == 0).view(1, -1, 1), 0.0)
+            if self.side.weight is not None and self.wanted.any_gradient:
+                self.kept = self._empty((1, states.shape[1], self.side.columns), self.dtype)
+            for part, at in block.parts(cut.logits):
+                own = states if part is block else states[:, at]
+                memory = self.kept[:, at] if self.kept is not None and self._over_logits else None
+                logits = self.side.logits(self.backend, own, memory)
+                grad = self._buffer(logits, part, at)
+                yield part, logits, grad
+                self._take(grad, part, at)
+                del logits, grad, memory
+            self._multiply(states, block)
 
-    def buffer(self, logits: Tensor, part: Chunk, at: slice) -> Tensor | None:
+    def _buffer(self, logits: Tensor, part: Chunk, at: slice) -> Tensor | None:
         """Where the row kernel writes the gradient of these logits; None: no gradient wanted."""
         if self.kept is not None:
             return logits if self._narrows else self.kept[:, at]
@@ -112,8 +131,8 @@ class Gradients:
             return logits
         return part.of(self.d_rows) if self.d_rows is not None else None
 
-    def take(self, grad: Tensor | None, part: Chunk, at: slice) -> None:
-        """Take up what has been written to :meth:`buffer`."""
+    def _take(self, grad: Tensor | None, part: Chunk, at: slice) -> None:
+        """Take up what has been written there."""
         if grad is None:
             return
         if self.kept is not None:
@@ -122,17 +141,12 @@ class Gradients:
             if self._narrows:
                 self._narrow_chunk(grad, at)
         elif self.d_rows is not None:
-            if self.powers is not None:
-                grad = self._narrowed_rows(grad, part)
+            if self.powers is not None:  # each row at a power of its own
+                power = fp16.powers(grad[0])[None]
+                part.put(self.powers.view(self.side.rows.shape[:-1]), power)
+                grad.mul_(power[..., None])
             if self.powers is not None or part.tokens is not None:
                 part.put(self.d_rows, grad)
-
-    def _narrowed_rows(self, grad: Tensor, part: Chunk) -> Tensor:
-        """(1, n, V) in fp16, each row at a power of its own."""
-        assert self.powers is not None
-        power = fp16.powers(grad.view(-1, grad.shape[-1])).view(grad.shape[:-1])
-        part.put(self.powers.view(self.side.rows.shape[:-1]), power)
-        return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power[..., None])
 
     def _narrow_chunk(self, grad: Tensor, at: slice) -> None:
         """Keep a chunk in fp16, at one power for all rows, for the weight's gradient adds them up.
@@ -148,22 +162,20 @@ class Gradients:
             if self.started:
                 self.backend.scale_(self.d_weight, ratio)
         self.powers = power
-        fp16.narrow(self.kept[:, at], grad, power)
+        self.kept[:, at].copy_(grad.mul_(power))
 
-    def multiply(self, states: Tensor, block: Chunk) -> None:
-        """The products of a block, whose logits were made of ``states`` (1, n, H)."""
+    def _multiply(self, states: Tensor, block: Chunk) -> None:
+        """The products of a head's block, whose logits were made of ``states`` (1, n, H)."""
         if self.kept is None:
             return
         grad, mm_ = self.kept[0], self.backend.mm_
         if self.d_rows is not None:
-            scattered = block.tokens is not None
-            rows = (
-                self._empty(states.shape, self.accumulate) if scattered else block.of(self.d_rows)
-            )
+            own = block.tokens is None  # else of rows here and there
+            rows = block.of(self.d_rows) if own else self._empty(states.shape, self.accumulate)
             mm_(rows[0], grad, self.side.weight)
             if self.powers is not None:
                 rows.div_(self.powers)
-            if scattered:
+            if not own:
                 block.put(self.d_rows, rows)
         if self.d_weight is not None:  # added up over blocks, at full precision
             mm_(self.d_weight, grad.T, states[0], accumulate=self.started)

@@ -112,13 +112,13 @@ class Chunk(NamedTuple):
         return x[self.tokens // x.shape[1], self.tokens % x.shape[1]][None]
 
     def put(self, x: Tensor, rows: Tensor) -> None:
-        """Write (1, n, ...) to its rows of (B, T, ...)."""
+        """Write (1, n, ...) to its rows of (B, T, ...), rounded to their dtype."""
         if self.tokens is None:
             self.of(x).copy_(rows)
         elif x.shape[0] == 1:
-            x.index_copy_(1, self.tokens, rows)
+            x.index_copy_(1, self.tokens, rows.to(x.dtype))
         else:
-            x[self.tokens // x.shape[1], self.tokens % x.shape[1]] = rows[0]
+            x[self.tokens // x.shape[1], self.tokens % x.shape[1]] = rows[0].to(x.dtype)
 
     def of_flat(self, x: Tensor) -> Tensor:
         """Its rows of what there is one per computed token."""

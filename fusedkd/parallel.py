@@ -82,7 +82,7 @@ def shards(
         )
     local_student = _here(student, split, groups[0], summed=True)
     device = _columns(local_student).device
-    budget = chunk_budget(chunk_bytes, device) // 2
+    budget = max(1, chunk_budget(chunk_bytes, device, shared=True) // 2)
     part = Part(min(split.offset, size), max(0, min(split.columns, size - split.offset)))
     return Shards(
         local_student,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from fusedkd import divergences
 
 from .case import DTYPES, Case, native_dtype
