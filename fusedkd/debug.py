@@ -32,8 +32,8 @@ def show(
         f"{spec.kd_scale:g} x {spec.divergence!r} at T = {spec.temperature:g} (teacher "
         f"{spec.teacher_temperature:g}) + {spec.ce_weight:g} x CE; reduction {spec.reduction}",
         f"{_backend(backend)} on {inputs.row_scale.device}; wanted: {', '.join(gradients) or '-'}",
-        f"{rows:,} of {total:,} tokens in {sum(chunks)} chunks of at most {cut.logits:,} rows; "
-        f"gradient in {len(blocks)} of at most {cut.gradient:,}, {cut.bytes:,} bytes",
+        f"{rows:,} of {total:,} tokens; logits of {cut.logits:,} at a time, gradient of "
+        f"{cut.gradient:,}, in {cut.bytes:,} bytes",
         f"products: {_products(inputs, plan, sum(chunks), len(blocks)) or 'none'}",
     ]
     note("\n         ".join(lines))

@@ -170,7 +170,7 @@ def leaves(n: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 19] if INTERPRETED else [1, 127, 128, 129, 513])
+@pytest.mark.parametrize("n", [19] if INTERPRETED else [1, 127, 128, 129, 513])
 def test_no_size_changes_the_answer(
     backend: str,
     device: torch.device,
@@ -185,7 +185,7 @@ def test_no_size_changes_the_answer(
     labels = torch.arange(n, device=device) % V
     logits, gradient = (x.itemsize for x in module.head_dtypes(dtype))
     row = V * (2 * logits + (gradient if gradient != logits else 0))
-    for chunk_bytes in (1, 5 * row + 3) if INTERPRETED else (1, row, 5 * row + 3, 100 * row, None):
+    for chunk_bytes in (5 * row + 3,) if INTERPRETED else (1, row, 5 * row + 3, 100 * row, None):
         held = Held(V, module.empty)
         options = {"chunk_bytes": chunk_bytes, "ce_weight": 0.5, "reduction": "mean"}
         names = ["hidden", "weight", "bias"]
