@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 if "FUSEDKD_TEST_BACKEND" in os.environ:
     pytest.skip("once is enough", allow_module_level=True)
 
-from fusedkd.benchmarks.device import counters, place, plans
+from fusedkd.benchmarks.device import counters, place, plans, publish
 from fusedkd.benchmarks.device.__main__ import arguments
 from fusedkd.benchmarks.device.steps import STEPS
 from fusedkd.benchmarks.device.table import MOST, table
@@ -191,3 +191,102 @@ def test_steps_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         arguments(["--only", "nothing"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------
+# from the report into the repository
+
+
+def made_up(tmp_path: Path) -> dict[str, Any]:
+    """A full report with numbers that nobody has measured."""
+    from fusedkd.benchmarks.device import peers
+    from fusedkd.benchmarks.device.card import Card
+
+    z, card = plans.FULL, Card("cpu")
+    lap = {"ms": 2.0, "least": 1.9, "most": 2.2, "s": 1.0}
+    shared = {**lap, "gb_s": 4000.0, "share": 91.0, "peak": 1 << 30}
+    steps: dict[str, list[dict[str, Any]]] = {name: [{"name": "x", "ok": True}] for name in STEPS}
+    steps["facts"] = [{"name": "machine", "versions": {"torch": "2.11"}, "date": "2026-01-01T00"}]
+    steps["smoke"] = [{"name": c.label, "ok": True, "score": 0.5} for c in plans.judged(z)]
+    steps["shares"] = [{"name": "copy before", "gb_s": 4200.0}]
+    steps["shares"] += [{"name": call.label, **shared} for call in plans.timed(z)]
+    steps["shares"][1]["modelled"] = 82.0
+    heads = {**lap, "ratio": 1.25, "bytes": 1 << 30}
+    steps["heads"] = [{"name": call.label, **heads} for call in plans.through_heads(z)]
+    steps["host"] = [{"name": "call dense", "us": 88.0}]
+    races = [(f"{name}: {case.label}", name, case.label) for name, case in peers.races(card, z)]
+    steps["peers"] = [
+        {
+            "name": name,
+            "peer": peer,
+            "case": case,
+            "bytes": 1,
+            **lap,
+            "ms": 2.0 if peer == "fusedkd" else 7.0,
+        }
+        for name, peer, case in races
+    ]
+    steps["ceilings"] = [{"name": f"copy {gb} GB", "gb_s": 4200.0} for gb in z.copies]
+    report = {
+        "key": {"gpu": "Made-up H200", "device": "cuda", "source": "0"},
+        "seconds": 333.0,
+        "steps": {
+            name: {"status": "ok", "seconds": 9.0, "starts": 1, "items": items}
+            for name, items in steps.items()
+        },
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return report
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    for folder in ("benchmarks/results", "docs"):
+        (root / folder).mkdir(parents=True)
+    (root / "README.md").write_text((ROOT / "README.md").read_text())
+    return root
+
+
+def test_a_full_report_fits_the_table(tmp_path: Path) -> None:
+    lines = table(made_up(tmp_path))
+    assert len(lines) <= MOST and all(any(x.startswith(name) for x in lines) for name in STEPS)
+
+
+def test_one_command_publishes_a_report(tmp_path: Path, checkout: Path) -> None:
+    report = made_up(tmp_path)
+    before = (checkout / "README.md").read_text()
+    written = publish.publish(tmp_path, checkout)
+    assert [path.name for path in written] == ["made-up-h200.json", "speed-gpu.png", "README.md"]
+    kept = json.loads((checkout / "benchmarks/results/made-up-h200.json").read_text())
+    assert kept["steps"] == report["steps"] and kept["commit"] == "of another source"
+    assert (checkout / "docs/speed-gpu.png").read_bytes().startswith(b"\x89PNG")
+    text = (checkout / "README.md").read_text()
+    assert "Counted, not measured" not in text and "one Made-up H200" in text
+    for row in (
+        "| `alpha` | 2.00 | 91 % | 82 % |",
+        "| `jsd` | 2.00 | 91 % | - |",
+        "| JSD, of the copy bandwidth | ≥ 65 % | 91 % | met |",
+        "| 50,257 entries, of the speed at 50,304 | ≥ 80 % | 100 % | met |",
+        "| head, JSD, times its bare products | ≤ 1.15 | 1.25 | **missed** |",
+        "| a call of 8 × 1,000 on the host | ≤ 100 µs | 88 µs | met |",
+        "| TRL's ChunkedDivergence, forward KL, times ours | ≥ 1.5 | 3.5 | met |",
+        "| Liger's fused linear JSD, times ours | ≥ 2 | 3.5 | met |",
+    ):
+        assert row in text, row
+    head, tail = before.split("<!-- gpu: written")[0], before.split("<!-- /gpu -->")[1]
+    assert text.startswith(head) and text.endswith(tail)
+    assert publish.publish(tmp_path, checkout) and (checkout / "README.md").read_text() == text
+
+
+def test_a_dry_run_is_not_published(dry: Any, checkout: Path) -> None:
+    with pytest.raises(ValueError, match="a dry run"):
+        publish.publish(dry[0] / "out", checkout)
+    assert not list((checkout / "benchmarks/results").iterdir())
+
+
+def test_what_was_not_measured_is_a_missed_bar(tmp_path: Path) -> None:
+    report = made_up(tmp_path)
+    report["steps"] = {"shares": report["steps"]["shares"]}
+    missing = [bar for bar in publish.bars(report) if bar.value is None]
+    assert len(missing) == 5 and all("**missed**" in bar.row for bar in missing)
