@@ -169,8 +169,8 @@ class _Rows:
             known[rows] = found = self.backend.token_statistics(call)
             one = torch.where(call.tokens >= 0, 1.0, 0.0).double()
             units = [Factors(one, None), Factors(0 * one, one[:, 0])]
-            for factors, memory in zip(units, kept, strict=False):
-                memory[rows] = self._of_states(call, found, factors)
+            for i, memory in enumerate(kept):
+                memory[rows] = self._of_states(call, found, units[i], over=i + 1 == keep)
         shape = self.inputs.student.shape
         return [known, *(x.view(shape) for x in kept)]
 
@@ -199,21 +199,17 @@ class _Rows:
     def _chunks(self, grads: Gradients | None) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
         """Of each chunk: its rows among all N, their logits (1, n, V), and where their gradient is
         to be written, if it is wanted, before the next one is asked for."""
-        side, index = self.side, self.index
-        cut = grads or Gradients(
-            self.full, side, self.backend, Wanted(False, False, False, False), False, self.some
+        index, masked = self.index, self.masked
+        grads = grads or Gradients(
+            self.full, self.side, self.backend, Wanted(False, False, False, False), False, self.some
         )
-        for part in cut_rows(side, None, cut, self.backend, self.plan, index):
-            states = side.states(part)
-            if self.masked is not None:
-                scale = self.masked if index is None else self.masked[index]
-                states = states.masked_fill((part.of_flat(scale) == 0).view(1, -1, 1), 0.0)
-            logits = side.logits(self.backend, states)
-            grad = None if grads is None else grads.buffer(logits, part)
+        # cut as where there are gradients, whether there are or not: the logits are the same bits
+        cut, blocks = cut_rows(self.side, None, grads, self.plan, index, any_gradient=True)
+        if masked is not None and index is not None:
+            masked = masked[index]
+        for part, logits, grad in grads.chunks(cut, blocks, masked):
             yield part.flat if part.tokens is None else part.tokens, logits, grad
-            if grads is not None:
-                grads.add(grad, states, part)
-            del states, logits, grad  # before the next chunk is made: else two are held at a time
+            del logits, grad
 
     def _memory(self, outputs: int) -> list[Tensor]:
         """(N, H) for each."""
@@ -221,19 +217,20 @@ class _Rows:
         dtype = torch.promote_types(self.backend.head_dtypes(self.side.dtype)[0], torch.float32)
         return [self.side.rows.new_zeros(shape, dtype=dtype) for _ in range(outputs)]
 
-    def _of_states(self, call: TokenCall, known: Tensor, factors: Factors) -> Tensor:
-        """(n, H) the gradient of a chunk's hidden states."""
+    def _of_states(self, call: TokenCall, known: Tensor, factors: Factors, over: bool) -> Tensor:
+        """(n, H) the gradient of a chunk's hidden states; ``over``: perhaps over its logits."""
         wide, dtype = self.backend.head_dtypes(self.side.dtype)
         narrows = dtype == torch.float16 != wide
-        n, columns = call.logits.shape[1:]
-        device = call.logits.device
-        grad = self.backend.empty((1, n, columns), dtype=wide if narrows else dtype, device=device)
+        grad, device = call.logits, call.logits.device
+        if not over or not (narrows or dtype == wide):
+            made = wide if narrows else dtype
+            grad = self.backend.empty(grad.shape, dtype=made, device=device)
         self.backend.token_gradient(call, known, factors, grad)
         power = None
         if narrows:
             power = fp16.powers(grad[0])[:, None]
-            grad = (grad[0] * power).to(dtype)[None]
-        size = (n, self.side.rows.shape[-1])
+            grad = grad.mul_(power).to(dtype)
+        size = (grad.shape[1], self.side.rows.shape[-1])
         accumulate = torch.promote_types(wide, torch.float32)
         out: Tensor = self.backend.empty(size, dtype=accumulate, device=device)
         self.backend.mm_(out, grad[0], self.side.weight)

@@ -45,6 +45,8 @@ which each piece sees ``call.part``; what is merged is the same for all pieces, 
 
 ``block_rows(call, widest, budget)``: how many rows of so many columns such verbs take at a time.
 
+Rows of single tokens, without a teacher, have two verbs of their own: :mod:`fusedkd.kernels.tokens`.
+
 Beside rows a backend has what a head's chunks are made with:
 
 ``scale_(grad, factor, out=None)``: multiply ``grad`` (B, T, C) or any contiguous tensor in place by

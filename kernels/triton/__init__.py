@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, observe
 from fusedkd.kernels.tokens import token_gradient, token_statistics
+from fusedkd.spec import LossSpec
 
 __all__ = [
     "block_rows",
@@ -20,6 +24,7 @@ __all__ = [
     "head_dtypes",
     "mm_",
     "observe",
+    "reduced",
     "rows",
     "scale_",
     "token_gradient",
@@ -39,25 +44,32 @@ def unavailable() -> str | None:
 def rows(call: RowCall, *fields: Any) -> Rows:
     """``fields``: where ``call`` is only the student, the other fields of a RowCall (the form of
     0.1, which goes with release 0.3)."""
-    from . import ops, sparse_ops
-
     call = RowCall(call, *fields) if fields else call  # type: ignore[arg-type]
+    ops, sparse_ops = _launchers()
     return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)
 
 
-def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
-    from . import ops
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+    from . import tally
 
-    ops.scale_(grad, factor, out)
+    return tally.reduced(spec)
+
+
+@functools.cache
+def _launchers() -> tuple[ModuleType, ModuleType]:
+    from . import ops, sparse_ops
+
+    return ops, sparse_ops
+
+
+def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
+    _launchers()[0].scale_(grad, factor, out)
 
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    from . import ops
-
-    return ops.head_dtypes(dtype)
+    dtypes: tuple[torch.dtype, torch.dtype] = _launchers()[0].head_dtypes(dtype)
+    return dtypes
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    from . import ops
-
-    ops.mm_(out, a, b, accumulate)
+    _launchers()[0].mm_(out, a, b, accumulate)

@@ -42,6 +42,11 @@ def _release(package: Any) -> tuple[int, ...]:
     return tuple(map(int, package.__version__.split(".")[:2]))
 
 
+# Whether a compiled kernel may be launched again as it is (launcher.py). AMD's compiler is told
+# whether a tensor has 2 GiB; of Triton, the launches of these two have been read.
+PREBUILT = TARGET == "cuda" and not INTERPRETED and _release(triton) in ((3, 6), (3, 7))
+
+
 def check(x: Tensor) -> None:
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(
@@ -64,3 +69,11 @@ def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+def holds(right: Tensor, message: str) -> bool:
+    """Whether a number is not 0. A GPU is not waited for: there it is asserted, and this True."""
+    if INTERPRETED:
+        return bool(right)
+    torch._assert_async(right, message)
+    return True
