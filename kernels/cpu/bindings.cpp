@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -110,17 +111,26 @@ template <class One> void for_rows(int64_t rows, int64_t columns, const One& one
 }
 
 // `numbers`: as in Numbers, the divergence's parameters behind them as far as it has any.
-RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor& teacher,
-                 const std::optional<Tensor>& indices, bool bucket,
-                 const std::optional<Tensor>& labels, const Tensor& row_scale,
-                 const std::string& divergence, const std::vector<double>& numbers,
-                 int64_t vocabulary, const std::vector<int64_t>& part) {
+RowsCall call_of(const InstructionSet& set, const std::string& divergence,
+                 const std::vector<double>& numbers) {
   constexpr size_t kMost = sizeof(Numbers) / sizeof(double), kLeast = kMost - kParameters;
   RowsCall call{};
   STD_TORCH_CHECK(numbers.size() >= kLeast && numbers.size() <= kMost,
                   "fusedkd_cpu: wrong number of parameters");
   std::copy(numbers.begin(), numbers.end(),
             reinterpret_cast<double*>(static_cast<Numbers*>(&call)));
+  call.divergence = set.find(divergence.c_str());
+  STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence ", divergence);
+  call.disjoint = set.disjoint(call.divergence, call.parameters);
+  return call;
+}
+
+RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor& teacher,
+                 const std::optional<Tensor>& indices, bool bucket,
+                 const std::optional<Tensor>& labels, const Tensor& row_scale,
+                 const std::string& divergence, const std::vector<double>& numbers,
+                 int64_t vocabulary, const std::vector<int64_t>& part) {
+  RowsCall call = call_of(set, divergence, numbers);
   call.student = logits_of(student, call.student_scale, call.student_softcap);
   call.batch = student.size(0), call.tokens = student.size(1);
   call.vocabulary = call.columns = vocabulary;
@@ -130,9 +140,6 @@ RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor&
                       call.offset + call.columns <= vocabulary && row_scale.numel() == count &&
                       (!labels || labels->numel() == count),
                   "fusedkd_cpu: shapes of student, labels and row_scale do not match");
-  call.divergence = set.find(divergence.c_str());
-  STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence ", divergence);
-  call.disjoint = set.disjoint(call.divergence, call.parameters);
   call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
   call.row_scale = pointer(row_scale), call.wide = dtype_of(row_scale) == DType::f64;
   if (!indices) {
@@ -211,6 +218,58 @@ void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, bool bu
   write_to(call, loss, metrics);
   if (grad) write_to(call, *grad);
   for_each_row(set, call);
+}
+
+// The scale of each row, whose sum is 1 with `mean`, and 0 where it does not count. False: a label
+// that does lies outside the vocabulary.
+template <class T> bool weigh(const RowsCall& call, int64_t ignore_index, bool mean, T* scale) {
+  int64_t counted = 0;
+  for (int64_t row = 0; row < call.tokens; ++row) {
+    const int64_t label = call.labels ? call.labels[row] : 0;
+    const bool counts = !call.labels || label != ignore_index;
+    if (counts && (label < 0 || label >= call.vocabulary)) return false;
+    scale[row] = counts, counted += counts;
+  }
+  const T each = mean ? 1 / static_cast<T>(std::max<int64_t>(counted, 1)) : 1;
+  for (int64_t row = 0; row < call.tokens; ++row) scale[row] *= each;
+  return true;
+}
+
+template <class T> bool reduced_rows(RowsCall& call, int64_t ignore_index, bool mean, T* sum) {
+  std::vector<T> scale(call.tokens), loss(call.tokens);
+  if (!weigh(call, ignore_index, mean, scale.data())) return false;
+  call.row_scale = scale.data(), call.loss = loss.data(), call.wide = sizeof(T) == sizeof(double);
+  for_each_row(instructions(), call);
+  *sum = static_cast<T>(std::accumulate(loss.begin(), loss.end(), 0.0));
+  return true;
+}
+
+// The rows of contiguous logits and of a gradient like them, from labels to the sum of their
+// losses.
+bool reduced(Tensor student, Tensor teacher, std::optional<Tensor> labels, std::string divergence,
+             std::vector<double> numbers, int64_t ignore_index, bool mean, Tensor loss,
+             std::optional<Tensor> grad) {
+  RowsCall call = call_of(instructions(), divergence, numbers);
+  const int64_t columns = student.size(-1), all = student.numel();
+  auto flat = [&](const Tensor& t, double scale, double softcap) {
+    STD_TORCH_CHECK(t.is_contiguous() && t.numel() == all,
+                    "fusedkd_cpu: expected contiguous logits of one shape");
+    return Logits{pointer(t), all, columns, dtype_of(t), scale, softcap};
+  };
+  call.student = flat(student, call.student_scale, call.student_softcap);
+  call.teacher = flat(teacher, call.teacher_scale, call.teacher_softcap);
+  call.batch = 1, call.tokens = all / columns;
+  call.vocabulary = call.columns = call.grad_columns = columns;
+  STD_TORCH_CHECK(!labels || (labels->is_contiguous() && labels->numel() == call.tokens),
+                  "fusedkd_cpu: expected contiguous labels, one a token");
+  call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
+  if (grad) {
+    call.grad = flat(*grad, 1, 0);
+    call.stream = all * static_cast<int64_t>(grad->element_size()) >= kStreamBytes;
+  }
+  return dtype_of(loss) == DType::f64
+             ? reduced_rows(call, ignore_index, mean, pointer<double>(loss))
+             : reduced_rows(call, ignore_index, mean, pointer<float>(loss));
 }
 
 // One verb of fusedkd.kernels on the columns from part[0] on, part[1] in number, in fp64 where
@@ -311,6 +370,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
       "str divergence, float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, "
       "Tensor(c!)? metrics) -> ()");
   m.def(
+      "reduced(Tensor student, Tensor teacher, Tensor? labels, str divergence, float[] numbers, "
+      "int "
+      "ignore_index, bool mean, Tensor(a!) loss, Tensor(b!)? grad) -> bool");
+  m.def(
       "piece(int verb, Tensor student, Tensor teacher, Tensor? indices, bool bucket, Tensor? "
       "labels, Tensor row_scale, "
       "str divergence, float[] numbers, int vocabulary, int[] part, bool measures, Tensor(a!)? "
@@ -334,6 +397,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CPU, m) {
   m.impl("rows", TORCH_BOX(&fusedkd::rows));
+  m.impl("reduced", TORCH_BOX(&fusedkd::reduced));
   m.impl("piece", TORCH_BOX(&fusedkd::piece));
   m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
 }
