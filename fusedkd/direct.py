@@ -87,7 +87,7 @@ def _reduced(*rest: Any) -> Reduced | None:
         given.vocab_size is None
         and not plan.inplace
         and not isinstance(plan.backend, backends.CustomRows)
-        and spec.divergence.builtin
+        and spec.divergence.key is not None
         and spec.reduction != "none"
         and spec.kd_scale > 0
         and all(
