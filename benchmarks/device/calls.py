@@ -164,7 +164,7 @@ def keywords_of(call: Call, card: Card) -> dict[str, Any]:
         "ce_weight": call.ce,
         **dict(call.more),
     }
-    return keywords if card.cuda else {**keywords, "backend": "triton"}
+    return {**keywords, "backend": card.backend} if card.backend else keywords
 
 
 def step_of(call: Call, problem: Problem) -> Callable[[], tuple[Any, ...]]:
@@ -195,5 +195,5 @@ def moved(problem: Problem, card: Card) -> Problem:
     else:
         teacher = teacher.to(card.device)
     labels = None if problem.labels is None else problem.labels.to(card.device)
-    keywords = problem.keywords | ({"backend": None} if card.cuda else {})
+    keywords = problem.keywords | {"backend": card.backend}
     return Problem(student, teacher, labels, keywords, {"logits": student})

@@ -140,7 +140,8 @@ def of_the_host(z: Sizes) -> dict[str, Call]:
         "dense": small,
         "jsd": small.but(divergence="jsd"),
         "bucket": small.but(form="bucket"),
-        "head": small.but(form="head", hidden=(64, 64)),
+        # how many rows count is known: without it the host asks the GPU, once a call
+        "head": small.but(form="head", hidden=(64, 64), more=(("num_counted", 8),)),
         "many rows": small.but(divergence="jsd", rows=2 * z.smoke, vocab=z.odd),
         "pieces": small.but(divergence="jsd", rows=z.pieces[0], vocab=z.pieces[1]),
     }
