@@ -182,6 +182,17 @@ def test_every_call_of_a_visit_is_one_and_right_on_the_cpu() -> None:
         assert loss.isfinite().all(), call.label
 
 
+def test_a_launch_that_a_call_asks_for_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedkd.benchmarks.device.calls import Call, launched
+    from fusedkd.kernels.triton import config
+
+    size = (8192, 151936, 132)
+    table_s = config.choose(*size)
+    with launched(Call(launch=(("warps", 2),))):
+        assert config.choose(*size) == replace(table_s, warps=2) != table_s
+    assert config.choose(*size) == table_s
+
+
 def test_a_wheel_beside_the_checkout_is_a_peer(tmp_path: Path) -> None:
     import zipfile
 
