@@ -4,10 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "rows.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#include "tensors.h"
 
 namespace fusedkd {
 namespace {
