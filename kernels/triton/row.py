@@ -1,0 +1,245 @@
+"""The walk over a row: tiles, and one sweep for all that is done with them.
+
+A row's columns are cut into whole tiles that start on a 16-byte boundary and need no mask, one more
+tile of the whole 16-byte lines behind them (its mask is per line, so its accesses are 16 bytes
+too), and the edges: the few columns before that boundary and behind the last line. So every
+vocabulary, odd ones too, moves 16 bytes per load.
+
+A tile is (unroll, lanes, width): a lane is a thread, and the ``width`` entries of each of its
+``unroll`` lines are one access. What a sweep carries is (lanes,), so its loop has no reduction
+across threads, no barrier and no shared memory.
+
+A column is int32 within its row, a row is an int64 pointer. Everything known at compile time is in
+``plan`` (config.Plan).
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .numerics import transform
+
+INFINITY = tl.constexpr(float("inf"))
+NO_COLUMN = tl.constexpr(0x7FFFFFFF)
+
+
+class Shape(NamedTuple):
+    """How a row is cut."""
+
+    head: Any  # columns before a 16-byte boundary
+    tiles: Any  # whole ones
+    lines: Any  # columns in whole lines behind those
+    end: Any  # where these end
+    columns: Any
+
+
+class Span(NamedTuple):
+    """What one program walks of a row."""
+
+    first: Any  # tiles
+    last: Any
+    lines: Any  # 0, or 1 if the lines behind the tiles are here, and there are any
+    edges: Any  # 0, or how many if they are here
+
+
+class Transform(NamedTuple):
+    """From raw logits to those that count; see numerics.transform."""
+
+    scale: Any
+    cap: Any
+
+
+class Sides(NamedTuple):
+    """Where a row starts, and what its logits go through."""
+
+    student: Any
+    teacher: Any
+    of_student: Transform
+    of_teacher: Transform
+
+
+class Tile(NamedTuple):
+    """Entries (unroll, lanes, width), or one edge per lane (1, lanes, 1)."""
+
+    student: Any  # logits after the transform, -inf where there is no column
+    teacher: Any
+    slope: Any  # d student / d raw
+    columns: Any
+    mask: Any  # None: there are all
+    place: Any  # (lanes,): which tile, or -1 - column of an edge
+
+
+@triton.jit
+def row_start(base, n, length, stride_b, stride_t):
+    """Where row n = b * length + t starts."""
+    b = n // length  # both int32: a 64-bit division is a call
+    return base + b.to(tl.int64) * stride_b + (n - b * length).to(tl.int64) * stride_t
+
+
+@triton.jit
+def cut(base, columns, plan: tl.constexpr):
+    """The shape of a row; ``base`` decides where its lines are."""
+    size: tl.constexpr = plan.unroll * plan.lanes * plan.width
+    head = 0
+    if plan.aligned:
+        line: tl.constexpr = 16 // plan.item
+        past = ((base.to(tl.int64) // plan.item) % line).to(tl.int32)
+        head = tl.minimum((line - past) % line, columns)
+    tiles = (columns - head) // size
+    lines = (columns - head - tiles * size) // plan.width * plan.width
+    return Shape(head, tiles, lines, head + tiles * size + lines, columns)
+
+
+@triton.jit
+def whole(shape):
+    """The span of a program that has the row to itself."""
+    edges = shape.columns - shape.end + shape.head
+    return Span(0, shape.tiles, tl.minimum(shape.lines, 1), edges)
+
+
+@triton.jit
+def share(shape, piece, plan: tl.constexpr):
+    """The span of one of ``plan.pieces``; what is not in whole tiles belongs to the last one."""
+    each = tl.cdiv(shape.tiles, plan.pieces)
+    first = tl.minimum(piece * each, shape.tiles)
+    rest, final = whole(shape), piece == plan.pieces - 1
+    lines, edges = tl.where(final, rest.lines, 0), tl.where(final, rest.edges, 0)
+    return Span(first, tl.minimum(first + each, shape.tiles), lines, edges)
+
+
+@triton.jit
+def within(column, span, shape, plan: tl.constexpr):
+    """Whether a column is the span's."""
+    size: tl.constexpr = plan.unroll * plan.lanes * plan.width
+    at = column - shape.head
+    inside = (at >= span.first * size) & (at < span.last * size)
+    behind = (at >= shape.tiles * size) & (column < shape.end) & (span.lines > 0)
+    edge = ((at < 0) | (column >= shape.end)) & (span.edges > 0)
+    return inside | behind | edge
+
+
+# --------------------------------------------------------------------------------------------------
+# tiles
+
+
+@triton.jit
+def offsets(plan: tl.constexpr):
+    """(unroll, lanes, width) columns of a tile."""
+    line = tl.arange(0, plan.unroll)[:, None, None] * plan.lanes
+    line += tl.arange(0, plan.lanes)[None, :, None]
+    return line * plan.width + tl.arange(0, plan.width)[None, None, :]
+
+
+@triton.jit
+def pointers(base, shape, tile, plan: tl.constexpr):
+    """To a tile. The hint makes the accesses 16 bytes; config.aligned checked it."""
+    start = base + shape.head
+    if plan.aligned:
+        start = tl.multiple_of(start, 16)
+    return start + tile * (plan.unroll * plan.lanes * plan.width) + offsets(plan)
+
+
+@triton.jit
+def lines_behind(shape, plan: tl.constexpr):
+    """Which lines there are of the tile behind the whole ones, (unroll, lanes, 1)."""
+    line = tl.arange(0, plan.unroll)[:, None, None] * plan.lanes
+    line += tl.arange(0, plan.lanes)[None, :, None]
+    return line * plan.width < shape.lines
+
+
+@triton.jit
+def edge_columns(shape, edges, plan: tl.constexpr):
+    """(1, lanes, 1) columns, and which of them there are."""
+    edge = tl.arange(0, plan.lanes)[None, :, None]
+    return tl.where(edge < shape.head, edge, edge - shape.head + shape.end), edge < edges
+
+
+@triton.jit
+def load(at, mask, through, acc: tl.constexpr, transformed: tl.constexpr, policy: tl.constexpr):
+    """(logits after the transform, d of that / d raw); -inf where the mask is off."""
+    if mask is None:
+        raw = tl.load(at, eviction_policy=policy).to(acc)
+    else:
+        raw = tl.load(at, mask=mask, other=0.0).to(acc)
+    if transformed:
+        z, slope = transform(raw, through.scale, through.cap)
+    else:
+        z, slope = raw, through.scale
+    if mask is not None:
+        z = tl.where(mask, z, -INFINITY)
+    return z, slope
+
+
+@triton.jit
+def _whole_tile(sides, shape, tile, policy: tl.constexpr, plan: tl.constexpr):
+    at = pointers(sides.student, shape, tile, plan)
+    student, slope = load(at, None, sides.of_student, plan.acc, plan.transformed_s, policy)
+    teacher = student
+    if plan.teacher:
+        at = pointers(sides.teacher, shape, tile, plan)
+        teacher, _ = load(at, None, sides.of_teacher, plan.acc, plan.transformed_t, policy)
+    columns = shape.head + tile * (plan.unroll * plan.lanes * plan.width) + offsets(plan)
+    return Tile(student, teacher, slope, columns, None, tile)
+
+
+@triton.jit
+def _lines_tile(sides, shape, plan: tl.constexpr):
+    mask = lines_behind(shape, plan)
+    at = pointers(sides.student, shape, shape.tiles, plan)
+    student, slope = load(at, mask, sides.of_student, plan.acc, plan.transformed_s, "")
+    teacher = student
+    if plan.teacher:
+        at = pointers(sides.teacher, shape, shape.tiles, plan)
+        teacher, _ = load(at, mask, sides.of_teacher, plan.acc, plan.transformed_t, "")
+    columns = shape.head + shape.tiles * (plan.unroll * plan.lanes * plan.width) + offsets(plan)
+    return Tile(student, teacher, slope, columns, mask, shape.tiles)
+
+
+@triton.jit
+def _edge_tile(sides, shape, edges, plan: tl.constexpr):
+    columns, mask = edge_columns(shape, edges, plan)
+    at = sides.student + columns
+    student, slope = load(at, mask, sides.of_student, plan.acc, plan.transformed_s, "")
+    teacher = student
+    if plan.teacher:
+        at = sides.teacher + columns
+        teacher, _ = load(at, mask, sides.of_teacher, plan.acc, plan.transformed_t, "")
+    return Tile(student, teacher, slope, columns, mask, -1 - tl.reshape(columns, [plan.lanes]))
+
+
+@triton.jit
+def sweep(
+    STEP: tl.constexpr, state, sides, shape, span, context,
+    backwards, policy: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """``state = STEP(state, tile, context, plan)`` over a span. Backwards, what was read last comes
+    first: it is still in L2."""
+    for step in tl.range(span.first, span.last, num_stages=plan.stages):
+        tile = span.last - 1 - (step - span.first) if backwards else step
+        state = STEP(state, _whole_tile(sides, shape, tile, policy, plan), context, plan)
+    for _ in range(span.lines):
+        state = STEP(state, _lines_tile(sides, shape, plan), context, plan)
+    for _ in range(tl.minimum(span.edges, 1)):
+        state = STEP(state, _edge_tile(sides, shape, span.edges, plan), context, plan)
+    return state
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
+
+
+@triton.jit
+def zeros(grad, shape, span, padding, columns, plan: tl.constexpr):
+    """0 over a span; ``padding`` is where the columns begin that are beyond the vocabulary."""
+    nothing = tl.full([plan.unroll, plan.lanes, plan.width], 0, grad.dtype.element_ty)
+    for tile in range(span.first, span.last):
+        tl.store(pointers(grad, shape, tile, plan), nothing)
+    for _ in range(span.lines):
+        tl.store(pointers(grad, shape, shape.tiles, plan), nothing, mask=lines_behind(shape, plan))
+    if span.edges > 0:
+        at, mask = edge_columns(shape, span.edges, plan)
+        tl.store(grad + at, tl.zeros_like(at).to(grad.dtype.element_ty), mask=mask)
+    for start in range(padding, columns, plan.unroll * plan.lanes * plan.width):
+        at = start + offsets(plan)
+        tl.store(grad + at, nothing, mask=at < columns)
