@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, log_sum, reciprocal, rounded, scalar, transform
+from .numerics import LN2, LOG2E, log_sum, reciprocal, rounded, scalar
 from .row import (
     INFINITY,
     Shape,
@@ -33,6 +33,8 @@ from .row import (
     row_start,
     share,
     sweep,
+    sweep_columns,
+    through,
     whole,
     within,
     zeros,
@@ -107,21 +109,13 @@ def _label(sides, labels, n, plan: tl.constexpr):
     return Label(column, student, teacher)
 
 
-@triton.jit
-def _through(z, by, transformed: tl.constexpr):
-    slope = by.scale
-    if transformed:
-        z, slope = transform(z, by.scale, by.cap)
-    return z, slope
-
-
 # --------------------------------------------------------------------------------------------------
 # loss and metrics
 
 
 @triton.jit
 def _cross_entropy(of, label, sides, weights, vocab, plan: tl.constexpr):
-    z, _ = _through(label.student, sides.of_student, plan.transformed_s)
+    z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
     log_unit = log_sum(of.unit, plan.acc)
     ce = (of.student.max - z) + log_unit
     if plan.smoothing:
@@ -299,8 +293,8 @@ def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.con
 def _write_label(label, sides, span, shape, by, SLOPE: tl.constexpr, plan: tl.constexpr):
     """The label's entry, over what the sweep wrote there without looking."""
     if within(label.column, span, shape, plan):
-        z_s, raw = _through(label.student, sides.of_student, plan.transformed_s)
-        z_t, _ = _through(label.teacher, sides.of_teacher, plan.transformed_t)
+        z_s, raw = through(label.student, None, sides.of_student, plan.transformed_s)
+        z_t, _ = through(label.teacher, None, sides.of_teacher, plan.transformed_t)
         g = (SLOPE(z_s, z_t, by, plan) - by.hot) * (raw if plan.transformed_s else 1.0)
         g = tl.where(z_s == -INFINITY, 0.0, g)
         tl.debug_barrier()

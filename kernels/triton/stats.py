@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .numerics import LOG2E, log_ratio, log_sum, lowest, reciprocal
-from .row import NO_COLUMN, load, offsets
+from .row import NO_COLUMN, offsets, through
 
 
 class Side(NamedTuple):
@@ -199,12 +199,13 @@ def observe(of, tile, scales, plan: tl.constexpr):
 
 
 @triton.jit
-def _first(base, through, shape, at, plan: tl.constexpr, transformed: tl.constexpr):
+def _first(base, by, shape, at, plan: tl.constexpr, transformed: tl.constexpr):
     """The column of each lane's maximum, the first of several, given its tile: read again."""
     columns = shape.head + at[None, :, None] * (plan.unroll * plan.lanes * plan.width)
     columns += offsets(plan)
     mask = (at[None, :, None] >= 0) & (columns < shape.end)
-    z, _ = load(base + columns, mask, through, plan.acc, transformed, "")
+    raw = tl.load(base + columns, mask=mask, other=0.0).to(plan.acc)
+    z, _ = through(raw, mask, by, transformed)
     most = lane_max(z)[None, :, None]
     first = tl.where(mask & (z == most), columns, NO_COLUMN)
     return tl.where(at < 0, -1 - at, tl.min(tl.min(first, axis=2), axis=0))

@@ -149,13 +149,13 @@ def _store(g, tile, by, plan: tl.constexpr):
     if plan.transformed_s:
         g *= tile.slope
     g = rounded(g, by.grad.dtype.element_ty)
-    if tile.mask is None:
+    if tile.columns is not None:
+        tl.store(by.grad + tile.columns, g, mask=tile.mask)
+    elif tile.mask is not None:
+        tl.store(pointers(by.grad, by.shape, tile.place, plan), g, mask=tile.mask)
+    else:
         at = pointers(by.grad, by.shape, tile.place, plan)
         tl.store(at, g, eviction_policy="evict_first")
-    elif tile.columns.shape[2] == 1:  # edges
-        tl.store(by.grad + tile.columns, g, mask=tile.mask)
-    else:
-        tl.store(pointers(by.grad, by.shape, tile.place, plan), g, mask=tile.mask)
 
 
 @triton.jit
