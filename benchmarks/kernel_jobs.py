@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def sample() -> list[Job]:
 
 def _variant(dtype: str, divergence: str, flags: str, tail: str = "") -> config.Variant:
     variant = config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
-    return replace(variant, teacher=variant.student, transformed_t=False) if tail else variant
+    return variant._replace(teacher=variant.student, transformed_t=False) if tail else variant
 
 
 def stages_of(

@@ -25,6 +25,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd doctor                   what runs on this machine, and whether it is right
   fusedkd doctor --run out         what is wrong with a run
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
+  fusedkd warmup --vocab 151936    a loss's GPU kernels, compiled before the job starts
 
 `fusedkd COMMAND --help` explains a command."""
 
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": _demo,
         "doctor": _doctor,
         "bench": _bench,
+        "warmup": _warmup,
     }
     parser = OneSentence(
         prog="fusedkd", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -237,6 +239,12 @@ def _doctor(argv: list[str]) -> int:
     from fusedkd.cli.doctor import report
 
     return report()
+
+
+def _warmup(argv: list[str]) -> int:
+    from fusedkd.warmup import main
+
+    return main(argv)
 
 
 def _bench(argv: list[str]) -> int:

@@ -1,16 +1,18 @@
-// The divergences, entry by entry. A new one is one FUSEDKD_DIVERGENCE here, one factory in
-// fusedkd/divergences.py, one function in kernels/triton/pointwise.py, and no edit anywhere else.
-// Formulas and edges: fusedkd/divergences.py.
+// The divergences, entry by entry. A new one is one struct here, listed by FUSEDKD_DIVERGENCE, one
+// factory in fusedkd/divergences.py, one function in kernels/triton/pointwise.py, and no edit
+// anywhere else. Formulas and edges: fusedkd/divergences.py. A struct has either
 //
-// Either  static Point<V> at(const Entry<V>&, const double* w)  : value and gradient = d value / d
-// lq of one entry, a
-//         total function (any of lp, lq may be -inf, gap then +-inf, 0 where both are), w the
-//         divergence's parameters;
-// or      static KlWeights kl(const double* w)                  : it is a mix of the two KLs, whose
-// sums of gradients
-//         are known in advance and which therefore need one sweep less.
+//   static Point<V> at(const Entry<V>&, const double* w): value and gradient = d value / d lq of
+//     one entry, a total function (any of lp, lq may be -inf, gap then +-inf, 0 where both are), w
+//     the divergence's parameters;
+//
+// or
+//
+//   static KlWeights kl(const double* w): it is a mix of the two KLs, whose sums of gradients are
+//     known in advance and which therefore need one sweep less.
+//
 // A divergence whose gradient has a part in proportion to q where p / q -> 0 may leave that out
-// where Entry::apart is set, and says so: static constexpr bool kHeedsApart = true; V is a vector
+// where Entry::apart is set, and says so: static constexpr bool kHeedsApart = true. V is a vector
 // of float or double. Write scalars as splat<V>(x); exp, log, mul0, abs, max, min come from vec.h.
 #pragma once
 
@@ -41,28 +43,27 @@ template <int n> struct Registered;
 constexpr int kFirstDivergence = __COUNTER__ + 1;
 #define FUSEDKD_DIVERGENCE(called) FUSEDKD_DIVERGENCE_(called, __COUNTER__)
 #define FUSEDKD_DIVERGENCE_(called, n)                  \
-  struct called;                                        \
   template <> struct Registered<n - kFirstDivergence> { \
     typedef called type;                                \
     static constexpr const char* name = #called;        \
-  };                                                    \
-  struct called
+  }
 
 // -------------------------------------------------------------------------------------------------
 
-FUSEDKD_DIVERGENCE(forward_kl){static KlWeights kl(const double*){return {1, 0};
-}  // namespace FUSEDKD_ISA
-};  // namespace fusedkd
+struct forward_kl {
+  static KlWeights kl(const double*) { return {1, 0}; }
+};
+FUSEDKD_DIVERGENCE(forward_kl);
 
-FUSEDKD_DIVERGENCE(reverse_kl){static KlWeights kl(const double*){return {0, 1};
-}
-}
-;
+struct reverse_kl {
+  static KlWeights kl(const double*) { return {0, 1}; }
+};
+FUSEDKD_DIVERGENCE(reverse_kl);
 
-FUSEDKD_DIVERGENCE(mixed_kl){static KlWeights kl(const double* w){return {w[0], 1 - w[0]};
-}
-}
-;
+struct mixed_kl {
+  static KlWeights kl(const double* w) { return {w[0], 1 - w[0]}; }
+};
+FUSEDKD_DIVERGENCE(mixed_kl);
 
 // m = w p + (1 - w) q seen from p and q. With the larger of the two taken out, log m loses nothing
 // where p ~ q, and no term is ever 0 times infinity.
@@ -90,7 +91,7 @@ template <class V> FUSEDKD_INLINE V from_q(const Entry<V>& e, const Mixture<V>& 
   return e.gap > V{} ? m.q_to_m + splat<V>(::log1p(-weight)) : -log1p;
 }
 
-FUSEDKD_DIVERGENCE(jsd) {
+struct jsd {
   static constexpr bool kHeedsApart = true;
   template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, w[0]);
@@ -100,16 +101,17 @@ FUSEDKD_DIVERGENCE(jsd) {
     return {value, grad};
   }
 };
+FUSEDKD_DIVERGENCE(jsd);
 
-FUSEDKD_DIVERGENCE(skew_forward_kl){
-    template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e,
-                                                         const double* w){Mixture<V> m(e, w[0]);
-return {mul0(e.p, m.p_to_m), splat<V>(w[0] - 1) * e.p * m.q_over_m};
-}
-}
-;
+struct skew_forward_kl {
+  template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
+    Mixture<V> m(e, w[0]);
+    return {mul0(e.p, m.p_to_m), splat<V>(w[0] - 1) * e.p * m.q_over_m};
+  }
+};
+FUSEDKD_DIVERGENCE(skew_forward_kl);
 
-FUSEDKD_DIVERGENCE(skew_reverse_kl) {
+struct skew_reverse_kl {
   static constexpr bool kHeedsApart = true;
   template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Mixture<V> m(e, 1 - w[0]);
@@ -119,8 +121,9 @@ FUSEDKD_DIVERGENCE(skew_reverse_kl) {
     return {value, fma(e.p, splat<V>(1 - w[0]) * m.q_over_m, grad)};
   }
 };
+FUSEDKD_DIVERGENCE(skew_reverse_kl);
 
-FUSEDKD_DIVERGENCE(total_variation) {
+struct total_variation {
   static constexpr bool kHeedsApart = true;
   template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double*) {
     V half = splat<V>(0.5), zero = {}, d = e.p - e.q;
@@ -129,6 +132,7 @@ FUSEDKD_DIVERGENCE(total_variation) {
     return {half * abs(d), -e.q * sign};
   }
 };
+FUSEDKD_DIVERGENCE(total_variation);
 
 // -(C - a/c P - b/c Q) / (a b) with C = p^a q^b, P = p^c, Q = q^c and c = a + b, from the
 // differences P - C and Q - C. Those are known to all digits, for P / C = e^(b gap) and Q / C =
@@ -163,7 +167,7 @@ FUSEDKD_INLINE Point<V> cross_powers(const Entry<V>& e, double a, double b, V po
   return {infinite ? infinity : value, over_c | over_q ? rest : grad};
 }
 
-FUSEDKD_DIVERGENCE(alpha) {
+struct alpha {
   static constexpr bool kHeedsApart = true;
   template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
     Point<V> point = cross_powers(e, w[0], 1 - w[0], e.p, e.q);
@@ -171,17 +175,18 @@ FUSEDKD_DIVERGENCE(alpha) {
     return point;
   }
 };
+FUSEDKD_DIVERGENCE(alpha);
 
-FUSEDKD_DIVERGENCE(alpha_beta){
-    template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w){
-        const double a = w[0], b = w[1];
-const V infinity = splat<V>(kInfinity), zero = {}, c = splat<V>(a + b);
-auto neither = (e.lp == -infinity) & (e.lq == -infinity);
-V power_p = neither ? zero : exp(c * e.lp), power_q = neither ? zero : exp(c * e.lq);
-return cross_powers(e, a, b, power_p, power_q);
-}
-}
-;
+struct alpha_beta {
+  template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
+    const double a = w[0], b = w[1];
+    const V infinity = splat<V>(kInfinity), zero = {}, c = splat<V>(a + b);
+    auto neither = (e.lp == -infinity) & (e.lq == -infinity);
+    V power_p = neither ? zero : exp(c * e.lp), power_q = neither ? zero : exp(c * e.lq);
+    return cross_powers(e, a, b, power_p, power_q);
+  }
+};
+FUSEDKD_DIVERGENCE(alpha_beta);
 
 // -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,25 +38,26 @@ def unavailable() -> str | None:
 def rows(call: RowCall, *fields: Any) -> Rows:
     """``fields``: where ``call`` is only the student, the other fields of a RowCall (the form of
     0.1, which goes with release 0.3)."""
-    from . import ops, sparse_ops
-
     call = RowCall(call, *fields) if fields else call  # type: ignore[arg-type]
+    ops, sparse_ops = _launchers()
     return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)
 
 
-def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
-    from . import ops
+@functools.cache
+def _launchers() -> tuple[ModuleType, ModuleType]:
+    from . import ops, sparse_ops
 
-    ops.scale_(grad, factor, out)
+    return ops, sparse_ops
+
+
+def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
+    _launchers()[0].scale_(grad, factor, out)
 
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    from . import ops
-
-    return ops.head_dtypes(dtype)
+    dtypes: tuple[torch.dtype, torch.dtype] = _launchers()[0].head_dtypes(dtype)
+    return dtypes
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    from . import ops
-
-    ops.mm_(out, a, b, accumulate)
+    _launchers()[0].mm_(out, a, b, accumulate)

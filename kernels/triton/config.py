@@ -48,8 +48,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -127,6 +127,7 @@ class Plan(Tiling):
         return " ".join((self._text, self.careful.cache_key, self.form.cache_key))
 
 
+@lru_cache(maxsize=1024)
 def choose(rows: int, vocab: int, processors: int) -> Launch:
     """The launch for so many rows of so many columns on a GPU with so many SMs (AMD: CUs)."""
     entry = next(entry for entry in launches.TABLE if entry.fits(rows, vocab, processors))
@@ -136,17 +137,21 @@ def choose(rows: int, vocab: int, processors: int) -> Launch:
 def aligned(tensors: Sequence[Tensor]) -> bool:
     """Whether in every row all (B, T, C) tensors reach a 16-byte boundary at the same column."""
     lead = min(tensors, key=Tensor.element_size)
+    start = lead.data_ptr() // lead.element_size()
+    (batch, length, _), (lead_b, lead_t, _) = lead.shape, lead.stride()
     for x in tensors:
-        line = 16 // x.element_size()
-        starts = [x.data_ptr() // x.element_size() - lead.data_ptr() // lead.element_size()]
-        starts += [x.stride(d) - lead.stride(d) for d in (0, 1) if x.shape[d] > 1]
-        if any(start % line for start in starts):
+        item, (step_b, step_t, _) = x.element_size(), x.stride()
+        line = 16 // item
+        if (
+            (x.data_ptr() // item - start) % line
+            or (batch > 1 and (step_b - lead_b) % line)
+            or (length > 1 and (step_t - lead_t) % line)
+        ):
             return False
     return True
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What decides which row kernels a call needs, besides its launch."""
 
     student: torch.dtype

@@ -42,6 +42,11 @@ def _release(package: Any) -> tuple[int, ...]:
     return tuple(map(int, package.__version__.split(".")[:2]))
 
 
+# Whether a compiled kernel may be launched again as it is (launcher.py). AMD's compiler is told
+# whether a tensor has 2 GiB; of Triton, the launches of these two have been read.
+PREBUILT = TARGET == "cuda" and not INTERPRETED and _release(triton) in ((3, 6), (3, 7))
+
+
 def check(x: Tensor) -> None:
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(

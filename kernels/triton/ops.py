@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fusedkd import debug
@@ -14,6 +13,7 @@ from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec
 
 from . import config, device, programs
+from .launcher import Launcher
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,12 +40,8 @@ def rows(call: RowCall) -> Rows:
         **numbers(call.spec),
     }
     with device.guard(call.student):
-        for stage in config.stages(variant, launch):
-            # Without a gradient the last stage is left with one loss per row.
-            pieces = 1 if stage == "gradient" and call.grad is None else launch.pieces
-            plan = _plan(variant, launch, stage)
-            options = config.options(launch, device.TARGET, plan)
-            programs.row_kernel[n, pieces](**arguments, plan=plan, **options)
+        for launcher, pieces in _launchers(variant, launch):
+            launcher((n, pieces), arguments)
     return results
 
 
@@ -79,25 +75,41 @@ def _variant(call: RowCall) -> config.Variant:
 
 
 @functools.cache
-def _plan(variant: config.Variant, launch: config.Launch, stage: str) -> config.Plan:
-    return config.plan(variant, launch, stage, device.TARGET)
+def _launchers(variant: config.Variant, launch: config.Launch) -> tuple[tuple[Launcher, int], ...]:
+    """The kernels of a call, in order, each with its programs a row."""
+    made = []
+    for stage in config.stages(variant, launch):
+        plan = config.plan(variant, launch, stage, device.TARGET)
+        options = config.options(launch, device.TARGET, plan)
+        launcher = Launcher(programs.row_kernel, {"plan": plan}, options)
+        made.append((launcher, programs_a_row(variant, launch, stage)))
+    return tuple(made)
+
+
+def programs_a_row(variant: config.Variant, launch: config.Launch, stage: str) -> int:
+    # Without a gradient the last stage is left with one loss per row.
+    return 1 if stage == "gradient" and variant.grad is None else launch.pieces
 
 
 def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, int]:
-    out = student if grad is None else grad
+    _, length, columns = student.shape
+    (s_b, s_t, _), (t_b, t_t, _) = student.stride(), teacher.stride()
+    g_b, g_t = (s_b, s_t) if grad is None else grad.stride()[:2]
     return {
-        "length": student.shape[1],
-        "s_b": student.stride(0),
-        "s_t": student.stride(1),
-        "t_b": teacher.stride(0),
-        "t_t": teacher.stride(1),
-        "g_b": out.stride(0),
-        "g_t": out.stride(1),
-        "columns": student.shape[2],
+        "length": length,
+        "s_b": s_b,
+        "s_t": s_t,
+        "t_b": t_b,
+        "t_t": t_t,
+        "g_b": g_b,
+        "g_t": g_t,
+        "columns": columns,
     }
 
 
+@functools.lru_cache(maxsize=64)
 def numbers(spec: LossSpec) -> dict[str, float | int]:
+    """What a kernel is told of the hyper-parameters; a training repeats them."""
     a, b = (*map(float, spec.divergence.params), 0.0, 0.0)[:2]
     if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
         b = 1.0 - a
@@ -134,29 +146,31 @@ def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
         grad = grad.view(1, 1, -1)
     while grad.dim() < 3:
         grad = grad.unsqueeze(0)
-    n, columns = grad.shape[0] * grad.shape[1], grad.shape[2]
-    plan = _scale_plan(grad.dtype)
+    batch, length, columns = grad.shape
+    launcher, tile = _scale_launcher(grad.dtype)
     # Programs enough to fill the GPU eight times over, each with more than one tile where possible;
     # when the factor is 1 all that they do is find that out.
-    per_row = min(triton.cdiv(columns, plan.lanes * plan.width), 65535)
-    per_row = min(per_row, triton.cdiv(8 * device.processors(grad.device), n))
+    most = min(-(-columns // tile), 65535)
+    per_row = min(most, -(-8 * device.processors(grad.device) // (batch * length)))
+    arguments = {
+        "x": grad,
+        "factor": factor,
+        "length": length,
+        "x_b": grad.stride(0),
+        "x_t": grad.stride(1),
+        "columns": columns,
+        "factor_step": 1 if factor.dim() else 0,
+    }
     with device.guard(grad):
-        programs.scale_kernel[n, per_row](
-            grad,
-            factor,
-            length=grad.shape[1],
-            x_b=grad.stride(0),
-            x_t=grad.stride(1),
-            columns=columns,
-            factor_step=1 if factor.dim() else 0,
-            plan=plan,
-            **config.options(config.SCALE, device.TARGET),
-        )
+        launcher((batch * length, per_row), arguments)
 
 
 @functools.cache
-def _scale_plan(dtype: torch.dtype) -> config.Tiling:
-    return config.scale_plan(dtype, device.TARGET)
+def _scale_launcher(dtype: torch.dtype) -> tuple[Launcher, int]:
+    """And the columns of a tile."""
+    plan = config.scale_plan(dtype, device.TARGET)
+    options = config.options(config.SCALE, device.TARGET)
+    return Launcher(programs.scale_kernel, {"plan": plan}, options), plan.lanes * plan.width
 
 
 def head_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

@@ -13,6 +13,7 @@ from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY
 
 from . import config, device, ops, pointwise, sparse
+from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
 TEACHERS = ("t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
@@ -45,12 +46,8 @@ def rows(call: RowCall) -> Rows:
         **_numbers(call),
     }
     with device.guard(student):
-        for stage in stages(variant, launch, bucket):
-            known = _constants(variant, launch, stage, bucket)
-            # Without a gradient the last stage is left with one loss per row.
-            programs = 1 if stage == "gradient" and call.grad is None else launch.pieces
-            options = config.options(launch, device.TARGET)
-            sparse.sparse_kernel[n, programs](**arguments, **known, **options)
+        for launcher, pieces in _launchers(variant, launch, bucket):
+            launcher((n, pieces), arguments)
     return results
 
 
@@ -82,10 +79,18 @@ def _variant(call: RowCall) -> config.Variant:
 
 
 @functools.cache
-def _constants(
-    variant: config.Variant, launch: config.Launch, stage: str, bucket: bool
-) -> dict[str, Any]:
-    return constants(variant, launch, stage, bucket, device.TARGET)
+def _launchers(
+    variant: config.Variant, launch: config.Launch, bucket: bool
+) -> tuple[tuple[Launcher, int], ...]:
+    made = []
+    for stage in stages(variant, launch, bucket):
+        launcher = Launcher(
+            sparse.sparse_kernel,
+            constants(variant, launch, stage, bucket, device.TARGET),
+            config.options(launch, device.TARGET),
+        )
+        made.append((launcher, ops.programs_a_row(variant, launch, stage)))
+    return tuple(made)
 
 
 def constants(

@@ -52,6 +52,7 @@ SMALL = {
     "fusedkd bench --end-to-end": "--memory-limit 0.001",
     "fusedkd doctor": "",
     "fusedkd student": "",
+    "fusedkd warmup": "--vocab 99 --rows 2 --temperature 1 --workers 1",
     "python -m benchmarks.resources": "",
     "python -m fusedkd.benchmarks.cache": "--only size",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",

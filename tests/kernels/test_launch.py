@@ -26,7 +26,7 @@ from fusedkd import SparseTeacher, divergences
 from fusedkd.benchmarks import resources
 from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import RowCall
-from fusedkd.kernels.triton import config, device, ops, sparse_ops
+from fusedkd.kernels.triton import config, device, ops, rehearsal, sparse_ops
 from fusedkd.spec import LossSpec
 
 TARGET = "sm_90"
@@ -42,30 +42,18 @@ class _Launch(NamedTuple):
 _devices = itertools.count(1 << 20)
 
 
-class _Driver:
-    """As much of a driver as a launch needs; it is its own ``utils``."""
+class _Driver(rehearsal.Rehearsal):
+    """Writes down what it is asked to launch."""
 
     def __init__(self) -> None:
+        super().__init__(resources.TARGETS[TARGET])
         self.launches: list[_Launch] = []
-        self.utils = self
         # what is compiled here must not be found by a launch on a true device, or by the next test
         self.device = next(_devices)
 
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return resources.TARGETS[TARGET]
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 << 10}
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+    def load_binary(self, name: str, binary: bytes, *rest: int) -> tuple[Any, ...]:
         assert binary[:4] == b"\x7fELF"
-        return object(), 0, 0, 0, 1024
+        return super().load_binary(name, binary, *rest)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
@@ -85,7 +73,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Launch]]:
     yield fake.launches
 
 
-def _call(n: int, v: int, name: str, tail: str, temperature: float = 1.7) -> None:
+def _call(n: int, v: int, name: str, tail: str, temperature: float = 2.0) -> None:
     """A loss with a gradient, in bf16, against all logits or against three of them."""
     spec = LossSpec(divergences.make(name), v, ce_weight=0.5, temperature=temperature)
     student = torch.zeros(1, n, v, dtype=torch.bfloat16)
@@ -126,10 +114,64 @@ def test_what_is_launched_is_what_was_compiled(
 
 
 def test_no_number_compiles_or_launches_anew(launches: list[_Launch]) -> None:
-    """From the outside: other rows, temperature and weights, the same kernel."""
-    for n, temperature in ((200, 1.0), (137, 2.0), (133, 1.7)):
+    """From the outside: other rows, temperatures and weights, the same kernel; T = 1 and 2 are
+    kernels of their own."""
+    for n, temperature in ((200, 1.0), (137, 2.0), (133, 1.7), (200, 0.5), (133, 2.0)):
         _call(n, 40_000, "forward_kl", "", temperature)
-    assert len(launches) == 3 and len({id(launch.source) for launch in launches}) == 1
+    sources = [id(launch.source) for launch in launches]
+    assert sources[2] == sources[3] and sources[1] == sources[4] and len({*sources}) == 3
+
+
+@pytest.mark.parametrize("tail", ["", "bucket", "drop"])
+@pytest.mark.parametrize(("n", "v"), [(200, 40_000), (3, 70_000)])
+def test_later_launches_tell_the_kernel_what_the_first_did(
+    launches: list[_Launch], monkeypatch: pytest.MonkeyPatch, n: int, v: int, tail: str
+) -> None:
+    """They go past Triton's front door, and no argument may be missing or in another's place."""
+    _call(n, v, "jsd", tail)
+    first = [_plain(launch) for launch in launches]
+    with monkeypatch.context() as patched:
+        patched.setattr(triton.JITFunction, "run", None)
+        _call(n, v, "jsd", tail)
+    assert [_plain(launch) for launch in launches[len(first) :]] == first
+
+
+def _plain(launch: _Launch) -> list[Any]:
+    tensors = ((a.dtype, a.shape) if isinstance(a, torch.Tensor) else a for a in launch.arguments)
+    return [launch.grid, launch.warps, *tensors]
+
+
+def test_another_device_dtype_or_absence_is_another_kernel(launches: list[_Launch]) -> None:
+    grad = torch.zeros(1, 4, 5003, dtype=torch.bfloat16)
+    for device_, factor in (
+        (0, torch.ones(())),
+        (0, torch.ones((), dtype=torch.float64)),
+        (1, torch.ones(())),
+        (1, torch.ones(())),
+    ):
+        active.active.device = (1 << 30) + device_
+        ops.scale_(grad, factor)
+    sources = [id(launch.source) for launch in launches]
+    assert len({*sources[:3]}) == 3 and sources[3] == sources[2]
+    assert launches[1].source.signature["factor"] == "*fp64"
+
+
+def test_a_profiler_is_told_of_every_launch(
+    launches: list[_Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grad, seen = torch.zeros(1, 4, 5003, dtype=torch.bfloat16), []
+    ops.scale_(grad, torch.ones(()))
+    front = triton.JITFunction.run
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda *a, **k: [seen.append(1), front(*a, **k)][1]
+    )
+    triton.knobs.runtime.launch_enter_hook.add(print)
+    try:
+        ops.scale_(grad, torch.ones(()))
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(print)
+    ops.scale_(grad, torch.ones(()))
+    assert len(seen) == 1 and len(launches) == 3
 
 
 def test_an_interpreter_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
