@@ -112,6 +112,8 @@ class Plan(Tiling):
     reverse: bool  # ... and by q
     powers: int  # ... sums of powers, see Lean
     terms: bool  # there is a sweep for the divergence's value
+    unroll_terms: int  # its lines of a lane
+    late: bool  # it is that of the gradient
     mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
     teacher: bool  # it has a say
     kd: bool  # in the loss too
@@ -185,10 +187,12 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     form = lean.FORMS[variant.divergence]
     exact = torch.float64 in (variant.student, variant.teacher)
     kls, powers = variant.divergence in pointwise.KLS, 0 if exact else form.powers
+    # with twice the lines these spill (benchmarks/resources.py)
+    unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
     return Plan(
         acc=tl.float64 if exact else tl.float32,
         lanes=_threads(launch, target),
-        unroll=launch.unroll,
+        unroll=unroll,
         width=16 // item,
         item=item,
         aligned=variant.aligned,
@@ -206,6 +210,8 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         reverse=form.reverse,
         powers=powers,
         terms=form.terms is not None,
+        unroll_terms=1 if form.heavy else unroll,
+        late=powers > 0 and variant.kd and variant.grad is not None and stage == "whole",
         mixes=variant.divergence in pointwise.MIXTURES,
         teacher=variant.kd or variant.metrics,
         kd=variant.kd,

@@ -61,8 +61,8 @@ class Lean:
 
     factors: triton.JITFunction  # (of, pair, sum of grad, kd, a, b, plan) -> constants of
     slope: triton.JITFunction  # (entry, constants, pair, plan) -> (f, r)
-    # From the statistics alone, (of, pair, a, b, plan) -> (value, sum of grad, whether a sweep
-    # would know the value better); not finite where a row is not ordinary
+    # From the statistics alone, (of, pair, a, b, plan) -> (value, sum of grad); not finite where a
+    # row is not ordinary
     closed: triton.JITFunction | None = None
     constants: triton.JITFunction | None = None  # (of, pair, a, b, plan) -> constants of
     terms: triton.JITFunction | None = None  # (entry, constants, pair, plan) -> two numbers, and
@@ -71,6 +71,8 @@ class Lean:
     forward: bool = False  # the statistics that it reads: gaps weighted by p
     reverse: bool = False  # ... by q
     powers: int = 0  # 1: p^a q^b; 2: p^(a + b) and q^(a + b) too
+    rest: bool = False  # whether r is not 0
+    heavy: bool = False  # ``terms`` wants the registers of a second line
 
     @property
     def cache_key(self) -> str:  # part of Triton's, so that an edited form is compiled anew
@@ -94,20 +96,20 @@ def _gap(side, pair, plan: tl.constexpr):
 @triton.jit
 def _forward_closed(of, pair, a, b, plan: tl.constexpr):
     value = _gap(of.teacher, pair, plan) + pair.log_ratio
-    return value, tl.zeros_like(value) - 1.0, False
+    return value, tl.zeros_like(value) - 1.0
 
 
 @triton.jit
 def _reverse_closed(of, pair, a, b, plan: tl.constexpr):
     value = -(_gap(of.student, pair, plan) + pair.log_ratio)
-    return value, value + 1.0, False
+    return value, value + 1.0
 
 
 @triton.jit
 def _mixed_closed(of, pair, a, b, plan: tl.constexpr):
-    forward, _, _ = _forward_closed(of, pair, a, b, plan)
-    reverse, _, _ = _reverse_closed(of, pair, a, b, plan)
-    return a * forward + (1.0 - a) * reverse, (1.0 - a) * (reverse + 1.0) - a, False
+    forward, _ = _forward_closed(of, pair, a, b, plan)
+    reverse, _ = _reverse_closed(of, pair, a, b, plan)
+    return a * forward + (1.0 - a) * reverse, (1.0 - a) * (reverse + 1.0) - a
 
 
 @triton.jit
@@ -153,54 +155,57 @@ def _mixed_slope(at, by, pair, plan: tl.constexpr):
 
 class Mixture(NamedTuple):
     """Seen from the larger of p and q: nothing overflows, and near p = q, where the terms of a
-    divergence cancel to second order in the gap, they all see the same gap."""
+    divergence cancel to second order in the gap, they all see the same gap. What is to be summed
+    is ``larger`` times something, one FFMA."""
 
     larger: Any
-    smaller: Any
+    ratio: Any  # the smaller one over it
     size: Any  # |d|, at most FAR
     beyond: Any  # d where p is larger, else 0
     p_larger: Any
-    of_smaller: Any  # its weight
+    of_smaller: Any  # its weight, times the ratio
     over: Any  # m / larger
     log: Any  # log2 of that
 
 
 @triton.jit
-def _polynomial(w, shift):
-    """Constants: the weights, d at x = 0, and log2(w 2^d + 1 - w) up to d^4 (cumulants)."""
+def _polynomial(w, pair):
+    """Constants: the weight of p, d at x = 0, log2(w 2^d + 1 - w) up to d^4 (cumulants), and the
+    normalisers."""
     v = w * (1.0 - w)
     third, fourth = (
         v * (1.0 - 2.0 * w) * (LN2 * LN2 / 6),
         v * (1.0 - 6.0 * v) * (LN2 * LN2 * LN2 / 24),
     )
-    return w, shift * LOG2E, v * (LN2 / 2), third, fourth
+    log_s, log_t = pair.student.log_sum * LOG2E, pair.teacher.log_sum * LOG2E
+    return w, pair.log_ratio * LOG2E, v * (LN2 / 2), third, fourth, log_s, log_t
 
 
 @triton.jit
 def _mixture(at, by, pair, plan: tl.constexpr):
-    w, shift, second, third, fourth = by
+    w, shift, second, third, fourth, log_s, log_t = by
     d = at.x * pair.student.scale + shift
     p_larger = d > 0
     size = at_most(tl.abs(d), FAR)  # infinite where one is masked, NaN where both are
-    u = tl.exp2(-size)
-    over_sum = tl.where(p_larger, pair.teacher.over_sum, pair.student.over_sum)
-    larger = tl.exp2(tl.where(p_larger, at.a_t, at.a_s)) * over_sum
-    of_smaller = tl.where(p_larger, 1.0 - w, w)
-    over = of_smaller * u + (1.0 - of_smaller)
+    ratio = tl.exp2(-size)
+    larger = tl.exp2(tl.maximum(at.a_t - log_t, at.a_s - log_s))
+    weight = tl.where(p_larger, 1.0 - w, w)
+    of_smaller = weight * ratio
+    over = (1.0 - weight) + of_smaller
     beyond = tl.where(p_larger, size, 0.0)
     near = d * (w + d * (second + d * (third + d * fourth))) - beyond
     log = tl.where(size < NEAR, near, log2_near(over, plan))
-    return Mixture(larger, larger * u, size, beyond, p_larger, of_smaller, over, log)
+    return Mixture(larger, ratio, size, beyond, p_larger, of_smaller, over, log)
 
 
 @triton.jit
 def _weight_a(of, pair, a, b, plan: tl.constexpr):
-    return _polynomial(a, pair.log_ratio)
+    return _polynomial(a, pair)
 
 
 @triton.jit
 def _weight_rest(of, pair, a, b, plan: tl.constexpr):
-    return _polynomial(1.0 - a, pair.log_ratio)
+    return _polynomial(1.0 - a, pair)
 
 
 @triton.jit
@@ -214,20 +219,19 @@ def _over_q(at, by, pair, plan: tl.constexpr):
 def _jsd_terms(at, by, pair, plan: tl.constexpr):
     """-w p log2(p / m) - (1 - w) q log2(q / m), and q log2(m / q)"""
     m = _mixture(at, by, pair, plan)
-    value = m.larger * m.over * m.log + m.of_smaller * (m.smaller * m.size)
-    q = tl.where(m.p_larger, m.smaller, m.larger)
-    return value, q * (m.beyond + m.log)
+    value = m.larger * (m.over * m.log + m.of_smaller * m.size)
+    return value, m.larger * (tl.where(m.p_larger, m.ratio, 1.0) * (m.beyond + m.log))
 
 
 @triton.jit
 def _jsd_summed(first, second, sum_grad, a, b):
-    return -LN2 * first, -LN2 * (1.0 - a) * second
+    return first * -LN2, (1.0 - a) * second * -LN2
 
 
 @triton.jit
 def _jsd_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
     q = kd * pair.student.over_sum
-    return q * (LN2 * (1.0 - a)), q * sum_grad, a, pair.log_ratio * LOG2E
+    return q * ((1.0 - a) * LN2), q * sum_grad, a, pair.log_ratio * LOG2E
 
 
 @triton.jit
@@ -240,13 +244,14 @@ def _jsd_slope(at, by, pair, plan: tl.constexpr):
 def _skew_forward_terms(at, by, pair, plan: tl.constexpr):
     """p log2(p / m), and p q / m"""
     m = _mixture(at, by, pair, plan)
-    p = tl.where(m.p_larger, m.larger, m.smaller)
-    return p * ((m.beyond - m.size) - m.log), m.smaller * reciprocal_near(m.over, plan)
+    p = tl.where(m.p_larger, 1.0, m.ratio)
+    product = m.ratio * reciprocal_near(m.over, plan)
+    return m.larger * (p * ((m.beyond - m.size) - m.log)), m.larger * product
 
 
 @triton.jit
 def _skew_forward_summed(first, second, sum_grad, a, b):
-    return LN2 * first, -(1.0 - a) * second
+    return first * LN2, (a - 1.0) * second
 
 
 @triton.jit
@@ -265,13 +270,14 @@ def _skew_forward_slope(at, by, pair, plan: tl.constexpr):
 def _skew_reverse_terms(at, by, pair, plan: tl.constexpr):
     """q log2(m / q), and p q / m"""
     m = _mixture(at, by, pair, plan)
-    q = tl.where(m.p_larger, m.smaller, m.larger)
-    return q * (m.beyond + m.log), m.smaller * reciprocal_near(m.over, plan)
+    q = tl.where(m.p_larger, m.ratio, 1.0)
+    product = m.ratio * reciprocal_near(m.over, plan)
+    return m.larger * (q * (m.beyond + m.log)), m.larger * product
 
 
 @triton.jit
 def _skew_reverse_summed(first, second, sum_grad, a, b):
-    value = -LN2 * first
+    value = first * -LN2
     return value, value + (1.0 - a) * second
 
 
@@ -327,8 +333,9 @@ def _variation_slope(at, by, pair, plan: tl.constexpr):
 
 
 # --------------------------------------------------------------------------------------------------
-# powers p^a q^b: their sum is one more statistic. What it says of the value is off by some 5e-7, so
-# a small value takes a sweep in which what cancels is a polynomial in d.
+# powers p^a q^b: their sum is one more statistic. That is all that the gradient wants; the value it
+# says is off by some 5e-7, so that is summed again, along with the gradient, and where the terms
+# cancel they are a polynomial in d.
 
 
 @triton.jit
@@ -354,7 +361,7 @@ def _power_closed(of, pair, a, b, plan: tl.constexpr):
     scaled = (a * over_s * power_t + b * over_s * power_s) - cross
     sum_grad = (power_s - cross) * reciprocal(a)
     value = (scaled * reciprocal(a * b)).to(plan.acc)
-    return value, sum_grad.to(plan.acc), tl.abs(scaled) < 0.0625
+    return value, sum_grad.to(plan.acc)
 
 
 @triton.jit
@@ -371,7 +378,7 @@ def _power_constants(of, pair, a, b, plan: tl.constexpr):
     c6 = a * (s3 * s * s - a3 * a * a) * (LN2 * LN2 * LN2 * LN2 * LN2 * LN2 / 720)
     c7 = a * (s3 * s3 - a3 * a3) * (LN2 * LN2 * LN2 * LN2 * LN2 * LN2 * LN2 / 5040)
     return (
-        (c2, c3, c4, c5, c6, c7), 0.5 * LOG2E / most, pair.log_ratio * LOG2E, a, b,
+        (c2, c3, c4, c5, c6, c7), (0.5 / most) * LOG2E, pair.log_ratio * LOG2E, a, b,
         of_cross.to(plan.acc), of_s.to(plan.acc), (b / s * of_s).to(plan.acc),
         (a / s * of_t).to(plan.acc),
     )  # fmt: skip
@@ -414,9 +421,11 @@ def _power_slope(at, by, pair, plan: tl.constexpr):
 
 
 FORMS = {
-    "forward_kl": Lean(_forward_factors, _forward_slope, _forward_closed, forward=True),
+    "forward_kl": Lean(_forward_factors, _forward_slope, _forward_closed, forward=True, rest=True),
     "reverse_kl": Lean(_reverse_factors, _reverse_slope, _reverse_closed, reverse=True),
-    "mixed_kl": Lean(_mixed_factors, _mixed_slope, _mixed_closed, forward=True, reverse=True),
+    "mixed_kl": Lean(
+        _mixed_factors, _mixed_slope, _mixed_closed, forward=True, reverse=True, rest=True
+    ),
     "jsd": Lean(_jsd_factors, _jsd_slope, None, _weight_a, _jsd_terms, _jsd_summed),
     "skew_forward_kl": Lean(
         _skew_forward_factors,
@@ -425,6 +434,7 @@ FORMS = {
         _weight_a,
         _skew_forward_terms,
         _skew_forward_summed,
+        heavy=True,
     ),
     "skew_reverse_kl": Lean(
         _skew_reverse_factors,
@@ -433,6 +443,7 @@ FORMS = {
         _weight_rest,
         _skew_reverse_terms,
         _skew_reverse_summed,
+        heavy=True,
     ),
     "total_variation": Lean(
         _variation_factors,
@@ -450,6 +461,7 @@ FORMS = {
         _power_terms,
         _power_summed,
         powers=1,
+        rest=True,
     ),
     "alpha_beta": Lean(
         _power_factors,
@@ -459,5 +471,6 @@ FORMS = {
         _power_terms,
         _power_summed,
         powers=2,
+        rest=True,
     ),
 }

@@ -153,6 +153,6 @@ def alpha_beta(lp, lq, gap, p, q, a, b):
 # entries, the few of a sparse teacher are computed in fp64 (sparse.py).
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
-# Mixes of KL(p || q) and KL(q || p): infinite where q = 0 < p or p = 0 < q, so these tell a huge gap
-# from an infinite one.
+# Mixes of KL(p || q) and KL(q || p): infinite where q = 0 < p or p = 0 < q, so these tell a huge
+# gap from an infinite one.
 KLS = ("forward_kl", "reverse_kl", "mixed_kl")

@@ -39,7 +39,7 @@ from .row import (
     within,
     zeros,
 )
-from .stats import Scales, Side, Statistics, merged, nothing_seen, observe, paired, resolved
+from .stats import Scales, Side, Statistics, added, merged, nothing_seen, observe, paired, resolved
 from .sweeps import (
     Comparing,
     Gradient,
@@ -48,7 +48,6 @@ from .sweeps import (
     nothing_summed,
     slope,
     slope_carefully,
-    total,
     write,
     write_carefully,
 )
@@ -131,8 +130,11 @@ def _entropy(side, softmax, plan: tl.constexpr):
 
 
 @triton.jit
-def _report(loss, metrics, n, of, pair, value, ce, label, weights, plan: tl.constexpr):
+def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, plan: tl.constexpr):
     """The row's loss, and its metrics in the order of spec.METRIC_COLUMNS."""
+    ce = scalar(float("nan"), plan.acc)
+    if plan.ce:
+        ce = _cross_entropy(of, label, sides, weights, vocab, plan)
     sum_of_terms = scalar(0.0, plan.acc)
     if plan.kd:
         sum_of_terms += weights.kd * value
@@ -220,17 +222,19 @@ def _recall(partial, n, labels, plan: tl.constexpr):
 
 
 @triton.jit
-def _swept(STEP: tl.constexpr, sums, n, piece, sides, shape, span, context, plan: tl.constexpr):
+def _swept(STEP: tl.constexpr, sums, n, piece, sides, shape, span, by, unroll: tl.constexpr,
+           plan: tl.constexpr):  # fmt: skip
     """The sums of a row over a sweep of its own; the stage "middle" leaves those of its piece."""
     if plan.stage == "gradient":
-        first, second = (
-            tl.sum(pieces(sums, n, 0, 2, plan), 0),
-            tl.sum(pieces(sums, n, 1, 2, plan), 0),
-        )
+        first = tl.sum(pieces(sums, n, 0, 2, plan), axis=0)
+        second = tl.sum(pieces(sums, n, 1, 2, plan), axis=0)
     else:
-        start = nothing_summed(plan)
-        swept = sweep(STEP, start, sides, shape, span, context, True, "evict_last", plan)
-        first, second = total(swept, plan)
+        swept = nothing_summed(plan)
+        if unroll:
+            swept = sweep(STEP, swept, sides, shape, span, by, True, "evict_last", unroll, plan)
+        else:
+            swept = sweep_columns(STEP, swept, sides, shape, span, by, plan)
+        first, second = added(swept.first), added(swept.second)
     if plan.stage == "middle":
         at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
         tl.store(at, first)
@@ -241,32 +245,34 @@ def _swept(STEP: tl.constexpr, sums, n, piece, sides, shape, span, context, plan
 @triton.jit
 def _compared(of, pair, sums, n, piece, sides, shape, span, a, b, plan: tl.constexpr):
     zero = scalar(0.0, plan.acc)
-    value, sum_grad, ordinary, forwards = zero, zero, True, False
+    value, sum_grad, ordinary, forwards = zero, zero, True, True
+    careful: tl.constexpr = 0 if plan.powers else 1
     if plan.teacher and plan.closed:
-        value, sum_grad, again = plan.form.closed(of, pair, a, b, plan)
+        value, sum_grad = plan.form.closed(of, pair, a, b, plan)
         ordinary = (tl.abs(value) < INFINITY) & (tl.abs(sum_grad) < INFINITY)
-        if plan.terms:
-            forwards = again
-            if again & ordinary:
+        if plan.terms and not plan.late:
+            if ordinary:
                 by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
-                first, second = _swept(compare, sums, n, piece, sides, shape, span, by, plan)
+                first, second = _swept(
+                    compare, sums, n, piece, sides, shape, span, by, plan.unroll_terms, plan
+                )
                 value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
+        else:
+            forwards = False
         if not ordinary:
             by = Comparing(pair, (a,), a, b)
             value, sum_grad = _swept(
-                compare_carefully, sums, n, piece, sides, shape, span, by, plan
+                compare_carefully, sums, n, piece, sides, shape, span, by, careful, plan
             )
+    elif plan.teacher and plan.exact:
+        by = Comparing(pair, (a,), a, b)
+        value, sum_grad = _swept(compare_carefully, sums, n, piece, sides, shape, span, by, 1, plan)
     elif plan.teacher:
-        forwards = True
-        if plan.exact:
-            by = Comparing(pair, (a,), a, b)
-            value, sum_grad = _swept(
-                compare_carefully, sums, n, piece, sides, shape, span, by, plan
-            )
-        else:
-            by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
-            first, second = _swept(compare, sums, n, piece, sides, shape, span, by, plan)
-            value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
+        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
+        first, second = _swept(
+            compare, sums, n, piece, sides, shape, span, by, plan.unroll_terms, plan
+        )
+        value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
     if plan.teacher:  # NaN where a logit was
         unsound = pair.student.log_sum - pair.student.log_sum
         unsound += pair.teacher.log_sum - pair.teacher.log_sum
@@ -283,10 +289,14 @@ def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.con
         unit = of_ce * reciprocal(of.unit).to(plan.acc)
         smooth = of_ce * weights.smoothing / vocab.to(plan.acc)
         hot = of_ce * (1.0 - weights.smoothing)
-    constants = (kd,)
+    constants, terms = (kd,), (kd,)
     if plan.kd and not plan.exact:
         constants = plan.form.factors(of, pair, compared.sum_grad, kd, a, b, plan)
-    return Gradient(grad, shape, pair, constants, compared.sum_grad, kd, unit, smooth, hot, a, b)
+    if plan.late:
+        terms = plan.form.constants(of, pair, a, b, plan)
+    return Gradient(
+        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b
+    )
 
 
 @triton.jit
@@ -302,25 +312,47 @@ def _write_label(label, sides, span, shape, by, SLOPE: tl.constexpr, plan: tl.co
 
 
 @triton.jit
-def _gradient(label, sides, span, shape, by, compared, plan: tl.constexpr):
-    lean, none = not plan.exact, tl.full([], 0, tl.int32)  # it carries nothing
-    if lean and plan.closed:
-        if compared.ordinary:
-            sweep(write, none, sides, shape, span, by, not compared.forwards, "evict_first", plan)
-            if plan.ce:
-                _write_label(label, sides, span, shape, by, slope, plan)
-        else:
-            sweep(write_carefully, none, sides, shape, span, by, False, "evict_first", plan)
-            if plan.ce:
-                _write_label(label, sides, span, shape, by, slope_carefully, plan)
-    elif lean:
-        sweep(write, none, sides, shape, span, by, False, "evict_first", plan)
-        if plan.ce:
-            _write_label(label, sides, span, shape, by, slope, plan)
+def _gradient_leanly(label, sides, span, shape, by, compared, plan: tl.constexpr):
+    """The divergence's value too, if that is summed here."""
+    value, back = compared.value, not compared.forwards
+    if plan.late:
+        start = nothing_summed(plan)
+        sums = sweep(write, start, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+        first, second = added(sums.first).to(plan.acc), added(sums.second).to(plan.acc)
+        value, _ = plan.form.summed(first, second, compared.sum_grad, by.a, by.b)
+        value += compared.sum_grad - compared.sum_grad
     else:
-        sweep(write_carefully, none, sides, shape, span, by, False, "evict_first", plan)
-        if plan.ce:
-            _write_label(label, sides, span, shape, by, slope_carefully, plan)
+        nothing = tl.full([], 0, tl.int32)  # it carries nothing
+        sweep(write, nothing, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+    if plan.ce:
+        _write_label(label, sides, span, shape, by, slope, plan)
+    return value
+
+
+@triton.jit
+def _gradient_carefully(label, sides, span, shape, by, plan: tl.constexpr):
+    nothing = tl.full([], 0, tl.int32)
+    if plan.powers == 0:
+        sweep(write_carefully, nothing, sides, shape, span, by, False, "evict_first", 1, plan)
+    else:
+        sweep_columns(write_carefully, nothing, sides, shape, span, by, plan)
+    if plan.ce:
+        _write_label(label, sides, span, shape, by, slope_carefully, plan)
+
+
+@triton.jit
+def _gradient(label, sides, span, shape, by, compared, plan: tl.constexpr):
+    value = compared.value
+    if plan.exact:
+        _gradient_carefully(label, sides, span, shape, by, plan)
+    elif plan.closed and plan.teacher:
+        if compared.ordinary:
+            value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
+        else:
+            _gradient_carefully(label, sides, span, shape, by, plan)
+    else:
+        value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,7 +399,9 @@ def row_kernel(
         if plan.stage == "whole" or plan.stage == "statistics":
             label = _label(sides, labels, n, plan)
             start = nothing_seen(plan)
-            of = sweep(observe, start, sides, shape, span, scales, False, "evict_last", plan)
+            of = sweep(
+                observe, start, sides, shape, span, scales, False, "evict_last", plan.unroll, plan
+            )
             of = merged(resolved(of, sides, shape, plan), scales, plan)
         else:
             of, label = _recall(partial, n, labels, plan)
@@ -380,16 +414,16 @@ def row_kernel(
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
-                if leader:
-                    ce = scalar(float("nan"), acc)
-                    if plan.ce:
-                        ce = _cross_entropy(of, label, sides, weights, vocab, plan)
-                    _report(loss, metrics, n, of, pair, compared.value, ce, label, weights, plan)
+                if leader and not plan.late:
+                    _report(loss, metrics, n, of, pair, compared.value, label, sides, weights,
+                            vocab, plan)  # fmt: skip
                 if grad is not None:
-                    by = _factors(
-                        grad, shape, of, pair, compared, weights, vocab, first, second, plan
-                    )
-                    _gradient(label, sides, span, shape, by, compared, plan)
+                    by = _factors(grad, shape, of, pair, compared, weights, vocab, first, second,
+                                  plan)  # fmt: skip
+                    value = _gradient(label, sides, span, shape, by, compared, plan)
+                    if plan.late:
+                        _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab,
+                                plan)  # fmt: skip
                     beyond = vocab if leader else columns
                     zeros(grad, shape, Span(0, 0, 0, 0), beyond, columns, plan)
 
@@ -414,12 +448,12 @@ def scale_kernel(
         # int32, as in the other sweeps: with an int64 tile Triton sees no 16-byte access.
         size = tl.full([], plan.unroll * plan.lanes * plan.width, tl.int64)
         for tile in range(first, tl.cast(wide.tiles, tl.int32), tl.num_programs(1)):
-            at = pointers(row + tile * size, wide, 0, plan)
+            at = pointers(row + tile * size, wide, 0, plan.unroll, plan)
             tl.store(at, rounded(tl.load(at).to(plan.acc) * by, x.dtype.element_ty))
         if first == 0:
             behind = Shape(wide.head, 0, wide.lines, wide.end, columns)
-            mask = lines_behind(behind, plan)
-            at = pointers(row + wide.tiles * size, behind, 0, plan)
+            mask = lines_behind(behind, 0, plan.unroll, plan)
+            at = pointers(row + wide.tiles * size, behind, 0, plan.unroll, plan)
             value = tl.load(at, mask=mask).to(plan.acc) * by
             tl.store(at, rounded(value, x.dtype.element_ty), mask=mask)
             at, mask = edge_columns(wide, columns - wide.end + wide.head, plan)

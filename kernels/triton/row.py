@@ -132,30 +132,30 @@ def offsets(plan: tl.constexpr):
 
 
 @triton.jit
-def _start(base, shape, tile, plan: tl.constexpr):
+def _start(base, shape, tile, unroll: tl.constexpr, plan: tl.constexpr):
     """Of a tile. The hint makes the accesses 16 bytes; config.aligned checked it."""
     start = base + shape.head
     if plan.aligned:
         start = tl.multiple_of(start, 16)
-    return start + tile * (plan.unroll * plan.lanes * plan.width)
+    return start + tile * (unroll * plan.lanes * plan.width)
 
 
 @triton.jit
-def _spread(start, width: tl.constexpr, plan: tl.constexpr):
+def _spread(start, width: tl.constexpr, unroll: tl.constexpr, plan: tl.constexpr):
     """Pointers to a tile; what differs by a constant is added last, as an address's offset."""
     lane = tl.arange(0, plan.lanes)[None, :, None] * width + tl.arange(0, width)[None, None, :]
-    return (start + lane) + tl.arange(0, plan.unroll)[:, None, None] * (plan.lanes * width)
+    return (start + lane) + tl.arange(0, unroll)[:, None, None] * (plan.lanes * width)
 
 
 @triton.jit
-def pointers(base, shape, tile, plan: tl.constexpr):
-    return _spread(_start(base, shape, tile, plan), plan.width, plan)
+def pointers(base, shape, tile, unroll: tl.constexpr, plan: tl.constexpr):
+    return _spread(_start(base, shape, tile, unroll, plan), plan.width, unroll, plan)
 
 
 @triton.jit
-def lines_behind(shape, plan: tl.constexpr):
-    """Which lines there are of the tile behind the whole ones, (unroll, lanes, 1)."""
-    line = tl.arange(0, plan.unroll)[:, None, None] * plan.lanes
+def lines_behind(shape, k, unroll: tl.constexpr, plan: tl.constexpr):
+    """Which lines there are of the k-th tile behind the whole ones, (unroll, lanes, 1)."""
+    line = (k * unroll + tl.arange(0, unroll)[:, None, None]) * plan.lanes
     line += tl.arange(0, plan.lanes)[None, :, None]
     return line * plan.width < shape.lines
 
@@ -168,16 +168,16 @@ def edge_columns(shape, edges, plan: tl.constexpr):
 
 
 @triton.jit
-def _lines(base, shape, tile, mask, policy: tl.constexpr, plan: tl.constexpr):
+def _lines(base, shape, tile, mask, policy: tl.constexpr, unroll: tl.constexpr, plan: tl.constexpr):
     """The raw logits of a tile, 0 where the mask is off."""
-    start = _start(base, shape, tile, plan)
+    start = _start(base, shape, tile, unroll, plan)
     pairs: tl.constexpr = plan.aligned and base.dtype.element_ty == tl.bfloat16
     if pairs:  # two to a register: a shift and an AND instead of three instructions
         half: tl.constexpr = plan.width // 2
         at = tl.multiple_of(start.to(tl.pointer_type(tl.int32), bitcast=True), 16)
-        at = _spread(at, half, plan)
+        at = _spread(at, half, unroll, plan)
     else:
-        at = _spread(start, plan.width, plan)
+        at = _spread(start, plan.width, unroll, plan)
     if mask is None:
         raw = tl.load(at, eviction_policy=policy)
     else:
@@ -185,7 +185,7 @@ def _lines(base, shape, tile, mask, policy: tl.constexpr, plan: tl.constexpr):
     if pairs:
         low = (raw << 16).to(tl.float32, bitcast=True)
         high = (raw & -65536).to(tl.float32, bitcast=True)
-        raw = tl.reshape(tl.join(low, high), [plan.unroll, plan.lanes, plan.width])
+        raw = tl.reshape(tl.join(low, high), [unroll, plan.lanes, plan.width])
     return raw.to(plan.acc)
 
 
@@ -201,12 +201,12 @@ def through(raw, mask, by, transformed: tl.constexpr):
 
 
 @triton.jit
-def _tile(sides, shape, tile, mask, policy: tl.constexpr, plan: tl.constexpr):
-    raw = _lines(sides.student, shape, tile, mask, policy, plan)
+def _tile(sides, shape, tile, mask, policy: tl.constexpr, unroll: tl.constexpr, plan: tl.constexpr):
+    raw = _lines(sides.student, shape, tile, mask, policy, unroll, plan)
     student, slope = through(raw, mask, sides.of_student, plan.transformed_s)
     teacher = student
     if plan.teacher:
-        raw = _lines(sides.teacher, shape, tile, mask, policy, plan)
+        raw = _lines(sides.teacher, shape, tile, mask, policy, unroll, plan)
         teacher, _ = through(raw, mask, sides.of_teacher, plan.transformed_t)
     return student, teacher, slope
 
@@ -226,18 +226,20 @@ def _columns_tile(sides, columns, mask, plan: tl.constexpr):
 @triton.jit
 def sweep(
     STEP: tl.constexpr, state, sides, shape, span, context,
-    backwards, policy: tl.constexpr, plan: tl.constexpr,
+    backwards, policy: tl.constexpr, unroll: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """``state = STEP(state, tile, context, plan)`` over a span. Backwards, what was read last comes
-    first: it is still in L2."""
-    for step in tl.range(span.first, span.last, num_stages=plan.stages):
-        tile = span.last - 1 - (step - span.first) if backwards else step
-        student, teacher, slope = _tile(sides, shape, tile, None, policy, plan)
+    first: it is still in L2. ``unroll`` divides the plan's, for steps of many registers."""
+    times: tl.constexpr = plan.unroll // unroll
+    first, last = span.first * times, span.last * times
+    for step in tl.range(first, last, num_stages=plan.stages):
+        tile = last - 1 - (step - first) if backwards else step
+        student, teacher, slope = _tile(sides, shape, tile, None, policy, unroll, plan)
         state = STEP(state, Tile(student, teacher, slope, None, None, tile), context, plan)
-    for _ in range(span.lines):
-        mask = lines_behind(shape, plan)
-        student, teacher, slope = _tile(sides, shape, shape.tiles, mask, "", plan)
-        state = STEP(state, Tile(student, teacher, slope, None, mask, shape.tiles), context, plan)
+    for k in range(span.lines * times):
+        tile, mask = shape.tiles * times + k, lines_behind(shape, k, unroll, plan)
+        student, teacher, slope = _tile(sides, shape, tile, mask, "", unroll, plan)
+        state = STEP(state, Tile(student, teacher, slope, None, mask, tile), context, plan)
     for _ in range(tl.minimum(span.edges, 1)):
         columns, mask = edge_columns(shape, span.edges, plan)
         state = STEP(state, _columns_tile(sides, columns, mask, plan), context, plan)
@@ -268,14 +270,16 @@ def sweep_columns(
 @triton.jit
 def zeros(grad, shape, span, padding, columns, plan: tl.constexpr):
     """0 over a span; ``padding`` is where the columns begin that are beyond the vocabulary."""
-    nothing = tl.full([plan.unroll, plan.lanes, plan.width], 0, grad.dtype.element_ty)
+    unroll: tl.constexpr = plan.unroll
+    nothing = tl.full([unroll, plan.lanes, plan.width], 0, grad.dtype.element_ty)
     for tile in range(span.first, span.last):
-        tl.store(pointers(grad, shape, tile, plan), nothing)
-    for _ in range(span.lines):
-        tl.store(pointers(grad, shape, shape.tiles, plan), nothing, mask=lines_behind(shape, plan))
+        tl.store(pointers(grad, shape, tile, unroll, plan), nothing)
+    for k in range(span.lines):
+        at = pointers(grad, shape, shape.tiles + k, unroll, plan)
+        tl.store(at, nothing, mask=lines_behind(shape, k, unroll, plan))
     if span.edges > 0:
         at, mask = edge_columns(shape, span.edges, plan)
         tl.store(grad + at, tl.zeros_like(at).to(grad.dtype.element_ty), mask=mask)
-    for start in range(padding, columns, plan.unroll * plan.lanes * plan.width):
+    for start in range(padding, columns, unroll * plan.lanes * plan.width):
         at = start + offsets(plan)
         tl.store(grad + at, nothing, mask=at < columns)

@@ -10,7 +10,7 @@ import triton.language as tl
 from .lean import entry
 from .numerics import lowest, rounded
 from .row import INFINITY, pointers
-from .stats import added, at_unit, lane_sum
+from .stats import at_unit, lane_sum
 
 
 class Sums(NamedTuple):
@@ -24,7 +24,7 @@ class Comparing(NamedTuple):
     """What the sweep between statistics and gradient wants."""
 
     pair: Any
-    constants: Any  # of the lean form
+    constants: Any  # of the lean form's terms
     a: Any
     b: Any
 
@@ -36,6 +36,7 @@ class Gradient(NamedTuple):
     shape: Any
     pair: Any
     constants: Any  # of the lean form's slope
+    terms: Any  # and of its terms, if they are summed here
     sum_grad: Any  # of the divergence, for the careful way
     kd: Any
     unit: Any  # cross-entropy's, of e^(s - max)
@@ -49,11 +50,6 @@ class Gradient(NamedTuple):
 def nothing_summed(plan: tl.constexpr):
     zero = tl.full([plan.lanes], 0, plan.acc)
     return Sums(zero, zero)
-
-
-@triton.jit
-def total(sums, plan: tl.constexpr):
-    return Sums(added(sums.first), added(sums.second))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,7 +120,9 @@ def slope(z_s, z_t, by, plan: tl.constexpr):
         f += at.e_s * by.unit
     elif plan.ce:
         rest += at_unit(at.e_s, z_s - by.pair.student.max, plan) * by.unit
-    g = at.e_s * f + rest
+    g = at.e_s * f
+    if plan.form.rest or plan.power == 0:
+        g += rest
     if plan.ce and plan.smoothing:
         g = tl.where(z_s == -INFINITY, 0.0, g - by.smooth)
     return g
@@ -152,19 +150,22 @@ def _store(g, tile, by, plan: tl.constexpr):
     if tile.columns is not None:
         tl.store(by.grad + tile.columns, g, mask=tile.mask)
     elif tile.mask is not None:
-        tl.store(pointers(by.grad, by.shape, tile.place, plan), g, mask=tile.mask)
+        at = pointers(by.grad, by.shape, tile.place, g.shape[0], plan)
+        tl.store(at, g, mask=tile.mask)
     else:
-        at = pointers(by.grad, by.shape, tile.place, plan)
+        at = pointers(by.grad, by.shape, tile.place, g.shape[0], plan)
         tl.store(at, g, eviction_policy="evict_first")
 
 
 @triton.jit
-def write(count, tile, by, plan: tl.constexpr):
+def write(sums, tile, by, plan: tl.constexpr):
     _store(slope(tile.student, tile.teacher, by, plan), tile, by, plan)
-    return count
+    if plan.late:
+        sums = compare(sums, tile, Comparing(by.pair, by.terms, by.a, by.b), plan)
+    return sums
 
 
 @triton.jit
-def write_carefully(count, tile, by, plan: tl.constexpr):
+def write_carefully(sums, tile, by, plan: tl.constexpr):
     _store(slope_carefully(tile.student, tile.teacher, by, plan), tile, by, plan)
-    return count
+    return sums
