@@ -29,7 +29,7 @@ BAR = 100.0  # us
 CASES = {"one launch": (8, 1_000), "in pieces": (8, 151_936), "sparse": (8, 1_000)}
 
 
-def measure(calls: int = 300, rounds: int = 15) -> dict[str, dict[str, float]]:
+def measure(calls: int = 20, rounds: int = 250) -> dict[str, dict[str, float]]:
     """By case: us of the loss and its backward, of an autograd function that only saves a tensor,
     launches, torch's operations."""
     rehearsal = Rehearsal(target_of("sm_90"))

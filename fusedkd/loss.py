@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusedkd import autograd, backends, parallel
 from fusedkd.call import Arguments, Call
 from fusedkd.checks import check_whole
+from fusedkd.direct import direct_loss
 from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.divergences import Divergence
 from fusedkd.spec import METRIC_COLUMNS, OF_TEACHER
@@ -103,8 +104,8 @@ def kd_loss(
         inplace: dense student logits only: write their gradient into their own memory, which no
             other tensor of the call may share. The logits are then gone. Has no effect under
             torch.compile and torch.func, which plan memory themselves.
-        chunk_bytes: heads only: bytes of logits and their gradient held at any time. Default
-            1 GiB on a GPU, 512 MiB on a CPU.
+        chunk_bytes: heads only: bytes of logits and their gradient held at any time, and at
+            least a token's. Default 512 MiB on a CPU, 2 GiB on a GPU, of whose memory at most 1/32.
         group: vocabulary-parallel: each of its ranks has some columns of the logits (rows of the
             heads' weights), in the order of ranks, and all have the same tokens and labels. Loss,
             metrics and gradients are those of one process; the gradient of a head's hidden states
@@ -209,6 +210,8 @@ class KDLoss(nn.Module):
 
 
 def _compute(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
+    if not metrics and (loss := direct_loss(arguments)) is not None:
+        return loss, None
     student, teacher = arguments.student, arguments.teacher
     if arguments.group is not None or parallel.is_sharded(student, teacher):
         return _compute_sharded(arguments, metrics)

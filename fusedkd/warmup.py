@@ -71,7 +71,9 @@ class Job(NamedTuple):
         return torch.empty(self.rows, self.vocab, dtype=DTYPES[self.dtype])
 
     def _head(self, trained: bool) -> LMHead:
-        hidden, weight = (torch.zeros(n, 8, dtype=DTYPES[self.dtype]) for n in self[1::-1])
+        hidden, weight = (
+            torch.zeros(n, 8, dtype=DTYPES[self.dtype]) for n in (self.rows, self.vocab)
+        )
         return LMHead(hidden.requires_grad_(trained), weight.requires_grad_(trained))
 
     def _teacher(self) -> Tensor | LMHead | SparseTeacher:

@@ -122,7 +122,7 @@ def _distill(argv: list[str]) -> int:
     path, rest = _take_config(argv)
     if path is not None:
         with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
-            from fusedkd.cli.recipe import flags_of, read_recipe
+            from fusedkd.cli.recipe import check_code, flags_of, read_recipe
         recipe = read_recipe(path)  # before anything is loaded
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
@@ -151,6 +151,8 @@ def _distill(argv: list[str]) -> int:
     known = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
     flags = sorted({*known} - {"config", "help", "help-all"})
     given = [] if path is None else flags_of(path, recipe, flags)
+    if path is not None:
+        check_code(path, given, rest)
     words = [*given, *rest]
     try:
         with as_user_error():

@@ -8,9 +8,11 @@ that.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,10 @@ import torch
 from torch import Tensor
 
 from fusedkd.distributions.sparse import SparseRows
+from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
+from fusedkd.spec import LossSpec
+from fusedkd.tape import Tape
 
 from .products import head_dtypes, mm_
 
@@ -31,18 +36,20 @@ __all__ = [
     "instruction_set",
     "mm_",
     "observe",
+    "reduced",
     "rows",
     "scale_",
     "unavailable",
 ]
 
+CPU = torch.device("cpu")
 LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
 
 # Of rows in pieces, both sides in bf16; by whether d D / d log q is kept from one verb to the next,
 # which takes as much again. A block should stay in the last cache meanwhile, and every one costs
 # Python and a gather.
 BLOCK_BYTES = {False: 64 << 20, True: 16 << 20}
-LONGEST_TILE = 4096  # of kernel.h
+LONGEST_TILE, PARAMETERS = 4096, 8  # of kernel.h
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
 
@@ -81,14 +88,47 @@ def _ops() -> torch._ops._OpNamespace:
     return torch.ops.fusedkd_cpu
 
 
+def _listed(divergence: Divergence) -> tuple[str, tuple[float, ...]]:
+    """What the extension calls it, and its parameters there."""
+    if divergence.tape is None:
+        _check(divergence.name, divergence.key)
+        return divergence.name, divergence.params
+    name, address = _own(divergence.tape)
+    if address is None:
+        return name, divergence.params
+    blank = (0.0,) * (PARAMETERS - 1 - len(divergence.params))
+    return name, (*divergence.params, *blank, float(address))
+
+
 @functools.cache
-def _check(divergence: str) -> None:
+def _own(tape: Tape) -> tuple[str, int | None]:
+    """One of somebody's own: compiled where it is not yet, or else the address of its tape."""
+    from . import emit
+
+    if emit.compiler() is not None:
+        return emit.load(tape, instruction_set(), _ops().register_set), None
+    warnings.warn(
+        "fusedkd: there is no C++ compiler (set CXX, or install g++ or clang), so a divergence of "
+        "your own runs operation by operation, several times slower.",
+        RuntimeWarning,
+        stacklevel=9,
+    )
+    _TAPES.append(emit.assemble(tape))  # its memory stays
+    return "tape", ctypes.addressof(_TAPES[-1])
+
+
+_TAPES: list[Any] = []
+
+
+@functools.cache
+def _check(divergence: str, key: str | None) -> None:
     """Raise unless the extension has the divergence; once, for asking it costs 2 us."""
-    if not _ops().knows(divergence):
+    if key is None or not _ops().knows(divergence):
         raise NotImplementedError(
             f"divergence={divergence!r} has no function in kernels/cpu/pointwise.h. Each is "
             "one function of "
-            f"the same name in each of {SISTER_FILES}."
+            f"the same name in each of {SISTER_FILES}; "
+            "one of your own, @divergences.custom makes."
         )
 
 
@@ -105,6 +145,22 @@ class Numbers(NamedTuple):
     teacher_scale: float
     teacher_softcap: float
     rounding: float  # SparseRows.rounding
+
+
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+    operator, mean = _ops().reduced.default, spec.reduction == "mean"
+    settings = *_settings(spec), spec.ignore_index, mean
+
+    def compute(
+        student: Tensor, teacher: Tensor, labels: Tensor | None, gradient: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
+        loss = student.new_empty((), dtype=torch.float64 if wide else torch.float32)
+        grad = empty(student.shape, dtype=student.dtype, device=CPU) if gradient else None
+        done = operator(student, teacher, labels, *settings, loss, grad)
+        return (loss, grad) if done else None
+
+    return compute
 
 
 def rows(call: RowCall) -> Rows:
@@ -127,7 +183,7 @@ def observe(call: RowCall) -> Tensor:
 def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
     spec, part = call.spec, call.part
     sparse = isinstance(call.teacher, SparseRows)
-    entrywise = _ops().keeps(spec.divergence.name)
+    entrywise = _ops().keeps(_listed(spec.divergence)[0])
     if not (spec.kd_scale or call.metrics) or not (sparse or entrywise):
         return None
     assert part is not None
@@ -158,7 +214,7 @@ def _piece(verb: int, call: RowCall, statistics: Tensor, *results: Tensor | None
 
 
 def block_rows(call: RowCall, widest: int, budget: int) -> int:
-    keeps = _ops().keeps(call.spec.divergence.name) and not _buckets(call)
+    keeps = _ops().keeps(_listed(call.spec.divergence)[0]) and not _buckets(call)
     return max(1, BLOCK_BYTES[keeps] // (4 * widest))  # by nothing that the ranks may differ in
 
 
@@ -169,11 +225,16 @@ def _buckets(call: RowCall) -> bool:
 def _arguments(call: RowCall) -> tuple[Any, ...]:
     """What all operators on rows begin with."""
     spec, teacher = call.spec, call.teacher
-    _check(spec.divergence.name)
     if isinstance(teacher, SparseRows):
         side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
     else:
         side, indices, rounding = call.teacher_logits, None, 0.0
+    head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
+    return *head, *_settings(spec, rounding), spec.vocab_size
+
+
+def _settings(spec: LossSpec, rounding: float = 0.0) -> tuple[str, tuple[float, ...]]:
+    """The divergence's name in the extension, and every number."""
     numbers = Numbers(
         temperature=spec.temperature,
         teacher_temperature=spec.teacher_temperature,
@@ -186,9 +247,8 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         teacher_softcap=spec.teacher_transform.softcap,
         rounding=rounding,
     )
-    name, every = spec.divergence.name, (*numbers, *spec.divergence.params)
-    head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
-    return *head, name, every, spec.vocab_size
+    name, parameters = _listed(spec.divergence)
+    return name, (*numbers, *parameters)
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

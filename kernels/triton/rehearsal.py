@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as drivers
@@ -55,6 +56,10 @@ class Rehearsal:
         device.guard = lambda x: contextlib.nullcontext()
         device.processors = lambda of: processors
         device.unavailable = lambda: None
+        true, holds = torch.ones(()), device.holds
+        device.holds = lambda right, message: holds(
+            true, message
+        )  # for nobody writes what is right
 
     def _listen(self, *, times: Any, cache_hit: bool, **rest: Any) -> None:
         if not cache_hit:
