@@ -125,7 +125,7 @@ def expm1_small(x):
 @triton.jit
 def at_most(x, bound):
     """min(x, bound), and the bound where x is NaN."""
-    if INTERPRETED:  # its minimum is NumPy's, which keeps a NaN
+    if INTERPRETED:  # noqa: SIM108 - its minimum is NumPy's, which keeps a NaN
         y = tl.where(x < bound, x, bound)
     else:
         y = tl.minimum(x, bound)

@@ -178,7 +178,7 @@ def _lines(base, shape, tile, mask, policy: tl.constexpr, unroll: tl.constexpr, 
         at = _spread(at, half, unroll, plan)
     else:
         at = _spread(start, plan.width, unroll, plan)
-    if mask is None:
+    if mask is None:  # noqa: SIM108 - one branch is compiled
         raw = tl.load(at, eviction_policy=policy)
     else:
         raw = tl.load(at, mask=mask, other=0)
