@@ -25,7 +25,8 @@ def run(journal: Journal, orders: Orders) -> None:
     count = 1 if orders.device == "cpu" else min(PROCESSES, os.cpu_count() or 1)
     whats = [(f"{i}/{count}", "warm") for i in range(count)]
     # compiled for a target that is no device, which the interpreter's process cannot
-    #    whats += [(f"{i}/{max(1, count // 4)}", "counted") for i in range(max(1, count // 4))]
+    counters = max(1, count // 4)
+    whats += [(f"{i}/{counters}", "counted") for i in range(counters)]
     parts = [orders.but(what=what, part=part) for part, what in whats]
     for part in parts:
         part.journal.unlink(missing_ok=True)
@@ -68,7 +69,7 @@ def _kernels(cache: Path) -> Item:
     with ThreadPoolExecutor(PROCESSES) as pool:
         kernels = list(pool.map(usage, sorted(cache.glob("*/*.cubin"))))
     worst = sorted(kernels, key=lambda k: (k["spilled"], k["registers"]))[-12:]
-    spilled = sum(k["spilled"] > 0 for k in kernels if not k["kernel"].startswith("_"))
+    spilled = sum(k["spilled"] > 0 for k in kernels if not k["kernel"].startswith(("_", "triton_")))
     return {"count": len(kernels), "spilled": spilled, "worst": worst}
 
 
@@ -114,10 +115,15 @@ def warm(orders: Orders, card: Any) -> None:
 
 def counted(orders: Orders, card: Any) -> None:
     """What the model says of the dense kernels that are timed."""
-    from .. import roofline
-
     part, count = map(int, orders.part.split("/"))
     names = divergences.names()[: 1 if orders.device == "cpu" else None]
     journal = Journal(orders.journal, orders.deadline)
     for name in names[part::count]:
-        journal.item(f"counted {name}", lambda name=name: roofline.counts(name).as_json())
+        journal.item(f"counted {name}", _count, name)
+
+
+def _count(name: str) -> Item:
+    from .. import counted
+
+    counts = counted.counts(name)
+    return counts._asdict() | {"sweeps": [sweep._asdict() for sweep in counts.sweeps]}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import roofline
+from ..roofline import Counts, Gpu
+from ..sass import Sweep
 from . import plans
 from .calls import Call, Problem, keywords_of, problem_of, step_of
 from .card import Card, rate
-from .journal import Item, Journal
+from .journal import Item, Journal, items_of
 from .plans import Sizes
 
 
@@ -18,7 +24,7 @@ def run(journal: Journal, card: Card, sizes: Sizes) -> None:
     copied = card.copy(gigabytes, sizes.laps)
     card.free()
     journal.item("copy before", lambda: copied)
-    held = _Held(card)
+    held, models = _Held(card), _models(card, copied["gb_s"] * 1e9)
 
     def share(lap: Item, size: int) -> Item:
         moved = rate(lap, size)
@@ -27,7 +33,10 @@ def run(journal: Journal, card: Card, sizes: Sizes) -> None:
     def call_(call: Call) -> Item:
         step = step_of(call, held.problem(call))
         lap = card.lap(step, sizes.laps)
-        return {**share(lap, call.bytes_an_entry * call.rows * call.vocab), "peak": card.peak(step)}
+        item = share(lap, call.bytes_an_entry * call.rows * call.vocab)
+        plain = call == Call(divergence=call.divergence, rows=sizes.rows, vocab=sizes.vocab)
+        modelled = models.get(call.divergence, {}) if plain else {}
+        return {**item, **modelled, "peak": card.peak(step)}
 
     def chunk(name: str) -> Item:
         rows, vocab = max(2, sizes.rows // 2), sizes.vocab
@@ -41,6 +50,25 @@ def run(journal: Journal, card: Card, sizes: Sizes) -> None:
         journal.item(f"{name} head's chunk", chunk, name)
         card.free()
     journal.item("copy after", card.copy, gigabytes, sizes.laps)
+
+
+def _models(card: Card, copy: float) -> dict[str, Item]:
+    """By divergence: what the kernels that "compile" has counted could reach here."""
+    gpu = Gpu(copy=copy)
+    if card.cuda:
+        properties = torch.cuda.get_device_properties(0)
+        sizes = {"processors": card.processors, "l2_bytes": float(properties.L2_cache_size)}
+        gpu = replace(gpu, **sizes)
+    state = Path(os.environ["TRITON_CACHE_DIR"]).parent
+    models = {}
+    for item in items_of(state / "compile.jsonl"):
+        if item["name"].startswith("counted ") and "sweeps" in item:
+            sweeps = [Sweep(**sweep) for sweep in item["sweeps"]]
+            fields = {field: item[field] for field in Counts._fields}
+            modelled = roofline.share(Counts(**{**fields, "sweeps": sweeps}), gpu)
+            percent = round(100 * modelled.share, 1)
+            models[item["name"].split()[1]] = {"modelled": percent, "limit": modelled.limit}
+    return models
 
 
 class _Held:

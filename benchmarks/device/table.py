@@ -11,7 +11,7 @@ from .journal import Item, flaw
 
 Items = dict[str, Item]  # of one step, by name
 MOST = 60  # lines
-WIDTH = 150
+WIDTH = 170
 
 
 def headline(name: str, step: dict[str, Any]) -> list[str]:
@@ -94,8 +94,10 @@ def _ceilings(items: Items) -> list[str]:
         f"read again, TB/s by MB: {series('again', 'gb_s')}",
         f"... back and forth: {series('again', 'gb_s', ' turning')}",
     ]
-    kinds = ("logits", "logits fp32", "hidden", "weight", "weight fp32 add")
-    return lines + [f"TFLOP/s by rows, {kind}: {series(kind, 'tflops')}" for kind in kinds]
+    rates = {kind: series(kind, "tflops") for kind in ("logits", "hidden", "weight")}
+    wide = {kind: series(kind, "tflops") for kind in ("logits fp32", "weight fp32 add")}
+    words = ["; ".join(f"{kind} {rate}" for kind, rate in some.items()) for some in (rates, wide)]
+    return [*lines, f"TFLOP/s by rows: {words[0]}", f"... fp32 out: {words[1]}"]
 
 
 def _compile(items: Items) -> list[str]:
@@ -133,12 +135,12 @@ def _shares(items: Items) -> list[str]:
         return f"{items.get(f'copy {when}', {}).get('gb_s', math.nan) / 1000:.2f}"
 
     cells = [
-        f"{_short(name)[:27]:27}{item['ms']:8.3f} {item['share']:5.1f}"
+        f"{_short(name)[:27]:27}{item['ms']:8.3f} {item['share']:5.1f} {item.get('modelled', '')}"
         for name, item in items.items()
         if "share" in item
     ]
     rates = f"{copied('before')} TB/s before, {copied('after')} after"
-    return [f"ms a step, % of copy bandwidth ({rates})", *_columns(cells)]
+    return [f"ms a step, % of copy bandwidth, and by the model ({rates})", *_columns(cells)]
 
 
 def _heads(items: Items) -> list[str]:
@@ -164,14 +166,15 @@ def _host(items: Items) -> list[str]:
 def _peers(items: Items) -> list[str]:
     raced = [item for item in items.values() if "peer" in item]
     ours = {item["case"]: item["ms"] for item in raced if item["peer"] == "fusedkd"}
+    common = re.compile(r", bf16|, [\d,]+ x [\d,]+(?=,)|, T=2|, H=\S+")
     cells = [
-        f"{item['peer'][:13]:13}{item['case'].replace(' x 151,936', '')[:40]:40}"
-        f"{item['ms']:8.2f} {item['ms'] / ours.get(item['case'], math.nan):6.2f} {_gib(item)}"
+        f"{item['peer'][:12]:12} {common.sub('', item['case'])[:22]:22}{item['ms']:8.2f} "
+        f"{item['ms'] / ours.get(item['case'], math.nan):5.1f} {_gib(item)}"
         for item in raced
     ]
     reasons = {item["skipped"] for item in items.values() if "skipped" in item}
     left_out = f"; left out: {'; '.join(sorted(reasons))}" if reasons else ""
-    return [f"ms, times ours, peak GiB{left_out}", *_columns(cells, 2)]
+    return [f"ms, times ours, peak GiB{left_out}", *_columns(cells)]
 
 
 def _profile(items: Items) -> list[str]:

@@ -7,6 +7,7 @@ with a built-in divergence goes with it. It is plain C++, without torch's header
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -204,7 +205,10 @@ def load(tape: Tape, instruction_set: str, register: Callable[[str, int, list[in
     name = f"custom_{_key(source, instruction_set)}"
     path = folder() / f"{name}.so"
     if not path.exists():
-        compile_(source, instruction_set, path)
+        with open(path.with_suffix(".lock"), "w") as lock:  # torchrun's other processes wait
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                compile_(source, instruction_set, path)
     library = ctypes.CDLL(str(path))
     library.fusedkd_set.restype = ctypes.c_void_p
     library.fusedkd_layout.restype = ctypes.POINTER(ctypes.c_int64)

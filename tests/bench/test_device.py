@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 if "FUSEDKD_TEST_BACKEND" in os.environ:
     pytest.skip("once is enough", allow_module_level=True)
 
-from fusedkd.benchmarks.device import counters, place, plans
+from fusedkd.benchmarks.device import counters, place, plans, publish
 from fusedkd.benchmarks.device.__main__ import arguments
 from fusedkd.benchmarks.device.steps import STEPS
 from fusedkd.benchmarks.device.table import MOST, table
@@ -133,7 +134,10 @@ def test_what_there_is_is_kept_when_somebody_ends_it(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM and "badlabel [stopped by signal 15]" in text
-    assert "raise" in items_of(report_of(tmp_path), "badlabel")
+    assert list(items_of(report_of(tmp_path), "badlabel")) == ["raise"]
+    *_, report = visit(tmp_path, "--only", "badlabel", "--resume")  # the rest alone
+    assert list(items_of(report, "badlabel")) == ["raise", "label"]
+    assert report["steps"]["badlabel"]["starts"] == 1
 
 
 # ----------------------------------------------------------------------------------------------
@@ -153,6 +157,40 @@ def test_a_visit_covers_every_divergence_form_and_dtype() -> None:
     timed = plans.timed(plans.FULL)
     assert {call.divergence for call in timed} == set(divergences.names())
     assert len({call.label for call in timed}) == len(timed)
+
+
+def test_every_call_of_a_visit_is_one_and_right_on_the_cpu() -> None:
+    """At a fraction of their sizes, by another backend: no call is refused, all are in budget."""
+    from fusedkd.benchmarks.device import smoke
+    from fusedkd.benchmarks.device.calls import problem_of, step_of
+    from fusedkd.benchmarks.device.card import Card
+
+    card = Card("cpu")
+    card.backend = None
+    small = replace(plans.FULL, smoke=9, even=96, odd=101, small=(1, 2, 7), pieces=(3, 200))
+    small = replace(small, width=(16, 8), rows=2, vocab=96, others=(50,), few=(1, 120))
+    small = replace(small, heads=((3, 16, 8),), budgets=(None, 1e-6))
+    check = smoke.judge()
+    for call in plans.judged(small):
+        item = check(call, card)
+        assert item.get("ok"), (call.label, item)
+    of_the_host = [
+        call.but(vocab=min(call.vocab, 300)) for call in plans.of_the_host(small).values()
+    ]
+    for call in [*plans.timed(small), *plans.through_heads(small), *of_the_host, *plans.careful()]:
+        loss, *_ = step_of(call, problem_of(call, card))()
+        assert loss.isfinite().all(), call.label
+
+
+def test_a_launch_that_a_call_asks_for_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedkd.benchmarks.device.calls import Call, launched
+    from fusedkd.kernels.triton import config
+
+    size = (8192, 151936, 132)
+    table_s = config.choose(*size)
+    with launched(Call(launch=(("warps", 2),))):
+        assert config.choose(*size) == replace(table_s, warps=2) != table_s
+    assert config.choose(*size) == table_s
 
 
 def test_a_wheel_beside_the_checkout_is_a_peer(tmp_path: Path) -> None:
@@ -191,3 +229,102 @@ def test_steps_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         arguments(["--only", "nothing"])
     assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------
+# from the report into the repository
+
+
+def made_up(tmp_path: Path) -> dict[str, Any]:
+    """A full report with numbers that nobody has measured."""
+    from fusedkd.benchmarks.device import peers
+    from fusedkd.benchmarks.device.card import Card
+
+    z, card = plans.FULL, Card("cpu")
+    lap = {"ms": 2.0, "least": 1.9, "most": 2.2, "s": 1.0}
+    shared = {**lap, "gb_s": 4000.0, "share": 91.0, "peak": 1 << 30}
+    steps: dict[str, list[dict[str, Any]]] = {name: [{"name": "x", "ok": True}] for name in STEPS}
+    steps["facts"] = [{"name": "machine", "versions": {"torch": "2.11"}, "date": "2026-01-01T00"}]
+    steps["smoke"] = [{"name": c.label, "ok": True, "score": 0.5} for c in plans.judged(z)]
+    steps["shares"] = [{"name": "copy before", "gb_s": 4200.0}]
+    steps["shares"] += [{"name": call.label, **shared} for call in plans.timed(z)]
+    steps["shares"][1]["modelled"] = 82.0
+    heads = {**lap, "ratio": 1.25, "bytes": 1 << 30}
+    steps["heads"] = [{"name": call.label, **heads} for call in plans.through_heads(z)]
+    steps["host"] = [{"name": "call dense", "us": 88.0}]
+    races = [(f"{name}: {case.label}", name, case.label) for name, case in peers.races(card, z)]
+    steps["peers"] = [
+        {
+            "name": name,
+            "peer": peer,
+            "case": case,
+            "bytes": 1,
+            **lap,
+            "ms": 2.0 if peer == "fusedkd" else 7.0,
+        }
+        for name, peer, case in races
+    ]
+    steps["ceilings"] = [{"name": f"copy {gb} GB", "gb_s": 4200.0} for gb in z.copies]
+    report = {
+        "key": {"gpu": "Made-up H200", "device": "cuda", "source": "0"},
+        "seconds": 333.0,
+        "steps": {
+            name: {"status": "ok", "seconds": 9.0, "starts": 1, "items": items}
+            for name, items in steps.items()
+        },
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return report
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "checkout"
+    for folder in ("benchmarks/results", "docs"):
+        (root / folder).mkdir(parents=True)
+    (root / "README.md").write_text((ROOT / "README.md").read_text())
+    return root
+
+
+def test_a_full_report_fits_the_table(tmp_path: Path) -> None:
+    lines = table(made_up(tmp_path))
+    assert len(lines) <= MOST and all(any(x.startswith(name) for x in lines) for name in STEPS)
+
+
+def test_one_command_publishes_a_report(tmp_path: Path, checkout: Path) -> None:
+    report = made_up(tmp_path)
+    before = (checkout / "README.md").read_text()
+    written = publish.publish(tmp_path, checkout)
+    assert [path.name for path in written] == ["made-up-h200.json", "speed-gpu.png", "README.md"]
+    kept = json.loads((checkout / "benchmarks/results/made-up-h200.json").read_text())
+    assert kept["steps"] == report["steps"] and kept["commit"] == "of another source"
+    assert (checkout / "docs/speed-gpu.png").read_bytes().startswith(b"\x89PNG")
+    text = (checkout / "README.md").read_text()
+    assert "Counted, not measured" not in text and "one Made-up H200" in text
+    for row in (
+        "| `alpha` | 2.00 | 91 % | 82 % |",
+        "| `jsd` | 2.00 | 91 % | - |",
+        "| JSD, of the copy bandwidth | ≥ 65 % | 91 % | met |",
+        "| 50,257 entries, of the speed at 50,304 | ≥ 80 % | 100 % | met |",
+        "| head, JSD, times its bare products | ≤ 1.15 | 1.25 | **missed** |",
+        "| a call of 8 × 1,000 on the host | ≤ 100 µs | 88 µs | met |",
+        "| TRL's ChunkedDivergence, forward KL, times ours | ≥ 1.5 | 3.5 | met |",
+        "| Liger's fused linear JSD, times ours | ≥ 2 | 3.5 | met |",
+    ):
+        assert row in text, row
+    head, tail = before.split("<!-- gpu: written")[0], before.split("<!-- /gpu -->")[1]
+    assert text.startswith(head) and text.endswith(tail)
+    assert publish.publish(tmp_path, checkout) and (checkout / "README.md").read_text() == text
+
+
+def test_a_dry_run_is_not_published(dry: Any, checkout: Path) -> None:
+    with pytest.raises(ValueError, match="a dry run"):
+        publish.publish(dry[0] / "out", checkout)
+    assert not list((checkout / "benchmarks/results").iterdir())
+
+
+def test_what_was_not_measured_is_a_missed_bar(tmp_path: Path) -> None:
+    report = made_up(tmp_path)
+    report["steps"] = {"shares": report["steps"]["shares"]}
+    missing = [bar for bar in publish.bars(report) if bar.value is None]
+    assert len(missing) == 5 and all("**missed**" in bar.row for bar in missing)
