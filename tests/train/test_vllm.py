@@ -44,11 +44,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (line,) = re.findall(r"^vllm (serve .*)", PAGE, re.M)
     words = [VLLM, *line.split(), "--max-model-len", "128", "--dtype", "bfloat16"]
     words += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
-    where = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
-            words, cwd=folder, env=kept | where, stdout=log, stderr=log, start_new_session=True
+            words, cwd=folder, env=_environment(), stdout=log, stderr=log, start_new_session=True
         )
     try:
         _wait(server, f"http://127.0.0.1:{port}/health", folder / "log")
@@ -56,6 +54,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(60)
+
+
+def _environment() -> dict[str, str]:
+    where = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | where
 
 
 def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
@@ -120,3 +123,27 @@ def test_a_student(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         words += short.split() if words[0] == "distill" else ["--block_size", "16"]
         assert main(words) == 0
     assert TeacherCache("cache").manifest.source == "served by vllm"
+
+
+def test_its_offline_engine(
+    url: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The commands of examples/vllm_answers.py."""
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").symlink_to(next(tmp_path_factory.getbasetemp().glob("vllm0/teacher")))
+    Path("student").symlink_to(Path("teacher").resolve())
+    Path("text").mkdir()
+    Path("text/words.txt").write_text(" ".join(WORDS * 20))
+    script = Path(__file__).parents[2] / "examples" / "vllm_answers.py"
+    short = "--max_steps 3 --use_cpu true --report_to none --disable_tqdm true".split()
+    for line in re.findall(r"^    (fusedkd|python) (.*)", script.read_text(), re.M):
+        words = line[1].split()
+        if line[0] == "python":
+            words = [str(Path(VLLM).parent / "python"), str(script), *words[1:]]
+            subprocess.run([*words, "--max-model-len", "128"], env=_environment(), check=True)
+        else:
+            blocks = [] if words[:2] == ["cache", "import"] else ["--block_size", "16"]
+            assert main([*words, *blocks, *(short if words[0] == "distill" else ())]) == 0
