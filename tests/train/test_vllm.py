@@ -138,7 +138,7 @@ def test_its_offline_engine(
     Path("text").mkdir()
     Path("text/words.txt").write_text(" ".join(WORDS * 20))
     script = Path(__file__).parents[2] / "examples" / "vllm_answers.py"
-    short = "--max_steps 3 --use_cpu true --report_to none --disable_tqdm true".split()
+    short = ["--max_steps", "3", "--use_cpu", "true", "--report_to", "none"]
     for line in re.findall(r"^    (fusedkd|python) (.*)", script.read_text(), re.M):
         words = line[1].split()
         if line[0] == "python":
