@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fusedkd.log_probs import TokenLogProbs, token_log_probs
     from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
     from fusedkd.sampled import SampledMetrics, sampled_kd_loss, sampled_kd_loss_and_metrics
+    from fusedkd.top import TopK, top_k
 
 __all__ = [
     "KDLoss",
@@ -18,12 +19,14 @@ __all__ = [
     "SampledMetrics",
     "SparseTeacher",
     "TokenLogProbs",
+    "TopK",
     "divergences",
     "kd_loss",
     "kd_loss_and_metrics",
     "sampled_kd_loss",
     "sampled_kd_loss_and_metrics",
     "token_log_probs",
+    "top_k",
 ]
 
 # torch takes a second to import, which `fusedkd --help` should not
@@ -33,5 +36,6 @@ _HOMES |= dict.fromkeys(("TokenLogProbs", "token_log_probs"), "fusedkd.log_probs
 _HOMES |= dict.fromkeys(
     ("SampledMetrics", "sampled_kd_loss", "sampled_kd_loss_and_metrics"), "fusedkd.sampled"
 )
+_HOMES |= dict.fromkeys(("TopK", "top_k"), "fusedkd.top")
 _HOMES["divergences"] = "fusedkd.divergences"
 __getattr__, __dir__ = lazy(__name__, _HOMES)
