@@ -10,8 +10,8 @@ Three verbs beside those of :mod:`fusedkd.kernels`, on whole rows or on pieces o
         ``sum_k factors.tokens[k] log q(token k) + factors.entropy H(q)``; rounded once, 0 in rows
         that do not count, in padding columns and where a logit is -inf
 
-    ``top(call, k) -> Top`` of the columns here, the call's tokens distinct; :func:`merged_top` makes
-        whole rows' of them
+    ``top(call, k) -> Top`` of the columns here, the call's tokens distinct; :func:`merged_top`
+        makes whole rows' of them
 
 with q the softmax of the transformed logits over T and H its entropy in nats. Below are they in
 plain torch, for any device, and what is common to all backends.
