@@ -29,7 +29,7 @@ def reduced(
     spec: LossSpec,
 ) -> Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None] | None]:
     """See :mod:`fusedkd.kernels`."""
-    config.function(spec.divergence.name)
+    config.function(spec.divergence.key or spec.divergence.name)
     columns_of = functools.lru_cache(maxsize=8)(lambda columns: spec._replace(vocab_size=columns))
     mean = spec.reduction == "mean"
 
