@@ -48,10 +48,10 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    cut, blocks = _cut(student, teacher, grads, plan, index)
+    cut, blocks = cut_rows(student, teacher, grads, plan, index)
     if debug.ENABLED:
         debug.show(inputs, spec, plan, backend, cut, blocks)
-    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None):
+    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None, plan.late):
         rows = backend.rows(
             RowCall(
                 student=s,
@@ -132,10 +132,10 @@ def _sides(
     shape = None if index is not None else _common_rows(inputs)
     if inplace:
         shape = shape or row_shapes(inputs.student)[0]
-    student = _side(inputs.student, *inputs[1:3], shape, autocast)
+    student = side_of(inputs.student, *inputs[1:3], shape, autocast)
     if inputs.teacher is None or inputs.teacher_indices is not None:
         return student, None
-    return student, _side(inputs.teacher, *inputs[4:6], shape, autocast)
+    return student, side_of(inputs.teacher, *inputs[4:6], shape, autocast)
 
 
 def _common_rows(inputs: Inputs) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def _common_rows(inputs: Inputs) -> tuple[int, int]:
     return next(common, everything[0])
 
 
-def _side(
+def side_of(
     tensor: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -171,7 +171,7 @@ def _side(
     return Side(rows, weight.detach().to(dtype), bias, dtype)
 
 
-def _cut(
+def cut_rows(
     student: Side, teacher: Side | None, grads: Gradients, plan: Plan, index: Tensor | None
 ) -> tuple[Cut, list[Chunk]]:
     """How the tokens that are computed are cut."""
