@@ -161,7 +161,7 @@ class _FusedLoss(torch.autograd.Function):
             results = [
                 _multiplied(x, rest, upstream, dtype, ctx.plan.backend)
                 if late and i == wanted.hidden
-                else _scaled(x, upstream, dtype, ctx.plan.backend)
+                else scaled(x, upstream, dtype, ctx.plan.backend)
                 for i, (x, dtype) in enumerate(zip(grads, kept, strict=True))
             ]
         made = iter(results)
@@ -227,7 +227,7 @@ def _multiplied(
     return weight_gradient(grad, states, factor, dtype, backends.resolve(backend, grad.device))
 
 
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:
     """grad * factor in ``dtype``: in grad's own memory where that is right and this is the graph's
     last backward."""
     if stand_in(grad, factor):  # which may be later than the forward

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
+from fusedkd.spec import LossSpec
 from fusedkd.tape import Tape
 
 from .products import head_dtypes, mm_
@@ -35,11 +36,13 @@ __all__ = [
     "instruction_set",
     "mm_",
     "observe",
+    "reduced",
     "rows",
     "scale_",
     "unavailable",
 ]
 
+CPU = torch.device("cpu")
 LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
 
 # Of rows in pieces, both sides in bf16; by whether d D / d log q is kept from one verb to the next,
@@ -144,6 +147,22 @@ class Numbers(NamedTuple):
     rounding: float  # SparseRows.rounding
 
 
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+    operator, mean = _ops().reduced.default, spec.reduction == "mean"
+    settings = *_settings(spec), spec.ignore_index, mean
+
+    def compute(
+        student: Tensor, teacher: Tensor, labels: Tensor | None, gradient: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
+        loss = student.new_empty((), dtype=torch.float64 if wide else torch.float32)
+        grad = empty(student.shape, dtype=student.dtype, device=CPU) if gradient else None
+        done = operator(student, teacher, labels, *settings, loss, grad)
+        return (loss, grad) if done else None
+
+    return compute
+
+
 def rows(call: RowCall) -> Rows:
     results = call.results()
     _ops().rows.default(*_arguments(call), results.loss, call.grad, results.metrics)
@@ -210,6 +229,12 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
     else:
         side, indices, rounding = call.teacher_logits, None, 0.0
+    head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
+    return *head, *_settings(spec, rounding), spec.vocab_size
+
+
+def _settings(spec: LossSpec, rounding: float = 0.0) -> tuple[str, tuple[float, ...]]:
+    """The divergence's name in the extension, and every number."""
     numbers = Numbers(
         temperature=spec.temperature,
         teacher_temperature=spec.teacher_temperature,
@@ -223,8 +248,7 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         rounding=rounding,
     )
     name, parameters = _listed(spec.divergence)
-    head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
-    return *head, name, (*numbers, *parameters), spec.vocab_size
+    return name, (*numbers, *parameters)
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
