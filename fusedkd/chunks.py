@@ -48,7 +48,7 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    cut, blocks = cut_rows(student, teacher, grads, plan, index)
+    cut, blocks = cut_rows(student, teacher, grads, plan, index, wanted.any_gradient)
     if debug.ENABLED:
         debug.show(inputs, spec, plan, backend, cut, blocks)
     for part, s, grad in grads.chunks(cut, blocks, scale if masked else None, plan.late):
@@ -172,13 +172,18 @@ def side_of(
 
 
 def cut_rows(
-    student: Side, teacher: Side | None, grads: Gradients, plan: Plan, index: Tensor | None
+    student: Side,
+    teacher: Side | None,
+    grads: Gradients,
+    plan: Plan,
+    index: Tensor | None,
+    any_gradient: bool,
 ) -> tuple[Cut, list[Chunk]]:
-    """How the tokens that are computed are cut."""
+    """How the tokens that are computed are cut, where gradients are made or where none are."""
     batch, length = student.rows.shape[:2] if index is None else (1, index.numel())
     sides = [student] if teacher is None else [student, teacher]
     device, columns = student.rows.device, plan.chunk_columns or student.columns
-    logits, gradient = grads.bytes_per_entry
+    logits, gradient = grads.bytes_per_entry(any_gradient)
     if any(side.weight is not None for side in sides):
         logits += 0 if teacher is None else teacher.bytes_per_entry(grads.backend)
         budget = chunk_budget(plan.chunk_bytes, device)
