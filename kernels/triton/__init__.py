@@ -49,7 +49,7 @@ def rows(call: RowCall, *fields: Any) -> Rows:
     return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)
 
 
-def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:
     from . import tally
 
     return tally.reduced(spec)
