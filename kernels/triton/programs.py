@@ -111,7 +111,7 @@ def _write(loss, metrics, n, state, norm, value, ce, label, weights, plan: tl.co
     ce_term = tl.where(ce_weight == 0, 0.0, ce_weight * ce)
     tl.store(loss + n, scale * (kd_term + ce_term))
     if metrics is not None:
-        out = metrics + n.to(tl.int64) * 7
+        out = metrics + n.to(tl.int64) * 8
         tl.store(out, value)
         tl.store(out + 1, ce)
         tl.store(out + 2, norm[7] - _mean(state[8], state[3], plan))
@@ -120,6 +120,7 @@ def _write(loss, metrics, n, state, norm, value, ce, label, weights, plan: tl.co
         unknown = scalar(float("nan"), plan.acc)
         tl.store(out + 5, (state[10] == label).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (state[11] == label).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 7, unknown)
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan: tl.
         if metrics is not None:
             field = tl.arange(0, 8)
             nothing = tl.full([8], 0, plan.acc)
-            tl.store(metrics + n.to(tl.int64) * 7 + field, nothing, mask=field < 7)
+            tl.store(metrics + n.to(tl.int64) * 8 + field, nothing)
     if grad is not None:
         zeros(grad, shape, span, vocab if leader else columns, columns, plan)
 
@@ -232,7 +233,7 @@ def _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
-    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None; N = B T
+    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 8) or None; N = B T
     partial, sums,  # fp64 (N, 13, pieces), (N, 2, pieces), or None in the stage "whole"
     length: tl.int32, s_b: tl.int64, s_t: tl.int64, t_b: tl.int64, t_t: tl.int64,
     g_b: tl.int64, g_t: tl.int64, vocab: tl.int32, columns: tl.int32,
