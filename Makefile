@@ -17,7 +17,7 @@ help:
 	@echo "make test-sanitize the C++ code under ASan and UBSan, each instruction set (15 minutes)"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
 	@echo "make evidence    students of the recipes with their controls, over seeds (60 minutes)"
-	@echo "make gpu         on a machine with a GPU: suite, compute-sanitizer, benchmark"
+	@echo "make gpu         on a machine with a GPU: everything that it can tell in 400 seconds"
 
 setup: $(STAMP)
 
@@ -95,17 +95,9 @@ wheel-test: setup
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
 	cd build/wheel && ../../$(BIN)/python ../../tests/support/wheel_check.py site
 
-# On the machine's own Python, torch and triton: nothing is installed but this checkout.
-# compute-sanitizer makes kernels 10 to 100 times slower: a few tests, each kernel once.
-SANITIZE := $(PYTHON) -m pytest -p no:cacheprovider tests/kernels/test_triton_rows.py \
-	-k "test_around_a_tile or test_a_row_in_pieces or test_scale"
+# On the machine's own Python, torch and triton; nothing is installed. GPU="--resume", for example.
 gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: torch sees no GPU'"
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest -m "not slow"
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(SANITIZE)
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(SANITIZE)
-	$(PYTHON) -m fusedkd.benchmarks --device cuda --save
+	$(PYTHON) -m benchmarks.device $(GPU)
 
 clean:
 	rm -rf build dist outputs *.egg-info kernels/cpu/*.so

@@ -37,9 +37,9 @@ def narrowest(widths: list[list[int]]) -> tuple[int, ...]:
 
 def nvidia(compiled: Any) -> Code:
     """By what cuobjdump says, which comes with triton."""
-    usage, sass = (_dump(compiled.asm["cubin"], o) for o in ("--dump-resource-usage", "-sass"))
+    usage, sass_ = _dump(compiled.asm["cubin"], "--dump-resource-usage"), sass(compiled)
     sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass_, re.M)
     place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     jumps = []
     for i, (_, text) in enumerate(lines):
@@ -49,6 +49,11 @@ def nvidia(compiled: Any) -> Code:
     calls = len(re.findall(r"\bcall", compiled.asm["ptx"]))
     loops = [_loop_sass([lines[i][1] for i in body]) for body in _bodies(jumps)]
     return Code(sizes["REG"], sizes["STACK"] + sizes["LOCAL"], calls, loops)
+
+
+def sass(compiled: Any) -> str:
+    """Its disassembly."""
+    return _dump(compiled.asm["cubin"], "-sass")
 
 
 def _dump(cubin: bytes, what: str) -> str:

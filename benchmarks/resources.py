@@ -56,15 +56,19 @@ class Report:
 
 def compile_(job: Job, kernel: ASTSource | None = None) -> Report:
     """Compile the job's kernel, or another one in its place, and read the result."""
+    return read(compiled(job, kernel), job)
+
+
+def compiled(job: Job, kernel: ASTSource | None = None) -> Any:
+    """What Triton makes of it."""
     options = config.options(job.launch, job.backend, plan_of(job))
-    compiled = triton.compile(kernel or source(job), target=TARGETS[job.target], options=options)
-    return read(compiled, job)
+    return triton.compile(kernel or source(job), target=TARGETS[job.target], options=options)
 
 
-def read(compiled: Any, job: Job) -> Report:
+def read(kernel: Any, job: Job) -> Report:
     """Registers, spills, calls and the width of the accesses in the loops of a compiled kernel."""
     hip = job.backend == "hip"
-    code = machine_code.amd(compiled) if hip else machine_code.nvidia(compiled)
+    code = machine_code.amd(kernel) if hip else machine_code.nvidia(kernel)
     loads = [loop.loads for loop in code.loops]
     if job.tail and not hip:
         loads = [_without_cursor(widths) for widths in loads]
@@ -76,7 +80,7 @@ def read(compiled: Any, job: Job) -> Report:
         job=job,
         registers=code.registers,
         budget=_budget(job),
-        shared=compiled.metadata.shared,
+        shared=kernel.metadata.shared,
         spilled=code.spilled,
         calls=code.calls,
         loads=narrowest(loads),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -10,26 +9,13 @@ from torch import Tensor
 
 from fusedkd import backends, debug, fp16
 from fusedkd.counted import chosen, counted, sides_of
+from fusedkd.cut import Cut, chunk_budget
 from fusedkd.distributions.sparse import SparseRows, canonical
 from fusedkd.gradients import Gradients
 from fusedkd.inputs import Chunk, Inputs, Plan, Side
 from fusedkd.kernels import RowCall
 from fusedkd.spec import LossSpec
 from fusedkd.strides import check_in_place, row_shapes
-
-# Bytes of logits (and their gradient) that a head may hold at a time. On a GPU large chunks keep
-# the products efficient; 1 GiB is small beside any model whose vocabulary needs chunks. It is 704
-# rows at V = 151,936 (10 bytes an entry: two fp32 logits, a bf16 gradient); a floor of 1,024 would
-# hold 1.45 GiB, and no GPU was at hand to say whether that is faster. On a CPU every chunk costs a
-# pass over the weights and dW: with 256 MiB, 512 MiB and 1 GiB, 512 tokens x 151,936 in bf16 took
-# 1.39, 1.23 and 1.07 times the bare products, 4,096 took 1.23, 1.08 and 1.09 (2 cores with AMX,
-# Granite Rapids, 2026-11-26).
-CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 512 << 20}
-
-
-def chunk_budget(chunk_bytes: int | None, device_type: str) -> int:
-    """``chunk_bytes`` as given, or the default of the device."""
-    return chunk_bytes or CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
 
 
 def run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
@@ -62,15 +48,10 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    chunks = list(_chunks(student, teacher, grads, backend, plan, index))
+    cut, blocks = _cut(student, teacher, grads, plan, index)
     if debug.ENABLED:
-        debug.show(inputs, spec, plan, backend, chunks)
-    for part in chunks:
-        own = student.states(part)
-        if masked:  # 0 times what a row that does not count may hold would be NaN
-            own = own.masked_fill((part.of_flat(scale) == 0).view(1, -1, 1), 0.0)
-        s = student.logits(backend, own)
-        grad = grads.buffer(s, part)
+        debug.show(inputs, spec, plan, backend, cut, blocks)
+    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None):
         rows = backend.rows(
             RowCall(
                 student=s,
@@ -85,8 +66,7 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
         losses.append(rows.loss)
         if rows.metrics is not None:
             metric_sums.append(rows.metrics.sum(0))
-        grads.add(grad, own, part)
-        del own, s, grad, rows  # before the next chunk is made: else two are held at a time
+        del s, grad, rows  # before the next chunk is made: else two are held at a time
     if inplace and some:
         student.rows.masked_fill_((row_scale == 0).view(*student.rows.shape[:2], 1), 0.0)
     loss = losses[0] if len(losses) == 1 else torch.cat(losses)
@@ -191,40 +171,20 @@ def _side(
     return Side(rows, weight.detach().to(dtype), bias, dtype)
 
 
-def _chunks(
-    student: Side,
-    teacher: Side | None,
-    grads: Gradients,
-    backend: ModuleType,
-    plan: Plan,
-    index: Tensor | None,
-) -> Iterator[Chunk]:
-    """All tokens that are computed, in chunks of which none holds more than its budget."""
+def _cut(
+    student: Side, teacher: Side | None, grads: Gradients, plan: Plan, index: Tensor | None
+) -> tuple[Cut, list[Chunk]]:
+    """How the tokens that are computed are cut."""
     batch, length = student.rows.shape[:2] if index is None else (1, index.numel())
     sides = [student] if teacher is None else [student, teacher]
-    held = grads.bytes_per_entry
-    step = max(length, 1)
-    device = student.rows.device.type
-    budget = fp16.SCRATCH_BYTES.get(device, fp16.SCRATCH_BYTES["cpu"])
+    device, columns = student.rows.device, plan.chunk_columns or student.columns
+    logits, gradient = grads.bytes_per_entry
     if any(side.weight is not None for side in sides):
-        held += sum(side.bytes_per_entry(backend) for side in sides)
+        logits += 0 if teacher is None else teacher.bytes_per_entry(grads.backend)
         budget = chunk_budget(plan.chunk_bytes, device)
-    if held:
-        columns = plan.chunk_columns or student.columns
-        step = _even(step, max(1, budget // (held * columns)))
-    for b in range(batch):
-        for start in range(0, max(length, 1), step):  # no tokens: one empty chunk
-            stop = min(start + step, length)
-            flat = slice(b * length + start, b * length + stop)
-            whole = stop - start == batch * length
-            of = None if index is None else index[start:stop]
-            yield Chunk(b, slice(start, stop), flat, whole, of)
-
-
-def _even(length: int, most: int) -> int:
-    """Rows of each chunk: as few chunks as ``most`` allows, for each one passes over the weights
-    and their gradient, and of one size; in whole tiles of the matrix products where that fits.
-    """
-    step = -(-length // -(-length // most))
-    tiled = (-(-step // tile) * tile for tile in (64, 16))
-    return next((rows for rows in tiled if rows <= most), step)
+    elif grads.powers is not None:
+        budget = fp16.SCRATCH_BYTES.get(device.type, fp16.SCRATCH_BYTES["cpu"])
+    else:
+        logits, budget = 0, 0
+    cut = Cut.of(length, budget, logits * columns, gradient * columns)
+    return cut, list(cut.blocks(batch, length, index))

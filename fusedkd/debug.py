@@ -8,6 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from fusedkd.cut import Cut
 from fusedkd.inputs import Chunk, Inputs, Plan
 from fusedkd.spec import LossSpec
 
@@ -15,11 +16,11 @@ ENABLED = os.environ.get("FUSEDKD_DEBUG", "0") not in ("", "0")
 
 
 def show(
-    inputs: Inputs, spec: LossSpec, plan: Plan, backend: ModuleType, chunks: list[Chunk]
+    inputs: Inputs, spec: LossSpec, plan: Plan, backend: ModuleType, cut: Cut, blocks: list[Chunk]
 ) -> None:
     """Print how a call is computed: sides, terms, backend, chunks, products."""
-    total = inputs.row_scale.numel()
-    rows = [chunk.flat.stop - chunk.flat.start for chunk in chunks]
+    total, chunks = inputs.row_scale.numel(), [len(list(b.parts(cut.logits))) for b in blocks]
+    rows = blocks[-1].flat.stop
     student = _side(inputs.student, inputs.student_weight)
     teacher = "no teacher"
     if inputs.teacher is not None:
@@ -31,8 +32,9 @@ def show(
         f"{spec.kd_scale:g} x {spec.divergence!r} at T = {spec.temperature:g} (teacher "
         f"{spec.teacher_temperature:g}) + {spec.ce_weight:g} x CE; reduction {spec.reduction}",
         f"{_backend(backend)} on {inputs.row_scale.device}; wanted: {', '.join(gradients) or '-'}",
-        f"{sum(rows):,} of {total:,} tokens in {len(rows)} chunks of at most {max(rows):,} rows",
-        f"products a chunk: {', '.join(_products(inputs, plan)) or 'none'}",
+        f"{rows:,} of {total:,} tokens; logits of {cut.logits:,} at a time, gradient of "
+        f"{cut.gradient:,}, in {cut.bytes:,} bytes",
+        f"products: {_products(inputs, plan, sum(chunks), len(blocks)) or 'none'}",
     ]
     note("\n         ".join(lines))
 
@@ -55,17 +57,13 @@ def _backend(backend: ModuleType) -> str:
     return f"{name} ({instructions()})" if instructions else name
 
 
-def _products(inputs: Inputs, plan: Plan) -> list[str]:
+def _products(inputs: Inputs, plan: Plan, chunks: int, blocks: int) -> str:
     """Of matrices, in the order in which they are made."""
-    products = []
-    if inputs.student_weight is not None:
-        products.append("student's logits")
-    if inputs.teacher_weight is not None:
-        products.append("teacher's logits")
-    if inputs.student_weight is not None:
-        products += [
-            name
-            for name, wanted in (("dh", plan.wanted.hidden), ("dW", plan.wanted.weight))
-            if wanted
-        ]
-    return products
+    student, teacher = inputs.student_weight is not None, inputs.teacher_weight is not None
+    products = {
+        "student's logits": chunks * student,
+        "teacher's logits": chunks * teacher,
+        "dh": blocks * (student and plan.wanted.hidden),
+        "dW": blocks * (student and plan.wanted.weight),
+    }
+    return ", ".join(f"{number} of {name}" for name, number in products.items() if number)

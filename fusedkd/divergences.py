@@ -17,7 +17,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import inspect
 import math
+import os
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkd.tape import Tape
+from fusedkd.trace import check, trace
 from fusedkd.values import bind_call, number, split_call
 
 __all__ = [
     "Divergence",
     "alpha",
     "alpha_beta",
+    "custom",
     "forward_kl",
     "jsd",
     "mixed_kl",
@@ -41,6 +49,9 @@ __all__ = [
 ]
 
 
+MOST_PARAMETERS = 7  # kernels/cpu has room for eight numbers, and keeps one for itself
+
+
 @dataclass(frozen=True)
 class Divergence:
     """A divergence and its parameters, as :func:`fusedkd.kd_loss` takes it.
@@ -48,19 +59,137 @@ class Divergence:
     ``value(lp, lq)`` maps log-probabilities of one shape to the elementwise contributions; their
     sum over the vocabulary is the divergence in nats. Two are equal when name and parameters are.
 
-    ``builtin``: a factory of this module made it, so that the kernels know its formula by name. One
-    of your own needs a name of its own, and runs on ``backend="reference"``.
+    Make one of your own with :func:`custom`; one made by hand needs a name of its own, and runs on
+    ``backend="reference"`` only.
+
+    Attributes:
+        key: what the kernels know the formula by, and :func:`make` too: the name of one of this
+            module's factories, or of a recorded tape; None for one that is made by hand.
     """
 
     name: str
     params: tuple[float, ...] = ()
     value: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True, compare=False, repr=False)
-    builtin: bool = field(default=False, init=False, compare=False, repr=False)
+    tape: Tape | None = field(default=None, kw_only=True, repr=False)
+    key: str | None = field(default=None, init=False, compare=False, repr=False)
+
+    @property
+    def builtin(self) -> bool:
+        return self.key is not None and self.tape is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.builtin:
             return make, (self.name, *self.params)  # closures do not pickle; their recipe does
+        if self.tape is not None:
+            return recorded, (self.name, self.params, self.tape)
         return _own, (self.name, self.params, self.value)
+
+
+def recorded(name: str, params: tuple[float, ...], tape: Tape) -> Divergence:
+    """The divergence that ``tape`` computes with these parameters."""
+    value = functools.partial(_Recorded.apply, tape, params)
+    made = Divergence(name, params, value=value, tape=tape)
+    object.__setattr__(made, "key", f"{name}#{tape.key}")
+    _TAPES[f"{name}#{tape.key}"] = name, tape
+    return made
+
+
+class _Recorded(torch.autograd.Function):
+    """A tape with the derivative that was recorded, which is finite where autograd's may be NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, params: tuple[float, ...], lp: Tensor, lq: Tensor) -> Tensor:
+        value, grad = tape(lp, lq, params)
+        ctx.save_for_backward(torch.where(grad.isinf(), 0.0, grad))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        return None, None, None, upstream * grad
+
+
+class Custom:
+    """A formula of one's own: call it with its parameters for a :class:`Divergence`."""
+
+    def __init__(self, formula: Callable[..., Tensor]) -> None:
+        self.formula = formula
+        self.__name__, self.__doc__ = formula.__name__, formula.__doc__
+        self.__module__ = formula.__module__
+        self.defaults = _defaults(formula)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(n, kind, default=x) for n, x in self.defaults.items()]
+        self.__signature__ = inspect.Signature(parameters)
+        self.tape = trace(formula, self.defaults)
+        check(self.__name__, self.tape, tuple(self.defaults.values()))
+
+    def __call__(self, *positional: float, **named: float) -> Divergence:
+        """The divergence with these parameters; the others have their defaults.
+
+        Raises:
+            TypeError: a parameter that it does not have.
+            ValueError: one that is no finite number, or with which the formula is not total.
+        """
+        bound = self.__signature__.bind(*positional, **named)
+        bound.apply_defaults()
+        values = tuple(_number(self.__name__, *item) for item in bound.arguments.items())
+        if values != tuple(self.defaults.values()):
+            check(self.__name__, self.tape, values)
+        return recorded(self.__name__, values, self.tape)
+
+    def __repr__(self) -> str:
+        return f"<divergence {self.__module__}.{self.__name__}{self.__signature__}>"
+
+
+def _defaults(formula: Callable[..., Tensor]) -> dict[str, float]:
+    """The parameters of a formula: numbers with defaults behind ``*``."""
+    where = f"divergences.custom: {formula.__name__}{inspect.signature(formula)}"
+    parameters = list(inspect.signature(formula).parameters.values())
+    first, rest = parameters[:2], parameters[2:]
+    keywords = all(p.kind is p.KEYWORD_ONLY for p in rest)
+    if len(first) < 2 or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in first) or not keywords:
+        raise TypeError(f"{where}: expected (lp, lq, *, parameter=default, ...).")
+    for p in rest:
+        if isinstance(p.default, bool) or not isinstance(p.default, (int, float)):
+            raise TypeError(f"{where}: {p.name} needs a number as its default.")
+    if len(rest) > MOST_PARAMETERS:
+        raise TypeError(f"{where}: expected at most {MOST_PARAMETERS} parameters.")
+    return {p.name: _number(formula.__name__, p.name, p.default) for p in rest}
+
+
+def custom(formula: Callable[..., Tensor]) -> Custom:
+    """A decorator: a divergence of your own, at the speed of those here.
+
+    >>> @divergences.custom
+    ... def tsallis(lp, lq, *, order=0.5):
+    ...     p, q = lp.exp(), lq.exp()
+    ...     return (order * p + (1 - order) * q - p**order * q**(1 - order)) / (order * (1 - order))
+    >>> loss = kd_loss(student, teacher, divergence=tsallis(order=0.7))
+
+    ``formula(lp, lq, *, parameter=default, ...)`` gets log p and log q of the vocabulary's entries
+    as tensors of one shape, in [-inf, 0], and returns each entry's contribution; their sum is the
+    divergence. It is recorded once, as the elementwise torch operations that it makes, and
+    differentiated in lq; each backend turns them into the code that its own divergences are made
+    of. The first call on a CPU compiles for some seconds, into ``$FUSEDKD_CACHE`` (the user's
+    cache folder); parameters are numbers at run time and compile nothing.
+
+    Raises:
+        TypeError: a signature of another kind.
+        ValueError: an operation that is not known or not elementwise, or control flow on values, in
+            which line; NaN at some point of [-inf, 0]^2, an infinity where p and q are positive, of
+            the value or its derivative; a name that is taken.
+
+    Warns:
+        UserWarning: not 0 at p = q, or negative for some p and q.
+    """
+    if not callable(formula) or not hasattr(formula, "__code__"):
+        raise TypeError(f"divergences.custom({formula!r}): expected a Python function.")
+    if formula.__name__ in _FACTORIES:
+        raise ValueError(
+            f"divergences.custom: {formula.__name__!r} is the name of one of ours, which "
+            "kd_loss(divergence=...) takes as a string: expected another."
+        )
+    return Custom(formula)
 
 
 def _own(name: str, params: tuple[float, ...], value: Callable[..., Tensor]) -> Divergence:
@@ -69,7 +198,7 @@ def _own(name: str, params: tuple[float, ...], value: Callable[..., Tensor]) -> 
 
 def _builtin(name: str, *params: float, value: Callable[[Tensor, Tensor], Tensor]) -> Divergence:
     made = Divergence(name, params, value=value)
-    object.__setattr__(made, "builtin", True)
+    object.__setattr__(made, "key", name)
     return made
 
 
@@ -83,12 +212,14 @@ def make(name: str, *params: float) -> Divergence:
 
     Args:
         name: ``"jsd"``; or with its parameters as a command line or a recipe writes them,
-            ``"jsd(beta=0.3)"``, ``"jsd(0.3)"``, ``"jsd:0.3"``. Nothing is evaluated.
+            ``"jsd(beta=0.3)"``, ``"jsd(0.3)"``, ``"jsd:0.3"``. Nothing is evaluated. One of your
+            own is ``"my_module:tsallis(order=0.7)"``: **the module is imported**.
         params: the parameters, where the name has none.
 
     Raises:
         TypeError: not a string.
-        ValueError: an unknown name or parameter, or a parameter outside its range.
+        ValueError: an unknown name or parameter, or a parameter outside its range; a module that
+            cannot be imported, or has no such :func:`custom` divergence.
     """
     if not isinstance(name, str):
         raise TypeError(
@@ -97,14 +228,45 @@ def make(name: str, *params: float) -> Divergence:
         )
     if name in _FACTORIES:
         return _FACTORIES[name](*params)
-    called, positional, named = split_call("divergence", name, "'forward_kl' or 'jsd(beta=0.3)'")
-    if called not in _FACTORIES:
+    if name in _TAPES:
+        called, tape = _TAPES[name]
+        return recorded(called, tuple(params), tape)
+    module, text = split_module(name)
+    called, positional, named = split_call("divergence", text, "'forward_kl' or 'jsd(beta=0.3)'")
+    factory = _imported(name, module, called) if module else _FACTORIES.get(called)
+    if factory is None:
         near = difflib.get_close_matches(called, names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"divergence={name!r}: expected one of {', '.join(names())}.{hint}")
     given = [*(number("divergence", name, x) for x in positional), *params]
     keywords = {key: number("divergence", name, x) for key, x in named.items()}
-    made: Divergence = bind_call("divergence", name, called, _FACTORIES[called], given, keywords)
+    made: Divergence = bind_call("divergence", name, called, factory, given, keywords)
+    return made
+
+
+def split_module(name: str) -> tuple[str, str]:
+    """``"my_module:tsallis(order=0.7)"`` as ``("my_module", "tsallis(order=0.7)")``; no module is
+    ``""``, as in ``"jsd:0.3"``.
+    """
+    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*):([A-Za-z_]\w*\s*(?:[(:].*)?)", name)
+    return (match[1], match[2]) if match and match[1] not in _FACTORIES else ("", name)
+
+
+def _imported(name: str, module: str, called: str) -> Custom:
+    here = os.getcwd()
+    try:
+        sys.path.insert(0, here)  # as `python -m` has it; a console script has its own folder
+        made = getattr(importlib.import_module(module), called, None)
+    except ImportError as error:
+        raise ValueError(
+            f"divergence={name!r}: {error}; expected a module that Python finds from here."
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not isinstance(made, Custom):
+        raise ValueError(
+            f"divergence={name!r}: {module} has no {called} that @divergences.custom made."
+        )
     return made
 
 
@@ -120,7 +282,7 @@ def resolve(divergence: str | Divergence) -> Divergence:
         raise ValueError(
             f"divergence={made!r} is hand-made, but {made.name!r} is the name of "
             f"divergences.{made.name}(), whose formula the kernels would run: expected a name of "
-            "its own (then backend='reference' runs it)."
+            "its own; @divergences.custom makes one that the kernels run."
         )
     return made
 
@@ -363,6 +525,7 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     return _builtin("alpha_beta", a, b, value=value)
 
 
+_TAPES: dict[str, tuple[str, Tape]] = {}  # by key: what torch.compile's graphs name
 _FACTORIES: dict[str, Callable[..., Divergence]] = {
-    name: globals()[name] for name in __all__ if name != "Divergence"
+    name: globals()[name] for name in __all__ if name not in ("Divergence", "custom")
 }

@@ -26,8 +26,3 @@ def powers(rows: Tensor) -> Tensor:
     exponents = (_TOP - torch.frexp(largest).exponent).clamp(-_MOST, _MOST)
     exponents = exponents.masked_fill(largest == 0, _MOST).masked_fill(~largest.isfinite(), 0)
     return torch.ldexp(torch.ones_like(largest), exponents)
-
-
-def narrow(out: Tensor, rows: Tensor, power: Tensor) -> Tensor:
-    """``rows`` times ``power``, rounded once to ``out``; changes ``rows``."""
-    return out.copy_(rows.mul_(power))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fusedkd import fp16
+from fusedkd.cut import Cut
 from fusedkd.inputs import Chunk, Inputs, Side, Wanted
 
 
@@ -19,6 +21,9 @@ def stored_dtype(x: Tensor, head: bool) -> torch.dtype:
 
 class Gradients:
     """Those of the student's rows (logits or hidden states), of its head's weight and its bias.
+
+    A head's is kept for a block of rows, of which logits are made chunk by chunk, and multiplied at
+    once; where it has the dtype of the logits it is written over them, so they are kept.
 
     Args:
         inputs, side: the student's tensors, and how the chunks read them.
@@ -41,7 +46,8 @@ class Gradients:
         self.d_rows: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias: Tensor | None = None
-        self.powers: Tensor | None = None  # of dense fp16 rows: (N,); of an fp16 head's weight: 0-d
+        self.powers: Tensor | None = None  # of dense fp16 rows: (N,); of an fp16 head's: 0-d
+        self.kept: Tensor | None = None  # (1, n, V) of a head's block
         rows, weight = side.rows, side.weight
         if weight is None:
             if wanted.hidden:
@@ -52,7 +58,7 @@ class Gradients:
             return
         self.logits_dtype, self.dtype = backend.head_dtypes(side.dtype)
         self.accumulate = torch.promote_types(self.logits_dtype, torch.float32)
-        self.started = False  # whether the weight's holds a chunk
+        self.started = False  # whether the weight's holds a block
         if wanted.weight:  # the largest first: no chunk takes the memory that the last call's left
             self.d_weight = self._empty(weight.shape, self.accumulate)
         if wanted.hidden:
@@ -66,90 +72,120 @@ class Gradients:
         return made.zero_() if self.some else made
 
     @property
-    def _narrows(self) -> bool:
-        """Whether a head's chunk of the gradient is made in the logits' memory, then rounded to
-        fp16."""
-        return self.side.weight is not None and self.dtype == torch.float16 != self.logits_dtype
+    def _over_logits(self) -> bool:
+        """Whether a head's gradient has the dtype of its logits, and is written over them."""
+        return self.logits_dtype == self.dtype
 
     @property
-    def bytes_per_entry(self) -> int:
-        """What of a chunk's gradient is held beside its logits, for each of these."""
-        if self.side.weight is None:
-            return 4 if self.powers is not None else 0
-        if not self.wanted.any_gradient or self.logits_dtype == self.dtype:
-            return 0
-        return self.dtype.itemsize
+    def _narrows(self) -> bool:
+        """Whether it is, but then rounded to fp16."""
+        return self.dtype == torch.float16 != self.logits_dtype
 
-    def buffer(self, logits: Tensor, part: Chunk) -> Tensor | None:
+    @property
+    def bytes_per_entry(self) -> tuple[int, int]:
+        """What a logit takes with what is made beside it, and what is kept of its gradient."""
+        logit = self.side.bytes_per_entry(self.backend)
+        if self.side.weight is None:
+            return logit + (4 if self.powers is not None else 0), 0
+        if not self.wanted.any_gradient:
+            return logit, 0
+        return (0, logit) if self._over_logits else (logit, self.dtype.itemsize)
+
+    def chunks(
+        self, cut: Cut, blocks: list[Chunk], scale: Tensor | None = None
+    ) -> Iterator[tuple[Chunk, Tensor, Tensor | None]]:
+        """Of each chunk of tokens the student's logits (1, n, V), and where their gradient is to be
+        written, if it is wanted, before the next one is asked for. Whoever gets them lets go of
+        them first, else two chunks are held.
+
+        Args:
+            cut, blocks: the tokens that are computed.
+            scale: of each of them; where it is 0 a head's states are taken as 0, for 0 times what a
+                row that does not count may hold would be NaN.
+        """
+        for block in blocks:
+            states = self.side.states(block)
+            if scale is not None:
+                states = states.masked_fill((block.of_flat(scale) == 0).view(1, -1, 1), 0.0)
+            if self.side.weight is not None and self.wanted.any_gradient:
+                self.kept = self._empty((1, states.shape[1], self.side.columns), self.dtype)
+            for part, at in block.parts(cut.logits):
+                own = states if part is block else states[:, at]
+                memory = self.kept[:, at] if self.kept is not None and self._over_logits else None
+                logits = self.side.logits(self.backend, own, memory)
+                grad = self._buffer(logits, part, at)
+                yield part, logits, grad
+                self._take(grad, part, at)
+                del logits, grad, memory
+            self._multiply(states, block)
+
+    def _buffer(self, logits: Tensor, part: Chunk, at: slice) -> Tensor | None:
         """Where the row kernel writes the gradient of these logits; None: no gradient wanted."""
+        if self.kept is not None:
+            return logits if self._narrows else self.kept[:, at]
         if not self.wanted.any_gradient:
             return None
-        if self.side.weight is None:
-            if self.powers is not None:
-                return self._empty(logits.shape, torch.float32)
-            if part.tokens is not None:  # they are a copy
-                return logits
-            return part.of(self.d_rows) if self.d_rows is not None else None
-        if self._narrows or self.logits_dtype == self.dtype:
+        if self.powers is not None:
+            return self._empty(logits.shape, torch.float32)
+        if part.tokens is not None:  # they are a copy
             return logits
-        return self._empty(logits.shape, self.dtype)
+        return part.of(self.d_rows) if self.d_rows is not None else None
 
-    def add(self, grad: Tensor | None, states: Tensor, part: Chunk) -> None:
-        """Take up the gradient of one chunk of logits, which were made of ``states``."""
+    def _take(self, grad: Tensor | None, part: Chunk, at: slice) -> None:
+        """Take up what has been written there."""
         if grad is None:
             return
-        if self.side.weight is not None:
-            self._add_head(grad[0], states[0], part)
+        if self.kept is not None:
+            if self.d_bias is not None:
+                self.d_bias += grad[0].sum(0, dtype=self.d_bias.dtype)
+            if self._narrows:
+                self._narrow_chunk(grad, at)
         elif self.d_rows is not None:
-            if self.powers is not None:
-                grad = self._narrowed_rows(grad, part)
+            if self.powers is not None:  # each row at a power of its own
+                power = fp16.powers(grad[0])[None]
+                part.put(self.powers.view(self.side.rows.shape[:-1]), power)
+                grad.mul_(power[..., None])
             if self.powers is not None or part.tokens is not None:
                 part.put(self.d_rows, grad)
 
-    def _narrowed_rows(self, grad: Tensor, part: Chunk) -> Tensor:
-        """(1, n, V) in fp16, each row at a power of its own."""
-        assert self.powers is not None
-        power = fp16.powers(grad.view(-1, grad.shape[-1])).view(grad.shape[:-1])
-        part.put(self.powers.view(self.side.rows.shape[:-1]), power)
-        return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power[..., None])
-
-    def _add_head(self, grad: Tensor, states: Tensor, part: Chunk) -> None:
-        """A head's share: (n, V) and (n, H)."""
-        if self.d_bias is not None:
-            self.d_bias += grad.sum(0, dtype=self.d_bias.dtype)
-        power = None
-        if self._narrows:
-            grad, power = self._narrowed(grad)
-        mm_ = self.backend.mm_
-        if self.d_rows is not None:
-            scattered = part.tokens is not None
-            shape = (1, *states.shape)
-            rows = self._empty(shape, self.accumulate) if scattered else part.of(self.d_rows)
-            mm_(rows[0], grad, self.side.weight)
-            if power is not None:
-                rows.div_(power)
-            if scattered:
-                part.put(self.d_rows, rows)
-        if self.d_weight is not None:  # added up over chunks, at full precision
-            mm_(self.d_weight, grad.T, states, accumulate=self.started)
-            self.started = True
-
-    def _narrowed(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """A chunk in fp16 and its power: one for all rows, for the weight's gradient adds them up.
-        It only shrinks from chunk to chunk, so what has been added up is hardly ever touched."""
-        rows = fp16.powers(grad)
+    def _narrow_chunk(self, grad: Tensor, at: slice) -> None:
+        """Keep a chunk in fp16, at one power for all rows, for the weight's gradient adds them up.
+        It only shrinks from chunk to chunk, so what there is already is hardly ever touched."""
+        assert self.kept is not None
+        rows = fp16.powers(grad[0])
         power = rows.amin() if len(rows) else rows.new_ones(())
         if self.powers is not None:
             power = torch.minimum(power, self.powers)
+            ratio = power / self.powers
+            if at.start:
+                self.backend.scale_(self.kept[:, : at.start], ratio)
             if self.started:
-                self.backend.scale_(self.d_weight, power / self.powers)
+                self.backend.scale_(self.d_weight, ratio)
         self.powers = power
-        return fp16.narrow(self._empty(grad.shape, torch.float16), grad, power), power
+        self.kept[:, at].copy_(grad.mul_(power))
+
+    def _multiply(self, states: Tensor, block: Chunk) -> None:
+        """The products of a head's block, whose logits were made of ``states`` (1, n, H)."""
+        if self.kept is None:
+            return
+        grad, mm_ = self.kept[0], self.backend.mm_
+        if self.d_rows is not None:
+            own = block.tokens is None  # else of rows here and there
+            rows = block.of(self.d_rows) if own else self._empty(states.shape, self.accumulate)
+            mm_(rows[0], grad, self.side.weight)
+            if self.powers is not None:
+                rows.div_(self.powers)
+            if not own:
+                block.put(self.d_rows, rows)
+        if self.d_weight is not None:  # added up over blocks, at full precision
+            mm_(self.d_weight, grad.T, states[0], accumulate=self.started)
+            self.started = True
+        self.kept = None
 
     def results(self) -> list[Tensor]:
         """What was wanted, in the inputs' shapes, as the backward needs it; behind it the powers of
         dense fp16 rows."""
-        if self._narrows and self.powers is not None and self.d_weight is not None:
+        if self.d_weight is not None and self._narrows and self.powers is not None:
             self.backend.scale_(self.d_weight, 1 / self.powers)
         if self.inplace:
             torch.autograd.graph.increment_version(self.inputs.student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -83,6 +84,25 @@ class Chunk(NamedTuple):
     whole: bool  # all there are: what slicing would cost, a small call feels
     tokens: Tensor | None = None  # (n,) int64
 
+    def parts(self, rows: int) -> Iterator[tuple[Chunk, slice]]:
+        """The same tokens, at most so many at a time; with each part where it lies in the whole."""
+        start, stop = self.flat.start, self.flat.stop
+        if stop - start <= rows:
+            yield self, slice(None)
+            return
+        for a in range(0, stop - start, rows):
+            b = min(a + rows, stop - start)
+            yield (
+                Chunk(
+                    self.b,
+                    slice(self.rows.start + a, self.rows.start + b),
+                    slice(start + a, start + b),
+                    False,
+                    None if self.tokens is None else self.tokens[a:b],
+                ),
+                slice(a, b),
+            )
+
     def of(self, x: Tensor) -> Tensor:
         """Its rows of (B, T, ...), as (1, n, ...): a view, or of chosen tokens a copy."""
         if self.tokens is None:
@@ -92,13 +112,13 @@ class Chunk(NamedTuple):
         return x[self.tokens // x.shape[1], self.tokens % x.shape[1]][None]
 
     def put(self, x: Tensor, rows: Tensor) -> None:
-        """Write (1, n, ...) to its rows of (B, T, ...)."""
+        """Write (1, n, ...) to its rows of (B, T, ...), rounded to their dtype."""
         if self.tokens is None:
             self.of(x).copy_(rows)
         elif x.shape[0] == 1:
-            x.index_copy_(1, self.tokens, rows)
+            x.index_copy_(1, self.tokens, rows.to(x.dtype))
         else:
-            x[self.tokens // x.shape[1], self.tokens % x.shape[1]] = rows[0]
+            x[self.tokens // x.shape[1], self.tokens % x.shape[1]] = rows[0].to(x.dtype)
 
     def of_flat(self, x: Tensor) -> Tensor:
         """Its rows of what there is one per computed token."""
@@ -118,13 +138,14 @@ class Side(NamedTuple):
         multiplied."""
         return part.of(self.rows).to(self.dtype)
 
-    def logits(self, backend: ModuleType, states: Tensor) -> Tensor:
-        """(1, n, V) logits of such a chunk."""
+    def logits(self, backend: ModuleType, states: Tensor, out: Tensor | None = None) -> Tensor:
+        """(1, n, V) logits of such a chunk, in ``out`` or memory of their own."""
         if self.weight is None:
             return states
-        shape = (1, states.shape[1], self.weight.shape[0])
-        dtype = backend.head_dtypes(self.dtype)[0]
-        out: Tensor = backend.empty(shape, dtype=dtype, device=states.device)
+        if out is None:
+            shape = (1, states.shape[1], self.weight.shape[0])
+            dtype = backend.head_dtypes(self.dtype)[0]
+            out = backend.empty(shape, dtype=dtype, device=states.device)
         backend.mm_(out[0], states[0], self.weight.T)
         return out if self.bias is None else out.add_(self.bias)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedkd.chunks import chunk_budget
+from fusedkd.cut import chunk_budget
 from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.kernels import Part
 from fusedkd.parallel_rows import GroupRows
@@ -82,7 +82,7 @@ def shards(
         )
     local_student = _here(student, split, groups[0], summed=True)
     device = _columns(local_student).device
-    budget = chunk_budget(chunk_bytes, device.type) // 2
+    budget = max(1, chunk_budget(chunk_bytes, device, shared=True) // 2)
     part = Part(min(split.offset, size), max(0, min(split.columns, size - split.offset)))
     return Shards(
         local_student,

@@ -100,14 +100,15 @@ def _(*arguments: Any, **named: Any) -> list[Tensor]:
 def dispatch(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     """The work of a call (see :func:`fusedkd.chunks.run`), or the op in its place."""
     if stand_in(*inputs):
-        if not spec.divergence.builtin:
+        if spec.divergence.key is None:
             raise ValueError(
-                f"divergence={spec.divergence!r} is your own, and cannot be traced: expected one "
-                "of fusedkd.divergences under torch.compile, torch.func, torch.fx and fake tensors."
+                f"divergence={spec.divergence!r} is made by hand, and cannot be traced: expected "
+                "one of fusedkd.divergences, or one that @divergences.custom made, under "
+                "torch.compile, torch.func, torch.fx and fake tensors."
             )
         return torch.ops.fusedkd.forward(
             *inputs,
-            divergence=spec.divergence.name,
+            divergence=spec.divergence.key,
             numbers=_packed(spec, inputs.row_scale),
             wanted=list(plan.wanted),
             **{name: getattr(spec, name) for name in SPEC},

@@ -84,7 +84,9 @@ def plain_loss(s: Tensor, t: Tensor, labels: Tensor, case: Case, dtype: torch.dt
 def _pointwise(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     """(lp, lq) -> each entry's contribution."""
     divergence = case.divergence_object
-    formula = POINTWISE.get(divergence.name)
+    formula, tape = POINTWISE.get(divergence.name), divergence.tape
+    if formula is None and tape is not None:  # one's own, as its operations: autograd's derivative
+        return lambda lp, lq: tape(lp, lq, divergence.params)[0]
     if formula is None:
         return divergence.value
     return lambda lp, lq: formula(lp, lq, *divergence.params)

@@ -23,7 +23,7 @@ from fusedkd.cache.policy import Policy
 from fusedkd.cache.records import Flat, Record, checked, read_columns, read_vllm
 from fusedkd.cache.writer import Plan, Writer, only_writer, per_shard
 
-__all__ = ["Record", "import_records", "read_columns", "read_vllm"]
+__all__ = ["Record", "import_records", "ranked", "read_columns", "read_vllm"]
 
 
 def import_records(
@@ -127,11 +127,16 @@ def _undone(folder: Path, made: list[Path]) -> Iterator[None]:
 
 
 def _answers(flat: Flat, layout: Layout) -> Answers:
-    """Sorted, cut to k and to what the codes reach; the rest is the tail."""
     shape = len(flat.counts), max(1, flat.counts.max(initial=0))
     there = np.arange(shape[1]) < flat.counts[:, None]
     ids, logs = np.full(shape, -1, np.int64), np.full(shape, -np.inf)
     ids[there], logs[there] = flat.ids, flat.logs
+    return ranked(ids, logs, layout)
+
+
+def ranked(ids: np.ndarray, logs: np.ndarray, layout: Layout) -> Answers:
+    """What a cache keeps of entries (L, K) in any order, with -1 and -inf for nothing: sorted, cut
+    to k and to what the codes reach; the rest is the tail."""
     order = np.argsort(-logs, axis=1, kind="stable")[:, : layout.k]
     ids, logs = (np.take_along_axis(part, order, 1) for part in (ids, logs))
     # the values of a declared temperature T are kept as those of T = 1 whose 1/T-th powers they are

@@ -83,6 +83,12 @@ class TeacherCache:
             raise Damaged(f"{path} is damaged: {len(ids)} tokens are {tokens} there. {REMEDY}")
         return self._decode(place, temperature)
 
+    def get_many(
+        self, sequences: Sequence[Sequence[int] | np.ndarray], temperature: float
+    ) -> list[Target]:
+        """:meth:`get` of each."""
+        return [self.get(ids, temperature) for ids in sequences]
+
     def _decode(self, place: int, temperature: float) -> Target:
         tokens, known = int(self._index.tokens[place]), bool(self._known[place])
         with self._damage(place):

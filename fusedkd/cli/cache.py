@@ -9,6 +9,7 @@ from typing import Any
 
 from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import UserError, as_user_error
+from fusedkd.models.served import ServedArguments
 from fusedkd.parser import Parser, add_fields, number, of_fields
 
 ABOUT = """\
@@ -35,6 +36,9 @@ examples:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --temperatures 1,2
   As small as it gets:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --sample 50
+  From a teacher that is served (vLLM, SGLang), asked in token ids:
+    fusedkd cache --teacher http://a:8000,http://b:8000 --tokenizer ./student \
+      --data corpus/ --output cache/
   What is in it, and whether every byte is as it was written:
     fusedkd cache info cache/
     fusedkd cache verify cache/
@@ -74,13 +78,14 @@ def _build(argv: list[str]) -> int:
         "fusedkd cache --teacher T --data D --output DIR [flags] | verify | info | import"
     )
     add = parser.add_argument
-    add("--teacher", help="folder or hub name of the teacher, a decoder")
+    add("--teacher", help="folder or hub name of the teacher, a decoder, or where it is served")
     add("--output", type=Path, required=True, metavar="DIR", help="where the cache goes")
     add("--top-k", type=int, metavar="K", help="entries per token (default: 64)")
     add("--top-p", type=float, metavar="P", help="no more of them than reach this probability")
     add("--sample", type=int, metavar="N", help="draws per token, instead of the top entries")
     add("--temperatures", type=_numbers, default=(1.0,), metavar="T,...", help="to serve; 1")
     add_fields(parser, DataArguments, NOT_CACHED)
+    add_fields(parser, ServedArguments)
     for name, more in _TEACHER_FLAGS.items():  # spelt as those of fusedkd distill, or with a dash
         add(f"--{name}", f"--{name.replace('_', '-')}", **more)
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -92,8 +97,8 @@ def _build(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
         from fusedkd.cli.make_cache import CacheArguments, make_cache
-    data = of_fields(DataArguments, args)
-    values = {**vars(args), "data": data, "policy": _policy(args)}
+    data, served = of_fields(DataArguments, args), of_fields(ServedArguments, args)
+    values = {**vars(args), "data": data, "served": served, "policy": _policy(args)}
     for name in ("top_k", "top_p", "sample"):
         del values[name]
     make_cache(CacheArguments(**values))

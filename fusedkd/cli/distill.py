@@ -21,6 +21,8 @@ from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.loading import load_tokenizer
 from fusedkd.models.saved import SavedModel
+from fusedkd.teachers import ServedTeacher, Service
+from fusedkd.teachers.service import is_url
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
 from fusedkd.train.fits import check_fits, check_prompts
@@ -127,8 +129,9 @@ def _prepare(
 ) -> tuple[DistillationTrainer, str | None]:
     """Everything that can be wrong, in the order in which it is cheap to find out; and the
     checkpoint to go on from."""
-    cached = _cache(models)
-    teacher = None if cached else models.side("teacher")
+    cached: TeacherCache | ServedTeacher | None = _cache(models)
+    service = _service(models, args)
+    teacher = None if cached or service else models.side("teacher")
     student = models.side("student")
     if not flags.data:
         raise UserError("--data is missing: expected files, folders or names of data sets.")
@@ -145,9 +148,12 @@ def _prepare(
     task = _task(teacher, student) if args.task is None else task_named(args.task)
     sides = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     tokenizer = load_tokenizer(models.tokenizer, **sides)
+    if (cached or service) and task.no_cache:
+        raise UserError(task.no_cache)
+    if service is not None:
+        answers = models.teacher_answers or Path(args.output_dir or ".") / "teacher_answers"
+        cached = ServedTeacher(service, tokenizer, answers)
     if cached is not None:
-        if task.no_cache:
-            raise UserError(task.no_cache)
         cached.check_tokenizer(tokenizer_hash(tokenizer))
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
     check_prompts(data.train, data.test, flags, args.on_policy_share)
@@ -209,6 +215,14 @@ def _cache(models: ModelArguments) -> TeacherCache | None:
         return TeacherCache(Path(models.teacher_cache).expanduser())
 
 
+def _service(models: ModelArguments, args: DistillationArguments) -> Service | None:
+    if not is_url(models.teacher):
+        return None
+    heat = args.temperature if args.teacher_temperature is None else args.teacher_temperature
+    more = {"top_k": models.teacher_top_k, "temperature": heat, "vocab_size": args.vocab_size}
+    return Service.of(str(models.teacher), models, **more)
+
+
 def _checkpoint(args: DistillationArguments) -> str | None:
     return checkpoint_of(
         Path(args.output_dir or "."),
@@ -231,7 +245,9 @@ ROWS = {
 }
 
 
-def _teacher(teacher: nn.Module | TeacherCache) -> str:
+def _teacher(teacher: nn.Module | TeacherCache | ServedTeacher) -> str:
+    if isinstance(teacher, ServedTeacher):
+        return str(teacher)
     if isinstance(teacher, TeacherCache):
         return f"{teacher.manifest.teacher}, {teacher.layout.policy}, from {teacher.folder}"
     return f"{sum(p.numel() for p in teacher.parameters()):,} parameters"

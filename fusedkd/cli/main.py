@@ -25,6 +25,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd doctor                   what runs on this machine, and whether it is right
   fusedkd doctor --run out         what is wrong with a run
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
+  fusedkd warmup --vocab 151936    a loss's GPU kernels, compiled before the job starts
 
 `fusedkd COMMAND --help` explains a command."""
 
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": _demo,
         "doctor": _doctor,
         "bench": _bench,
+        "warmup": _warmup,
     }
     parser = OneSentence(
         prog="fusedkd", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,7 +122,7 @@ def _distill(argv: list[str]) -> int:
     path, rest = _take_config(argv)
     if path is not None:
         with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
-            from fusedkd.cli.recipe import flags_of, read_recipe
+            from fusedkd.cli.recipe import check_code, flags_of, read_recipe
         recipe = read_recipe(path)  # before anything is loaded
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
@@ -149,6 +151,8 @@ def _distill(argv: list[str]) -> int:
     known = [flag[2:] for flag in parser._option_string_actions if flag.startswith("--")]
     flags = sorted({*known} - {"config", "help", "help-all"})
     given = [] if path is None else flags_of(path, recipe, flags)
+    if path is not None:
+        check_code(path, given, rest)
     words = [*given, *rest]
     try:
         with as_user_error():
@@ -237,6 +241,12 @@ def _doctor(argv: list[str]) -> int:
     from fusedkd.cli.doctor import report
 
     return report()
+
+
+def _warmup(argv: list[str]) -> int:
+    from fusedkd.warmup import main
+
+    return main(argv)
 
 
 def _bench(argv: list[str]) -> int:

@@ -24,7 +24,10 @@ from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import load_tokenizer, required
 from fusedkd.models.saved import SavedModel
-from fusedkd.teachers import LiveTeacher
+from fusedkd.models.served import ServedArguments
+from fusedkd.teachers import LiveTeacher, ServedTeacher, Service
+from fusedkd.teachers.filling import fill
+from fusedkd.teachers.service import is_url
 from fusedkd.train.tasks import saved_task
 
 
@@ -43,6 +46,7 @@ class CacheArguments:
     shard_mb: float
     policy: Policy
     temperatures: tuple[float, ...]
+    served: ServedArguments
 
 
 def make_cache(args: CacheArguments) -> None:
@@ -52,6 +56,71 @@ def make_cache(args: CacheArguments) -> None:
         UserError: a missing or wrong argument, model or file.
     """
     console = Console(markup=False, emoji=False)  # names may have brackets
+    if is_url(args.teacher):
+        _fill(args, console)
+    else:
+        _run(args, console)
+    size = sum(path.stat().st_size for path in args.output.iterdir())
+    console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
+
+
+def _fill(args: CacheArguments, console: Console) -> None:
+    """From a server."""
+    if args.policy.kind != "top" or args.policy.top_p is not None or len(args.temperatures) > 1:
+        raise UserError(
+            f"--teacher {args.teacher}: a server gives the top entries at one temperature: "
+            "expected --top-k, and one of --temperatures."
+        )
+    if args.teacher_dtype != "auto" or args.device is not None:
+        raise UserError(
+            f"--teacher {args.teacher}: a served teacher runs elsewhere: expected no "
+            "--teacher_dtype and no --device."
+        )
+    tokenizer = load_tokenizer(required("tokenizer", args.tokenizer))
+    rows = _rows(args, tokenizer)
+    service = Service.of(
+        str(args.teacher),
+        args.served,
+        top_k=args.policy.k,
+        temperature=args.temperatures[0],
+        vocab_size=args.vocab_size,
+    )
+    beside = args.output.with_name(f"{args.output.name}.answers")
+    teacher = ServedTeacher(service, tokenizer, args.served.teacher_answers or beside)
+    sequences = _Sequences(rows.train, rows.test)
+    teacher.check_rows("given", sequences)
+    console.print(f"{len(sequences):,} sequences, {teacher}")
+    with _bar(console) as bar:
+        shown = bar.add_task("tokens", total=sum(map(len, sequences)))
+        fill(
+            args.output,
+            sequences,
+            teacher,
+            int(args.shard_mb * 2**20),
+            lambda tokens: bar.advance(shown, tokens),
+        )
+
+
+def _rows(args: CacheArguments, tokenizer: Any) -> Any:
+    # a row that is flattened is looked up sequence by sequence
+    packing = "none" if args.data.packing == "flatten" else None
+    rows = load_rows(args.data, tokenizer, packing)
+    say(rows.summary)
+    return rows
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _run(args: CacheArguments, console: Console) -> None:
+    """From a model."""
     name = required("teacher", args.teacher)
     device = _device(args.device)
     saved = SavedModel("teacher", name, args.teacher_dtype)
@@ -61,22 +130,12 @@ def make_cache(args: CacheArguments) -> None:
     if task.no_cache:
         raise UserError(task.no_cache)
     tokenizer = load_tokenizer(args.tokenizer, teacher=saved)
-    # a row that is flattened is looked up sequence by sequence
-    packing = "none" if args.data.packing == "flatten" else None
-    rows = load_rows(args.data, tokenizer, packing)
-    say(rows.summary)
+    rows = _rows(args, tokenizer)
     model = saved.load(task.loader(saved.config()))
     job = _job(args, name, model, tokenizer, _Sequences(rows.train, rows.test))
     _say(console, job)
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with bar:
+    with _bar(console) as bar:
         shown = bar.add_task("tokens", total=sum(map(len, job.sequences)))
         build(
             args.output,
@@ -84,8 +143,6 @@ def make_cache(args: CacheArguments) -> None:
             lambda ids: run({"input_ids": ids.to(device)}),
             lambda tokens: bar.advance(shown, tokens),
         )
-    size = sum(path.stat().st_size for path in args.output.iterdir())
-    console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
 
 
 def _device(name: str | None) -> torch.device:

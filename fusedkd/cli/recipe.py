@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,45 @@ def flags_of(path: Path, recipe: Recipe, known: Sequence[str]) -> list[str]:
     """
     with _as_user_error(path):
         return [word for key, value in recipe for word in _words(key, value, known)]
+
+
+def check_code(path: Path, words: Sequence[str], given: Sequence[str]) -> None:
+    """A recipe may come from anybody: it brings no code unless whoever runs it says so.
+
+    Args:
+        path: of the file, for messages.
+        words: the recipe, as arguments.
+        given: those of the command line.
+
+    Raises:
+        UserError: the recipe would import a module, and there is no ``--trust_remote_code``.
+    """
+    from fusedkd.divergences import split_module
+
+    trusted = _value("trust_remote_code", given)
+    if trusted is not None and trusted.lower() not in _NO:
+        return
+    asked, divergence = _value("trust_remote_code", words), _value("divergence", words) or ""
+    module, _ = split_module(divergence)
+    if module or (asked is not None and asked.lower() not in _NO):
+        what = f"divergence {divergence} imports {module}" if module else "trust_remote_code"
+        raise UserError(
+            f"--config {path}: {what}, and a recipe runs no code by itself: read it, then give "
+            "--trust_remote_code on the command line."
+        )
+
+
+_NO = ("false", "no", "f", "n", "0")  # transformers' words
+
+
+def _value(flag: str, words: Sequence[str]) -> str | None:
+    """The last one of ``flag`` among arguments, ``""`` for a bare flag; None: it is not there."""
+    value = None
+    for word, after in pairwise((*words, "--")):
+        name, equals, same = word.partition("=")
+        if name.replace("-", "_") == f"__{flag}":
+            value = same if equals else "" if after.startswith("--") else after
+    return value
 
 
 @contextmanager

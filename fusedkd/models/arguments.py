@@ -7,14 +7,19 @@ from typing import Any
 
 from fusedkd.models.loading import DTYPES, required
 from fusedkd.models.saved import SavedModel
+from fusedkd.models.served import ServedArguments
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ServedArguments):
     """The student and its teacher."""
 
     teacher: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the teacher."}
+        default=None,
+        metadata={
+            "help": "Folder or hub name of the teacher, or where it is served: "
+            "http://a:8000,http://b:8000 (vLLM, SGLang)."
+        },
     )
     teacher_cache: str | None = field(
         default=None,
@@ -25,6 +30,9 @@ class ModelArguments:
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or hub name (default: the student's or teacher's)."}
+    )
+    teacher_top_k: int = field(
+        default=64, metadata={"help": "Entries of a token that a served teacher is asked for."}
     )
     student_init: str = field(
         default="weights",

@@ -2,5 +2,6 @@
 
 from fusedkd.teachers.cached import CachedTeacher
 from fusedkd.teachers.live import LiveTeacher
+from fusedkd.teachers.served import ServedTeacher, Service
 
-__all__ = ["CachedTeacher", "LiveTeacher"]
+__all__ = ["CachedTeacher", "LiveTeacher", "ServedTeacher", "Service"]

@@ -1,4 +1,5 @@
-"""A teacher that ran before: a cache as a function from a batch to its distributions."""
+"""A teacher that does not run here: a cache of its answers, or a server that gives them, as a
+function from a batch to its distributions."""
 
 from __future__ import annotations
 
@@ -15,18 +16,23 @@ from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
 from fusedkd.models.kinds import vocabulary_size
+from fusedkd.teachers.served import ServedTeacher
 
 _INDICES, _LOG_PROBS, _ENTROPY = "teacher_indices", "teacher_log_probs", "teacher_entropy"
 
 
+Answers = TeacherCache | ServedTeacher
+
+
 class CachedTeacher:
-    """A cache as a function from a batch to a :class:`fusedkd.SparseTeacher`.
+    """A cache, or a server, as a function from a batch to a :class:`fusedkd.SparseTeacher`.
 
     The answers are looked up where the batch is made (:meth:`collator`), so in the data loader's
-    workers if it has some, and travel to the device with the rest of it.
+    workers if it has some, and travel to the device with the rest of it. A server can also be asked
+    when they are needed.
 
     Args:
-        cache: see there.
+        cache: see there, or :class:`fusedkd.teachers.ServedTeacher`.
         divergence, temperature: of the loss; the temperature is the teacher's.
         tail: what becomes of the mass outside the entries that were kept. Draws have none.
 
@@ -35,7 +41,7 @@ class CachedTeacher:
     """
 
     def __init__(
-        self, cache: TeacherCache, divergence: Divergence, temperature: float, tail: str
+        self, cache: Answers, divergence: Divergence, temperature: float, tail: str
     ) -> None:
         cache.check_loss(divergence, temperature)
         self.cache, self.temperature = cache, temperature
@@ -43,6 +49,8 @@ class CachedTeacher:
 
     def __call__(self, inputs: dict[str, Any]) -> SparseTeacher:
         """Take the answers out of the batch."""
+        if _INDICES not in inputs and isinstance(self.cache, ServedTeacher):
+            inputs.update(self.answered(inputs))
         if _INDICES not in inputs:
             raise ValueError(
                 "the batch has no answers of the teacher: make it with trainer.data_collator, "
@@ -71,7 +79,7 @@ class CachedTeacher:
         Raises:
             ValueError: the student has fewer than the teacher, or ``given`` is another number.
         """
-        size = self.cache.manifest.vocab_size
+        size = self.cache.layout.vocab_size
         columns = vocabulary_size(student)
         if given not in (None, size):
             raise ValueError(f"vocab_size={given}: the cache {self.cache.folder} has {size:,}.")
@@ -108,14 +116,14 @@ def _sequences(data: Dataset) -> Iterator[np.ndarray]:
 class _Collator:
     """Picklable, for data loaders that start their workers afresh."""
 
-    def __init__(self, collate: Callable[..., Any], cache: TeacherCache, t: float) -> None:
+    def __init__(self, collate: Callable[..., Any], cache: Answers, t: float) -> None:
         self.collate, self.cache, self.temperature = collate, cache, t
 
     def __call__(self, features: Any) -> Any:
         batch = self.collate(features)
         ids = batch["input_ids"].numpy()
         pieces = [(row, span) for row in range(len(ids)) for span in _spans(batch, row)]
-        found = [self.cache.get(ids[row, span], self.temperature) for row, span in pieces]
+        found = self.cache.get_many([ids[row, span] for row, span in pieces], self.temperature)
         width = max((target.ids.shape[1] for target in found), default=0)
         indices = np.full((*ids.shape, width), -1, np.int32)
         log_probs = np.full((*ids.shape, width), -np.inf, np.float32)

@@ -184,13 +184,16 @@ class DistillationArguments(TrainingArguments):
             self.on_policy_temperature,
         )
 
-    def check_for_cache(self) -> None:
+    def check_for_cache(self, asks: bool = False) -> None:
         """Refuse what a cache of the teacher's answers cannot serve.
+
+        Args:
+            asks: it can ask for more.
 
         Raises:
             ValueError: the student writes batches, or the teacher's temperature moves.
         """
-        if self.on_policy_share:
+        if self.on_policy_share and not asks:
             raise ValueError("on_policy_share: a cache has no answers to what the student writes.")
         moving = "temperature" if self.teacher_temperature is None else "teacher_temperature"
         if moving in self.parsed_schedules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
-from fusedkd.teachers import CachedTeacher, LiveTeacher
+from fusedkd.teachers import CachedTeacher, LiveTeacher, ServedTeacher
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.base import FromHeads
 from fusedkd.train.checkpoints import staged
@@ -66,7 +67,8 @@ class DistillationTrainer(FromHeads, Trainer):
         teacher: same vocabulary (padding aside). Switched to ``eval()`` and
             ``requires_grad_(False)`` and moved to the device; never wrapped, trained or saved. Its
             dtype is left alone. Or a :class:`fusedkd.cache.TeacherCache` that holds the answers to
-            every sequence of the data; there is then no model, and ``args.teacher_tail`` counts.
+            every sequence of the data, or a :class:`fusedkd.teachers.ServedTeacher` that asks a
+            server for them; there is then no model, and ``args.teacher_tail`` counts.
         args: see :class:`DistillationArguments`.
         **kwargs: as for :class:`transformers.Trainer` (datasets, collator, ``processing_class``,
             callbacks, ...).
@@ -84,14 +86,14 @@ class DistillationTrainer(FromHeads, Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
-        teacher: PreTrainedModel | nn.Module | TeacherCache | None = None,
+        teacher: PreTrainedModel | nn.Module | TeacherCache | ServedTeacher | None = None,
         args: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(teacher, nn.Module | TeacherCache):
+        if not isinstance(teacher, nn.Module | TeacherCache | ServedTeacher):
             raise TypeError(
-                f"teacher={teacher!r}: expected a model, such as AutoModelForCausalLM returns, or "
-                "a TeacherCache."
+                f"teacher={teacher!r}: expected a model, such as AutoModelForCausalLM returns, a "
+                "TeacherCache or a ServedTeacher."
             )
         args = DistillationArguments() if args is None else args
         if args.n_gpu > 1:  # hooks and DataParallel's replicas in threads do not go together
@@ -109,10 +111,10 @@ class DistillationTrainer(FromHeads, Trainer):
         self._compute_from_heads(task_between(bare(self.model), teacher, args.task))
         self._keep_columns_of(teacher)
         self._loss_keywords = args.loss_keywords()
-        if isinstance(teacher, TeacherCache):
-            self._read(teacher)
-        else:
+        if isinstance(teacher, nn.Module):
             self._run(teacher)
+        else:
+            self._read(teacher)
         if args.on_policy_share and not self._task.writes:
             raise ValueError("on_policy_share: expected a decoder, which can write.")
         if args.kd_tokens == "all" and self._task.over_tokens and not self._task.per_token:
@@ -135,8 +137,8 @@ class DistillationTrainer(FromHeads, Trainer):
         )
         self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
 
-    def _read(self, cache: TeacherCache) -> None:
-        self.args.check_for_cache()
+    def _read(self, cache: TeacherCache | ServedTeacher) -> None:
+        self.args.check_for_cache(asks=isinstance(cache, ServedTeacher))
         if self._task.no_cache:
             raise ValueError(self._task.no_cache)
         side = CachedTeacher(
@@ -148,7 +150,14 @@ class DistillationTrainer(FromHeads, Trainer):
         self._teacher_side = side
         self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
         side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
+        if self.args.on_policy_share:  # what the student will write is asked for when it is there
+            return
         self.data_collator = side.collator(self.data_collator)
+        if isinstance(cache, ServedTeacher):
+            # they wait for the server, and need no core of their own
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            workers = max(self.args.dataloader_num_workers, cache.service.ahead)
+            self.args.dataloader_num_workers = workers
 
     def _vocabulary(self, student: Any) -> int | None:
         """How many columns are real now: embeddings may have been resized."""
@@ -268,7 +277,7 @@ class DistillationTrainer(FromHeads, Trainer):
 
     def _teacher_loss(self, teacher: Teacher, targets: Targets) -> Measured:
         """The teacher's own cross-entropy, as if it were the student."""
-        if isinstance(self.teacher, TeacherCache):
+        if not isinstance(self.teacher, nn.Module):
             return {}
         alone = {**self._loss_keywords, "kd_weight": 0.0, "ce_weight": 1.0}
         _, metrics = targets.compare(True, teacher, teacher, targets.labels, **alone)

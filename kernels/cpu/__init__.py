@@ -8,8 +8,10 @@ that.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 
 from fusedkd.distributions.sparse import SparseRows
+from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
+from fusedkd.tape import Tape
 
 from .products import head_dtypes, mm_
 
@@ -42,7 +46,7 @@ LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocat
 # which takes as much again. A block should stay in the last cache meanwhile, and every one costs
 # Python and a gather.
 BLOCK_BYTES = {False: 64 << 20, True: 16 << 20}
-LONGEST_TILE = 4096  # of kernel.h
+LONGEST_TILE, PARAMETERS = 4096, 8  # of kernel.h
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
 
@@ -81,14 +85,47 @@ def _ops() -> torch._ops._OpNamespace:
     return torch.ops.fusedkd_cpu
 
 
+def _listed(divergence: Divergence) -> tuple[str, tuple[float, ...]]:
+    """What the extension calls it, and its parameters there."""
+    if divergence.tape is None:
+        _check(divergence.name, divergence.key)
+        return divergence.name, divergence.params
+    name, address = _own(divergence.tape)
+    if address is None:
+        return name, divergence.params
+    blank = (0.0,) * (PARAMETERS - 1 - len(divergence.params))
+    return name, (*divergence.params, *blank, float(address))
+
+
 @functools.cache
-def _check(divergence: str) -> None:
+def _own(tape: Tape) -> tuple[str, int | None]:
+    """One of somebody's own: compiled where it is not yet, or else the address of its tape."""
+    from . import emit
+
+    if emit.compiler() is not None:
+        return emit.load(tape, instruction_set(), _ops().register_set), None
+    warnings.warn(
+        "fusedkd: there is no C++ compiler (set CXX, or install g++ or clang), so a divergence of "
+        "your own runs operation by operation, several times slower.",
+        RuntimeWarning,
+        stacklevel=9,
+    )
+    _TAPES.append(emit.assemble(tape))  # its memory stays
+    return "tape", ctypes.addressof(_TAPES[-1])
+
+
+_TAPES: list[Any] = []
+
+
+@functools.cache
+def _check(divergence: str, key: str | None) -> None:
     """Raise unless the extension has the divergence; once, for asking it costs 2 us."""
-    if not _ops().knows(divergence):
+    if key is None or not _ops().knows(divergence):
         raise NotImplementedError(
             f"divergence={divergence!r} has no function in kernels/cpu/pointwise.h. Each is "
             "one function of "
-            f"the same name in each of {SISTER_FILES}."
+            f"the same name in each of {SISTER_FILES}; "
+            "one of your own, @divergences.custom makes."
         )
 
 
@@ -130,7 +167,7 @@ def observe(call: RowCall) -> Tensor:
 def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
     spec, part = call.spec, call.part
     sparse = isinstance(call.teacher, SparseRows)
-    entrywise = _ops().keeps(spec.divergence.name)
+    entrywise = _ops().keeps(_listed(spec.divergence)[0])
     if not (spec.kd_scale or call.metrics) or not (sparse or entrywise):
         return None
     assert part is not None
@@ -169,13 +206,12 @@ def _keeps(call: RowCall) -> bool:
     """Whether d D / d log q, entry by entry, goes from one verb to the next."""
     teacher = call.teacher
     everywhere = not isinstance(teacher, SparseRows) or teacher.tail not in TAILS
-    return everywhere and _ops().keeps(call.spec.divergence.name)
+    return everywhere and _ops().keeps(_listed(call.spec.divergence)[0])
 
 
 def _arguments(call: RowCall) -> tuple[Any, ...]:
     """What all operators on rows begin with."""
     spec, teacher = call.spec, call.teacher
-    _check(spec.divergence.name)
     if isinstance(teacher, SparseRows):
         side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
         tail = TAILS.get(teacher.tail, 0)
@@ -193,9 +229,9 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         teacher_softcap=spec.teacher_transform.softcap,
         rounding=rounding,
     )
-    name, every = spec.divergence.name, (*numbers, *spec.divergence.params)
+    name, parameters = _listed(spec.divergence)
     head = call.student, side, indices, tail, call.labels, call.row_scale
-    return *head, name, every, spec.vocab_size
+    return *head, name, (*numbers, *parameters), spec.vocab_size
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -58,6 +60,32 @@ const InstructionSet& pick() {
 const InstructionSet& instructions() {
   static const InstructionSet& set = pick();
   return set;
+}
+
+// Sets of one divergence each, compiled for it: fusedkd.kernels.cpu.emit. They stay.
+std::map<std::string, const InstructionSet*>& own_sets() {
+  static std::map<std::string, const InstructionSet*> sets;
+  return sets;
+}
+std::mutex own_sets_mutex;
+
+void register_set(std::string name, int64_t set, std::vector<int64_t> layout) {
+  STD_TORCH_CHECK(std::equal(layout.begin(), layout.end(), std::begin(kLayout), std::end(kLayout)),
+                  "fusedkd_cpu: a library compiled for another version of the extension");
+  const std::lock_guard<std::mutex> lock(own_sets_mutex);
+  own_sets()[name] = reinterpret_cast<const InstructionSet*>(set);
+}
+
+struct Listing {  // a divergence, where it is
+  const InstructionSet& set;
+  int index;
+};
+Listing find(const std::string& divergence) {
+  const int index = instructions().find(divergence.c_str());
+  if (index >= 0) return {instructions(), index};
+  const std::lock_guard<std::mutex> lock(own_sets_mutex);
+  const auto own = own_sets().find(divergence);
+  return own == own_sets().end() ? Listing{instructions(), -1} : Listing{*own->second, 0};
 }
 
 DType dtype_of(const Tensor& t) {
@@ -110,11 +138,11 @@ template <class One> void for_rows(int64_t rows, int64_t columns, const One& one
 }
 
 // `numbers`: as in Numbers, the divergence's parameters behind them as far as it has any.
-RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor& teacher,
+RowsCall call_of(const Listing& listing, const Tensor& student, const Tensor& teacher,
                  const std::optional<Tensor>& indices, int64_t tail,
                  const std::optional<Tensor>& labels, const Tensor& row_scale,
-                 const std::string& divergence, const std::vector<double>& numbers,
-                 int64_t vocabulary, const std::vector<int64_t>& part) {
+                 const std::vector<double>& numbers, int64_t vocabulary,
+                 const std::vector<int64_t>& part) {
   constexpr size_t kMost = sizeof(Numbers) / sizeof(double), kLeast = kMost - kParameters;
   RowsCall call{};
   STD_TORCH_CHECK(numbers.size() >= kLeast && numbers.size() <= kMost,
@@ -130,9 +158,9 @@ RowsCall call_of(const InstructionSet& set, const Tensor& student, const Tensor&
                       call.offset + call.columns <= vocabulary && row_scale.numel() == count &&
                       (!labels || labels->numel() == count),
                   "fusedkd_cpu: shapes of student, labels and row_scale do not match");
-  call.divergence = set.find(divergence.c_str());
-  STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence ", divergence);
-  call.disjoint = set.disjoint(call.divergence, call.parameters);
+  call.divergence = listing.index;
+  STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence");
+  call.disjoint = listing.set.disjoint(call.divergence, call.parameters);
   call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
   call.row_scale = pointer(row_scale), call.wide = dtype_of(row_scale) == DType::f64;
   if (!indices) {
@@ -204,13 +232,13 @@ void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, int64_t
           std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
           std::vector<double> numbers, int64_t vocabulary, Tensor loss, std::optional<Tensor> grad,
           std::optional<Tensor> metrics) {
-  const InstructionSet& set = instructions();
-  RowsCall call = call_of(set, student, teacher, indices, tail, labels, row_scale, divergence,
-                          numbers, vocabulary, {});
+  const Listing listing = find(divergence);
+  RowsCall call =
+      call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers, vocabulary, {});
   call.measures = metrics.has_value();
   write_to(call, loss, metrics);
   if (grad) write_to(call, *grad);
-  for_each_row(set, call);
+  for_each_row(listing.set, call);
 }
 
 // One verb of fusedkd.kernels on the columns from part[0] on, part[1] in number, in fp64 where
@@ -221,9 +249,9 @@ void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> i
            bool measures, std::optional<Tensor> grad, Tensor statistics, std::optional<Tensor> sums,
            std::optional<Tensor> kept, std::optional<Tensor> loss, std::optional<Tensor> metrics,
            std::optional<Tensor> again) {
-  const InstructionSet& set = instructions();
-  RowsCall call = call_of(set, student, teacher, indices, tail, labels, row_scale, divergence,
-                          numbers, vocabulary, part);
+  const Listing listing = find(divergence);
+  RowsCall call = call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers,
+                          vocabulary, part);
   const int64_t count = call.batch * call.tokens, lane = call.wide || call.exact ? 8 : 4;
   call.verb = static_cast<Verb>(verb), call.measures = measures;
   if (grad) write_to(call, *grad);
@@ -238,10 +266,11 @@ void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> i
   if (kept) call.kept = pointer(*kept), call.kept_stride = kept->size(1);
   if (loss) write_to(call, *loss, metrics);
   call.again = again ? pointer<bool>(*again) : nullptr;
-  for_each_row(set, call);
+  for_each_row(listing.set, call);
 }
 bool keeps(std::string divergence) {
-  return instructions().keeps(instructions().find(divergence.c_str()));
+  const Listing listing = find(divergence);
+  return listing.set.keeps(listing.index);
 }
 
 // Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one; `out`
@@ -297,7 +326,7 @@ Tensor spare(std::vector<int64_t> shape, ScalarType dtype, int64_t bytes) {
 }
 
 std::string instruction_set() { return instructions().name; }
-bool knows(std::string divergence) { return instructions().find(divergence.c_str()) >= 0; }
+bool knows(std::string divergence) { return find(divergence).index >= 0; }
 
 }  // namespace
 }  // namespace fusedkd
@@ -318,6 +347,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
       "Tensor(b!) statistics, Tensor(c!)? sums, Tensor(d!)? kept, Tensor(e!)? loss, Tensor(f!)? "
       "metrics, "
       "Tensor(g!)? again) -> ()");
+  m.def("register_set(str name, int set, int[] layout) -> ()");
   m.def("keeps(str divergence) -> bool");
   m.def("scale_(Tensor(a!) out, Tensor data, Tensor factor) -> ()");
   m.def("spare(int[] shape, ScalarType dtype, int bytes) -> Tensor");
@@ -328,6 +358,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&fusedkd::instruction_set));
   m.impl("knows", TORCH_BOX(&fusedkd::knows));
+  m.impl("register_set", TORCH_BOX(&fusedkd::register_set));
   m.impl("keeps", TORCH_BOX(&fusedkd::keeps));
   m.impl("spare", TORCH_BOX(&fusedkd::spare));
 }

@@ -49,6 +49,53 @@ struct Numbers {
   double parameters[kParameters];
 };
 
+// A divergence as operations, in the order of fusedkd.kernels.cpu.emit.STEPS.
+enum class TapeOp : int {
+  lp,
+  lq,
+  p,
+  q,
+  gap,
+  constant,
+  parameter,
+  neg,
+  abs,
+  sign,
+  exp,
+  expm1,
+  log,
+  log1p,
+  sqrt,
+  tanh,
+  sigmoid,
+  detach,
+  add,
+  sub,
+  mul,
+  div,
+  pow,
+  minimum,
+  maximum,
+  logaddexp,
+  where,
+  eq,
+  lt,
+  le,
+  both,
+  either,
+  no
+};
+struct TapeStep {
+  TapeOp op;
+  int inputs[3];
+  double number;
+};
+constexpr int64_t kMostSteps = 256;
+struct Tape {
+  int64_t count, value, grad;
+  TapeStep steps[kMostSteps];
+};
+
 struct Logits {  // (batch, tokens, columns), last stride 1
   const void* data;
   int64_t stride_batch, stride_token;  // in elements
@@ -121,5 +168,9 @@ const InstructionSet& base_set();
 const InstructionSet& avx2_set();
 const InstructionSet& avx512_set();
 #endif
+
+// What a library of one divergence must have in common with the extension that calls it.
+static constexpr int64_t kLayout[] = {sizeof(RowsCall), sizeof(Workspace), sizeof(InstructionSet),
+                                      kMetrics, sizeof(Statistics)};
 
 }  // namespace fusedkd

@@ -37,6 +37,14 @@ struct KlWeights {
   double forward, reverse;
 };
 
+}  // namespace FUSEDKD_ISA
+}  // namespace fusedkd
+
+#include "tape.h"
+
+namespace fusedkd {
+namespace FUSEDKD_ISA {
+
 // The n-th divergence of this file; the counter lets each register itself without a constructor at
 // load time (which would run AVX-512 code on machines that lack it).
 template <int n> struct Registered;
@@ -47,6 +55,11 @@ constexpr int kFirstDivergence = __COUNTER__ + 1;
     typedef called type;                                \
     static constexpr const char* name = #called;        \
   }
+
+#if defined(FUSEDKD_POINTWISE)  // a library of one divergence of somebody's own: emit.py
+#include FUSEDKD_POINTWISE
+FUSEDKD_DIVERGENCE(custom);
+#else
 
 // -------------------------------------------------------------------------------------------------
 
@@ -187,6 +200,9 @@ struct alpha_beta {
   }
 };
 FUSEDKD_DIVERGENCE(alpha_beta);
+
+FUSEDKD_DIVERGENCE(tape);
+#endif
 
 // -------------------------------------------------------------------------------------------------
 

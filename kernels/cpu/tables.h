@@ -23,10 +23,15 @@ using GradientRun = void (*)(const Tile<X>&, const Row<typename Format<X>::F>&,
       run_of<X, kind, true, false>::run, run_of<X, kind, true, true>::run      \
     }                                                                          \
   }
+#if defined(FUSEDKD_POINTWISE)  // which has no need of the KLs' sweeps
+#define FUSEDKD_KINDS(run_of, X) \
+  {FUSEDKD_FLAVOURS(run_of, X, kNone), {}, {}, {}, FUSEDKD_FLAVOURS(run_of, X, kEntrywise)}
+#else
 #define FUSEDKD_KINDS(run_of, X)                                              \
   {FUSEDKD_FLAVOURS(run_of, X, kNone), FUSEDKD_FLAVOURS(run_of, X, kForward), \
    FUSEDKD_FLAVOURS(run_of, X, kReverse), FUSEDKD_FLAVOURS(run_of, X, kBoth), \
    FUSEDKD_FLAVOURS(run_of, X, kEntrywise)}
+#endif
 template <class X> struct Runs {  // [kind][cross-entropy at another temperature][far]
   static constexpr StatisticsRun<X> statistics[5][2][2] = FUSEDKD_KINDS(StatisticsSweep, X);
   static constexpr GradientRun<X> gradient[5][2][2] = FUSEDKD_KINDS(GradientSweep, X);

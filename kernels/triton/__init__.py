@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, empty
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import Part, RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, merge, observe
+from fusedkd.spec import LossSpec
 
 __all__ = [
     "block_rows",
@@ -21,6 +23,7 @@ __all__ = [
     "head_dtypes",
     "mm_",
     "observe",
+    "reduced",
     "rows",
     "scale_",
     "unavailable",
@@ -47,6 +50,12 @@ def rows(call: RowCall, *fields: Any) -> Rows:
         statistics = merge([observe(whole)])
         return finish(whole, statistics, compare(whole, statistics))[0]
     return sparse_ops.rows(call)  # type: ignore[no-any-return]
+
+
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+    from . import tally
+
+    return tally.reduced(spec)
 
 
 @functools.cache

@@ -69,3 +69,11 @@ def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+def holds(right: Tensor, message: str) -> bool:
+    """Whether a number is not 0. A GPU is not waited for: there it is asserted, and this True."""
+    if INTERPRETED:
+        return bool(right)
+    torch._assert_async(right, message)
+    return True

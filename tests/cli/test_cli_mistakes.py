@@ -733,6 +733,9 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "zeros": (b"\0\0", "not valid YAML"),
     "a zero": ('student: "a\\0b"\n', "student: 'a\\x00b'"),
     "half a letter": ('student: "\\ud800"\n', "student: '\\ud800'"),
+    "a module": ("divergence: canary:make(1)\n", "divergence canary:make(1) imports canary"),
+    "a module in a list": ("divergence: ['canary:make']\n", "imports canary"),
+    "code of the hub": ("trust_remote_code: yes\n", "trust_remote_code on the command line"),
     "an escape": ('student: "\\e]0;x"\n', "student: '\\x1b]0;x'"),
 }  # fmt: skip
 
@@ -782,6 +785,26 @@ def test_a_recipe_with_every_kind_of_value_runs(disk: Path, tmp_path: Path) -> N
     place = words.index("--save_strategy")
     del words[place : place + 2]
     assert main([*words, "--config", str(tmp_path / "recipe.yaml")]) == 0
+
+
+def test_a_recipe_imports_what_the_command_line_trusts(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the command line whatever it names."""
+    (tmp_path / "my_losses.py").write_text(
+        "from fusedkd import divergences\n\n@divergences.custom\n"
+        "def squared(lp, lq, *, scale=1.0):\n    return scale * (lp.exp() - lq.exp()) ** 2\n"
+    )
+    (tmp_path / "recipe.yaml").write_text("divergence: my_losses:squared(scale=1000000)\n")
+    monkeypatch.chdir(tmp_path)
+    words = model(disk, tmp_path / "out")
+    log = ("--logging_steps", "1")
+    assert main([*words, *log, "--config", "recipe.yaml", "--trust_remote_code"]) == 0
+    words = model(disk, tmp_path / "other")
+    assert main([*words, *log, "--divergence", "my_losses:squared(scale=1000000)"]) == 0
+    states = [tmp_path / name / "trainer_state.json" for name in ("out", "other")]
+    logged = [json.loads(state.read_text())["log_history"][0]["kd"] for state in states]
+    assert logged[0] == logged[1] > 0
 
 
 # ---- without what is not installed -------------------------------------------------------------

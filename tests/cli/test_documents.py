@@ -17,7 +17,7 @@ import transformers as tf
 from words import WORDS, V, bert, llama, rows, tokenizer
 
 from fusedkd import LMHead, cli
-from fusedkd.benchmarks import end_to_end, resources
+from fusedkd.benchmarks import end_to_end, readme, resources
 from fusedkd.benchmarks.cache import __main__ as cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,8 +52,11 @@ SMALL = {
     "fusedkd bench --end-to-end": "--memory-limit 0.001",
     "fusedkd doctor": "",
     "fusedkd student": "",
+    "fusedkd warmup": "--vocab 99 --rows 2 --temperature 1 --workers 1",
+    "python -m benchmarks.counted": "--divergences forward_kl",
     "python -m benchmarks.resources": "",
     "python -m fusedkd.benchmarks.cache": "--only size",
+    "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
 }
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
@@ -163,6 +166,7 @@ def test_command(
     )
     every = list(resources.jobs(["sm_90"], ["bf16"], ["plain"]))
     monkeypatch.setattr(resources, "jobs", lambda *axes: every[:1])
+    monkeypatch.setattr(readme, "replace", lambda text: None)
     if re.fullmatch(HELP, command):
         with pytest.raises(SystemExit) as done:
             cli.main([*command.removesuffix(" --config").split()[1:], "--help"])

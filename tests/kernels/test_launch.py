@@ -26,7 +26,7 @@ from fusedkd import SparseTeacher, divergences
 from fusedkd.benchmarks import resources
 from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import RowCall
-from fusedkd.kernels.triton import config, device, ops, sparse_ops
+from fusedkd.kernels.triton import config, device, ops, rehearsal, sparse_ops
 from fusedkd.spec import LossSpec
 
 TARGET = "sm_90"
@@ -42,30 +42,18 @@ class _Launch(NamedTuple):
 _devices = itertools.count(1 << 20)
 
 
-class _Driver:
-    """As much of a driver as a launch needs; it is its own ``utils``."""
+class _Driver(rehearsal.Rehearsal):
+    """Writes down what it is asked to launch."""
 
     def __init__(self) -> None:
+        super().__init__(resources.TARGETS[TARGET])
         self.launches: list[_Launch] = []
-        self.utils = self
         # what is compiled here must not be found by a launch on a true device, or by the next test
         self.device = next(_devices)
 
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return resources.TARGETS[TARGET]
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 << 10}
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+    def load_binary(self, name: str, binary: bytes, *rest: int) -> tuple[Any, ...]:
         assert binary[:4] == b"\x7fELF"
-        return object(), 0, 0, 0, 1024
+        return super().load_binary(name, binary, *rest)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, *rest: Any) -> None:

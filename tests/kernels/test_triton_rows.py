@@ -19,8 +19,9 @@ from fusedkd import LMHead, backends, divergences, kd_loss, kd_loss_and_metrics
 if reason := backends.load("triton").unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-from fusedkd.kernels.triton import config, launches
+from fusedkd.kernels.triton import config, launches, tally
 from fusedkd.kernels.triton import device as machine
+from fusedkd.spec import LossSpec
 
 NAMES = divergences.names()
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -250,3 +251,65 @@ def test_scale(device: torch.device, dtype: torch.dtype) -> None:
             by = factor.to(device, wide)
             scale_(got, by)
             assert torch.equal(got, (x * (by.view(2, 2, 1) if by.dim() else by).to(wide)).to(dtype))
+
+
+@pytest.mark.parametrize("n", [1, tally.BLOCK - 1, 2 * tally.BLOCK + 3])
+def test_weights_and_sums_of_any_number_of_rows(n: int, device: torch.device) -> None:
+    labels = torch.arange(n, device=device) % 3 - 1
+    values, answer = torch.empty(n, device=device), torch.empty(2, device=device)
+    about = {"labels": labels, "rows": n, "vocab": 2, "ignore_index": -1, "mean": 1}
+    about["values"] = values
+    tally.launcher()((1, 1), {**about, "answer": answer[0], "after": 0})
+    counts = (labels != -1).float()
+    torch.testing.assert_close(values, counts / counts.sum().clamp(min=1), rtol=1e-7, atol=0)
+    values.copy_(torch.rand(n))
+    tally.launcher()((1, 1), {**about, "answer": answer[1], "after": 1})
+    torch.testing.assert_close(answer[1], values.double().sum().float(), rtol=1e-7, atol=0)
+    assert answer[0] == 1
+    tally.launcher()((1, 1), {**about, "answer": answer[0], "after": 0, "vocab": 1})
+    assert answer[0] == (n < 3)  # the label 1 is wrong then
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [BF16, FP64])
+def test_a_call_from_labels_to_its_loss(
+    reduction: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    student, teacher = torch.randn(2, 7, 300, dtype=FP64).to(device, dtype)
+    labels = torch.arange(7, device=device) - 1
+    spec = LossSpec(
+        divergences.make("forward_kl"), 1, ce_weight=0.5, ignore_index=-1, reduction=reduction
+    )
+    made = tally.reduced(spec)(student, teacher, labels, True)
+    assert made is not None
+    keywords = {"ce_weight": 0.5, "ignore_index": -1, "reduction": reduction}
+    wide = student.double().requires_grad_()
+    want = kd_loss(wide, teacher.double(), labels, backend="reference", **keywords)
+    want.backward()
+    loss, grad = made
+    assert loss.dtype == (FP64 if dtype == FP64 else FP32)
+    close = 1e-12 if dtype == FP64 else 1e-6
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=close, atol=close)
+    rounding = 1e-12 if dtype == FP64 else 2.0**-8
+    torch.testing.assert_close(grad.double(), wide.grad, rtol=rounding, atol=1e-9)
+
+
+@pytest.mark.parametrize("labels", [None, [-1, -1]])
+def test_a_call_without_labels_or_with_none_that_counts(
+    labels: list[int] | None, device: torch.device
+) -> None:
+    student, teacher = torch.randn(2, 2, 5, device=device)
+    spec = LossSpec(divergences.make("jsd"), 1, ignore_index=-1)
+    of = None if labels is None else torch.tensor(labels, device=device)
+    loss, grad = tally.reduced(spec)(student, teacher, of, False)
+    want = kd_loss(student, teacher, of, divergence="jsd", ignore_index=-1, backend="reference")
+    torch.testing.assert_close(loss, want)
+    assert grad is None and (labels is None) == (loss != 0)
+
+
+@pytest.mark.skipif(not machine.INTERPRETED, reason="an assertion there, which ends the context")
+@pytest.mark.parametrize("label", [-2, 5, 2**31])
+def test_a_wrong_label_is_left_to_the_general_way(label: int) -> None:
+    student, teacher = torch.randn(2, 2, 5)
+    spec = LossSpec(divergences.make("forward_kl"), 1, ignore_index=-1)
+    assert tally.reduced(spec)(student, teacher, torch.tensor([-1, label]), True) is None

@@ -21,6 +21,8 @@ def test_a_call_says_what_it_does(
     monkeypatch.setattr(debug, "ENABLED", True)
     kd_loss(LMHead(hidden, weight), teacher, labels, temperature=2.0, chunk_bytes=4000)
     said = capsys.readouterr().err
-    for expected in ("forward_kl", "T = 2", "bucket over 4", "20 of 40 tokens in 2 chunks", "dh"):
+    tokens = "20 of 40 tokens; logits of 10 at a time, gradient of 10, in 4,000 bytes"
+    products = "products: 2 of student's logits, 2 of dh"
+    for expected in ("forward_kl", "T = 2", "bucket over 4", tokens, products):
         assert expected in said, said
     assert "dW" not in said

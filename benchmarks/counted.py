@@ -1,0 +1,124 @@
+"""What the row kernels issue for an entry, and the share of the copy bandwidth that this allows.
+
+    python -m benchmarks.counted             # every divergence, dense bf16 rows
+    python -m benchmarks.counted --readme    # ... and write the README's table of it
+
+Compiles what a call of 8,192 x 151,936 launches by default, for sm_90 and without a GPU, counts
+(sass.py) and applies the model (roofline.py). ``BOUNDS`` is what tests/kernels/test_counted.py
+holds eight kernels to, so that no change costs instructions unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+# by absolute names, as in resources.py
+from fusedkd import divergences
+from fusedkd.benchmarks import machine_code, readme, resources, sass
+from fusedkd.benchmarks.kernel_jobs import DTYPES, Job
+from fusedkd.benchmarks.roofline import GPUS, VOCAB, Counts, share
+from fusedkd.kernels.triton import config, pointwise
+
+ROWS, TARGET = 8192, "sm_90"
+
+
+def job(divergence: str, dtype: str = "bf16", tail: str = "") -> Job:
+    """What a large call gets by default."""
+    return Job(TARGET, dtype, divergence, config.choose(ROWS, VOCAB, 132), "whole", tail=tail)
+
+
+def counts(divergence: str, dtype: str = "bf16", tail: str = "") -> Counts:
+    """Compile a kernel and count."""
+    chosen = job(divergence, dtype, tail)
+    kernel = resources.compiled(chosen)
+    student, teacher, grad = DTYPES[dtype]
+    read = student.itemsize + (0 if tail else teacher.itemsize)
+    every = sass.sweeps(sass.listing(machine_code.sass(kernel)), read, grad.itemsize)
+    two = tail == "bucket" or divergence in pointwise.CLOSED
+    report = resources.read(kernel, chosen)
+    return Counts(
+        sass.ordinary(every, 2 if two else 3),
+        report.registers,
+        kernel.metadata.num_warps,
+        report.spilled,
+    )
+
+
+class Bound(NamedTuple):
+    """Of a kernel: at most so many instructions, and so many on the special-function unit."""
+
+    divergence: str
+    instructions: float
+    special: float
+    dtype: str = "bf16"
+    tail: str = ""
+
+
+BOUNDS = (
+    Bound("forward_kl", 52.0, 4.6),
+    Bound("reverse_kl", 67.0, 3.6),
+    Bound("jsd", 171.0, 7.6),
+    Bound("total_variation", 90.0, 6.6),
+    Bound("alpha", 201.0, 9.0),
+    Bound("forward_kl", 50.0, 5.0, "fp32"),
+    Bound("jsd", 166.0, 7.6, "head"),
+    Bound("forward_kl", 38.0, 2.4, "bf16", "bucket"),
+)
+
+
+def line(name: str, dtype: str, counted: Counts) -> str:
+    sweeps = " + ".join(f"{sweep.instructions:.1f}" for sweep in counted.sweeps)
+    shares = [f"{gpu} {_percent(counted, gpu)} ({share(counted, GPUS[gpu]).limit})" for gpu in GPUS]
+    return (
+        f"{name:17}{dtype:5}{counted.registers:4} registers, {counted.spilled} spilled; "
+        f"instructions {sweeps} = {counted.instructions:.1f}, special {counted.special:.1f}; "
+        + ", ".join(shares)
+    )
+
+
+INTRODUCTION = """\
+**Counted, not measured.** Dense bf16 rows of 151,936 entries, loss and gradient with cross-entropy,
+T = 2: what the kernels compiled for sm_90 issue, the share of the copy bandwidth that a model
+allows them, and what keeps it from being more (`python -m benchmarks.counted --readme` wrote this;
+`benchmarks/roofline.py` says what the model leaves out).
+
+"""
+
+
+def markdown(table: dict[str, Counts]) -> str:
+    """The README's, until a GPU was at hand."""
+    rows = [
+        f"| `{name}` | {c.instructions:.0f} | {c.special:.1f} | "
+        + " | ".join(f"{_percent(c, gpu)}, {share(c, GPUS[gpu]).limit}" for gpu in GPUS)
+        + " |"
+        for name, c in table.items()
+    ]
+    titles = ["divergence", "instructions an entry", "of them special", *GPUS]
+    head = f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}\n"
+    return INTRODUCTION + head + "\n".join(rows)
+
+
+def _percent(counted: Counts, gpu: str) -> str:
+    return f"{100 * share(counted, GPUS[gpu]).share:.0f} %"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--divergences", nargs="+", choices=divergences.names(), help="these alone")
+    parser.add_argument("--readme", action="store_true", help="write the README's table")
+    arguments = parser.parse_args()
+    table = {}
+    for name in arguments.divergences or divergences.names():
+        table[name] = counts(name, arguments.dtype)
+        print(line(name, arguments.dtype, table[name]), flush=True)
+    if arguments.readme:
+        readme.replace(markdown(table))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

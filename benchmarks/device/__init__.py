@@ -1,0 +1,1 @@
+"""``make gpu``: what one short visit to a GPU can tell, in one command and without installing."""
