@@ -524,7 +524,7 @@ def test_ties_go_to_the_first_index() -> None:
 def test_nothing_to_do() -> None:
     answer = run(cpu, logits(0, 3, 10), logits(0, 3, 10), None, make_spec(10), metrics=True)
     assert (
-        answer.loss.shape == (0,) and answer.metrics is not None and answer.metrics.shape == (0, 7)
+        answer.loss.shape == (0,) and answer.metrics is not None and answer.metrics.shape == (0, 8)
     )
 
 
