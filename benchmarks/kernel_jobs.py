@@ -36,7 +36,7 @@ LAUNCHES = tuple(entry.launch(1, 262144, 132) for entry in launches.TABLE)
 TAILS = ("", "bucket", "drop")
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
-    "all": {"metrics": True, "bent_s": True, "bent_t": True},
+    "all": {"metrics": True, "transformed_s": True, "transformed_t": True},
 }
 
 
@@ -103,7 +103,7 @@ def sample() -> list[Job]:
 
 def _variant(dtype: str, divergence: str, flags: str, tail: str = "") -> config.Variant:
     variant = config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
-    return variant._replace(teacher=variant.student, bent_t=False) if tail else variant
+    return variant._replace(teacher=variant.student, transformed_t=False) if tail else variant
 
 
 def stages_of(
@@ -147,7 +147,7 @@ def _kernel(job: Job, variant: config.Variant) -> tuple[Any, dict[str, Any]]:
     if job.tail:
         of = (variant, job.launch, job.stage, job.tail == "bucket", job.backend)
         return sparse.sparse_kernel, sparse_ops.constants(*of)
-    return programs.row_kernel, config.constants(job.divergence, plan_of(job))
+    return programs.row_kernel, {"plan": plan_of(job)}
 
 
 def plan_of(job: Job) -> config.Plan | None:

@@ -154,7 +154,7 @@ class _FusedLoss(torch.autograd.Function):
             if len(grads) > len(kept):  # the powers of dense fp16 rows
                 upstream = upstream / grads.pop().view(upstream.shape if upstream.dim() else (-1,))
             results = [
-                _scaled(x, upstream, dtype, ctx.plan.backend)
+                scaled(x, upstream, dtype, ctx.plan.backend)
                 for x, dtype in zip(grads, kept, strict=True)
             ]
         made = iter(results)
@@ -205,7 +205,7 @@ def _deferred(spec: LossSpec, wanted: Wanted) -> bool:
     return spec.reduction == "none" and (wanted.weight or wanted.bias)
 
 
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:
+def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:
     """grad * factor in ``dtype``: in grad's own memory where that is right and this is the graph's
     last backward."""
     if stand_in(grad, factor):  # which may be later than the forward

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusedkd import autograd, backends, parallel
 from fusedkd.call import Arguments, Call
 from fusedkd.checks import check_whole
+from fusedkd.direct import direct_loss
 from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.divergences import Divergence
 from fusedkd.spec import METRIC_COLUMNS, OF_TEACHER
@@ -213,6 +214,8 @@ class KDLoss(nn.Module):
 
 
 def _compute(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
+    if not metrics and (loss := direct_loss(arguments)) is not None:
+        return loss, None
     student, teacher = arguments.student, arguments.teacher
     if arguments.group is not None or parallel.is_sharded(student, teacher):
         return _compute_sharded(arguments, metrics)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Call:
     ce: float = 1.0
     more: tuple[tuple[str, Any], ...] = ()  # further keywords
     mode: str = "train"  # "eval"; "metrics"; "frozen": the student's head has no gradient
+    launch: tuple[tuple[str, int], ...] = ()  # fields of the Launch, other than the table has them
     look: str = ""  # "masked", "ignored", "sliced", "close", "weights", "bent": the tensors'
 
     def but(self, **changes: Any) -> Call:
@@ -47,7 +49,7 @@ class Call:
         heads = f" H={self.hidden[0]}+{self.hidden[1]}" if any(self.hidden) else ""
         words = [self.divergence, self.form, self.dtype, f"{self.rows}x{self.vocab}{heads}"]
         words += [f"T={self.temperature:g}", "" if self.ce == 1 else f"ce={self.ce:g}", self.look]
-        words += [f"{key}={value}" for key, value in self.more]
+        words += [f"{key}={value}" for key, value in (*self.more, *self.launch)]
         words += ["" if self.mode == "train" else self.mode]
         return " ".join(filter(None, words))
 
@@ -164,7 +166,7 @@ def keywords_of(call: Call, card: Card) -> dict[str, Any]:
         "ce_weight": call.ce,
         **dict(call.more),
     }
-    return keywords if card.cuda else {**keywords, "backend": "triton"}
+    return {**keywords, "backend": card.backend} if card.backend else keywords
 
 
 def step_of(call: Call, problem: Problem) -> Callable[[], tuple[Any, ...]]:
@@ -172,6 +174,10 @@ def step_of(call: Call, problem: Problem) -> Callable[[], tuple[Any, ...]]:
     student, teacher, labels, keywords, leaves = problem
 
     def step() -> tuple[Any, ...]:
+        with launched(call):
+            return once()
+
+    def once() -> tuple[Any, ...]:
         if call.mode == "eval":
             with torch.no_grad():
                 return (kd_loss(student, teacher, labels, **keywords),)
@@ -182,7 +188,20 @@ def step_of(call: Call, problem: Problem) -> Callable[[], tuple[Any, ...]]:
         total = loss.sum() if loss.dim() else loss
         return loss.detach(), *torch.autograd.grad(total, list(leaves.values()))
 
-    return step
+    return step if call.launch else once
+
+
+@contextlib.contextmanager
+def launched(call: Call) -> Iterator[None]:
+    """Dense and sparse rows go by the call's launch instead of the table's."""
+    from fusedkd.kernels.triton import config
+
+    chosen = config.choose
+    try:
+        config.choose = lambda *size: replace(chosen(*size), **dict(call.launch))
+        yield
+    finally:
+        config.choose = chosen
 
 
 def moved(problem: Problem, card: Card) -> Problem:
@@ -195,5 +214,5 @@ def moved(problem: Problem, card: Card) -> Problem:
     else:
         teacher = teacher.to(card.device)
     labels = None if problem.labels is None else problem.labels.to(card.device)
-    keywords = problem.keywords | ({"backend": None} if card.cuda else {})
+    keywords = problem.keywords | {"backend": card.backend}
     return Problem(student, teacher, labels, keywords, {"logits": student})

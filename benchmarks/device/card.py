@@ -19,6 +19,7 @@ GB, GIB = 10**9, 1 << 30
 class Card:
     def __init__(self, kind: str) -> None:
         self.cuda, self.device = kind == "cuda", torch.device(kind)
+        self.backend = None if self.cuda else "triton"  # the interpreter has to be asked for
         self.processors = 4
         if self.cuda:
             self.processors = torch.cuda.get_device_properties(0).multi_processor_count

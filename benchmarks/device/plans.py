@@ -38,6 +38,9 @@ class Sizes:
     watched: int = 2048  # rows under ncu
 
 
+# Beside the table's: its lines were written without a GPU.
+LAUNCHES = tuple((("warps", warps), ("unroll", unroll)) for warps in (8, 16) for unroll in (1, 2))
+
 FULL = Sizes()
 TINY = Sizes(
     tiny=True, rows=2, vocab=600, others=(301,), few=(1, 1100), laps=2, copies=(0.001,),
@@ -67,6 +70,7 @@ def judged(z: Sizes) -> list[Call]:
     for name in ("forward_kl", "jsd", "total_variation"):
         calls += [base.but(divergence=name, form="drop"), odd.but(divergence=name, temperature=1.0)]
     calls += [odd.but(divergence=name, form="renormalize") for name in ("forward_kl", "jsd")]
+    calls += [base.but(divergence="jsd", launch=launch) for launch in LAUNCHES]
     calls += [base.but(vocab=v, divergence=d) for v in z.small for d in ("reverse_kl", "jsd")]
     for name in ("mixed_kl", "jsd"):
         calls += [call.but(divergence=name) for call in _special(base, odd, head)]
@@ -96,6 +100,7 @@ def _of_a_dry_run(base: Call, odd: Call, head: Call) -> list[Call]:
     calls += [odd.but(divergence="alpha", dtype="fp32")]
     calls += [base.but(form="bucket"), base.but(form="drop"), chunked(head), head.but(look="bent")]
     calls += [odd.but(look=look) for look in ("masked", "ignored")]
+    calls += [odd.but(launch=LAUNCHES[1])]
     return [*calls, odd.but(look="sliced", rows=4)]
 
 
@@ -113,7 +118,7 @@ def timed(z: Sizes) -> list[Call]:
         calls += [one.but(mode="metrics"), one.but(mode="eval"), one.but(form="bucket")]
         calls += [one.but(dtype="fp32", rows=max(1, z.rows // 2)), one.but(form="drop")]
         calls += [one.but(vocab=v, rows=max(1, z.rows * z.vocab // v)) for v in z.others]
-        calls += [one.but(rows=z.few[0], vocab=z.few[1])]
+        calls += [one.but(rows=z.few[0], vocab=z.few[1]), *(one.but(launch=x) for x in LAUNCHES)]
     return calls[:: 9 if z.tiny else 1]
 
 
@@ -140,7 +145,8 @@ def of_the_host(z: Sizes) -> dict[str, Call]:
         "dense": small,
         "jsd": small.but(divergence="jsd"),
         "bucket": small.but(form="bucket"),
-        "head": small.but(form="head", hidden=(64, 64)),
+        # how many rows count is known: without it the host asks the GPU, once a call
+        "head": small.but(form="head", hidden=(64, 64), more=(("num_counted", 8),)),
         "many rows": small.but(divergence="jsd", rows=2 * z.smoke, vocab=z.odd),
         "pieces": small.but(divergence="jsd", rows=z.pieces[0], vocab=z.pieces[1]),
     }

@@ -22,7 +22,7 @@ ABSENT = -300.0  # as a logit at T = 1
 
 
 def run(journal: Journal, card: Card, sizes: Sizes) -> None:
-    check = _judge()
+    check = judge()
     for call in plans.judged(sizes):
         journal.item(call.label, check, call, card)
         card.free() if call.rows * call.vocab > 1 << 24 else None
@@ -37,7 +37,7 @@ def run(journal: Journal, card: Card, sizes: Sizes) -> None:
         journal.item(name, work, odd, card)
 
 
-def _judge() -> Callable[[Call, Card], Item]:
+def judge() -> Callable[[Call, Card], Item]:
     """The tests' own oracle and budgets, which lie in the checkout."""
     root = place.checkout()
     support = root / "tests/support" if root else Path("nowhere")

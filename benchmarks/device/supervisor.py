@@ -18,6 +18,7 @@ from .steps import STEPS
 from .table import headline, table
 
 RESTARTS = 10
+STEP_LIMIT = "the step's limit"
 LEAST = 8  # seconds below which nothing is begun
 
 
@@ -31,7 +32,7 @@ class Supervisor:
             folder.mkdir(parents=True, exist_ok=True)
         self.log = (self.out / "log.txt").open("a")
         self.running: list[Run] = []
-        gpu = place.smi("name") if args.device == "cuda" else "none"
+        gpu = place.smi("name").splitlines()[0] if args.device == "cuda" else "none"
         key = {"source": place.source_hash(self.root), "device": args.device, "gpu": gpu}
         self.report: dict[str, Any] = {"key": key, "steps": {}}
         self.same_state = False  # whether the journals in the state are of this source and GPU
@@ -115,7 +116,8 @@ class Run:
         )
         self.path = self.orders.journal
         keep = items_of(self.path) if visit.same_state and name != "compile" else []
-        kept = [line for line in keep if line.get("skipped") != NO_TIME]
+        late = (NO_TIME, STEP_LIMIT)  # what only lacked time is done again
+        kept = [x for x in keep if x.get("skipped") not in late and x.get("error") not in late]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.begun, self.starts, self.size = time.monotonic(), 0, -1
         self.limit = min(self.step.limit * args.limit_scale, visit.left())
@@ -140,7 +142,7 @@ class Run:
         if code is None:
             if self.left() < 0:
                 self.end()
-                self.blame(f"the step's limit of {self.limit:.0f} s")
+                self.blame(STEP_LIMIT)
                 return self.finish(f"over its limit of {self.limit:.0f} s")
             if time.monotonic() - self.since > self.item_limit:
                 self.end()

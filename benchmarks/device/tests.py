@@ -29,7 +29,7 @@ def _pytest(orders: Orders) -> Item:
     command += ["-c", f"{orders.root}/pyproject.toml", *(str(tests / name) for name in files)]
     if importlib.util.find_spec("xdist") and orders.device == "cuda":
         command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
-    code, text = output_of(command, orders.left)
+    code, text = output_of(command, orders.left, PYTHONSAFEPATH="")
     said = [x for x in text.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", x)]
     last = (said or text.strip().splitlines() or ["no output"])[-1][:160]
     failed = [x[:160] for x in text.splitlines() if x.startswith(("FAILED", "ERROR"))][:12]

@@ -1,12 +1,15 @@
-"""The least that the machine could take: the bytes of logits moved, the bare products of heads."""
+"""The least that it could take: the bytes of logits moved, the bare products of heads; of a small
+call, an autograd function."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .case import DTYPES, Case, Problem, native_dtype
-from .provider import FLOOR, Forward, Provider
+from .provider import EMPTY, FLOOR, Forward, Provider
 
 
 def _floor(case: Case, problem: Problem) -> Forward:
@@ -69,4 +72,28 @@ def _products(case: Case, problem: Problem) -> Forward:
     return multiply
 
 
-LEAST = Provider(FLOOR, "the bytes or matrix products alone", lambda case: None, _floor)
+class _Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x  # type: ignore[no-any-return]
+
+
+def _empty(case: Case, problem: Problem) -> Forward:
+    return lambda: _Empty.apply(problem.student)
+
+
+def _empty_missing(case: Case) -> str | None:
+    alone = case.form == "dense" and case.mode == "train"
+    return None if alone else "is measured with logits and their gradient"
+
+
+LEAST = [
+    Provider(FLOOR, "the bytes or matrix products alone", lambda case: None, _floor, bare=True),
+    Provider(EMPTY, "an autograd function alone", _empty_missing, _empty, bare=True),
+]

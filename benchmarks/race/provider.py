@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .case import Case, Problem
 
-OURS, FLOOR = "fusedkd", "floor"
+OURS, FLOOR, EMPTY = "fusedkd", "floor", "empty"
 
 Forward = Callable[[], Tensor | None]  # one forward; None where there is nothing to differentiate
 
@@ -24,6 +24,7 @@ class Provider:
     reason_missing: Callable[[Case], str | None]
     prepare: Callable[[Case, Problem], Forward]
     omits_entropy: bool = False  # its loss lacks the teacher's entropy: no error, said in a note
+    bare: bool = False  # computes no loss: there is nothing to check, nor memory to speak of
 
 
 def beta_of(case: Case) -> float | None:

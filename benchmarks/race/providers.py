@@ -5,4 +5,4 @@ from .peers import PEERS
 from .plain import PLAIN
 from .provider import Provider
 
-PROVIDERS: dict[str, Provider] = {each.name: each for each in [*PLAIN, *PEERS, LEAST]}
+PROVIDERS: dict[str, Provider] = {each.name: each for each in [*PLAIN, *PEERS, *LEAST]}

@@ -17,6 +17,7 @@ from .case import Case
 from .check import Wrong
 from .options import AXES
 from .plots import plot_all
+from .provider import EMPTY
 from .providers import PROVIDERS
 from .results import Report, file_name, load
 from .runner import Effort, Group, restricted, run_group, ticks
@@ -81,6 +82,7 @@ def _custom(options: Namespace, axes: dict[str, list[object]]) -> list[Group]:
     """One group per combination; but one group for all sizes, so that growth can be plotted."""
     sizes = {axis: axes.get(axis, [getattr(Case(), axis)]) for axis in ("n", "vocab")}
     others = {axis: values for axis, values in axes.items() if axis not in sizes}
+    names = tuple(options.providers or (name for name in PROVIDERS if name != EMPTY))
     groups = []
     for chosen in itertools.product(*others.values()):
         base = Case(device=options.device, **dict(zip(others, chosen, strict=True)))  # type: ignore[arg-type]
@@ -89,7 +91,7 @@ def _custom(options: Namespace, axes: dict[str, list[object]]) -> list[Group]:
             for point in itertools.product(*sizes.values())
         )
         title = cases[0].label if len(cases) == 1 else f"{base.form}, {base.divergence}"
-        groups.append(Group(title, cases, tuple(PROVIDERS), memory=options.memory))
+        groups.append(Group(title, cases, names, memory=options.memory))
     return groups
 
 

@@ -69,7 +69,7 @@ def run_group(group: Group, effort: Effort, tick: Callable[[], None]) -> GroupRe
         _race(group, ready, effort, tick)
     if group.memory:
         for row, case, provider in ready:
-            if provider.name != FLOOR:
+            if not provider.bare:
                 row.peak_bytes, row.memory_reason = peak_extra(case, provider.name)
             tick()
     result = GroupResult(group.title, rows)
@@ -106,7 +106,7 @@ def _check(ready: Ready, problems: _Problems, tick: Callable[[], None]) -> None:
     verdicts = {}
     for row, case, provider in ready:
         tick()
-        if provider.name == FLOOR:
+        if provider.bare:
             continue
         # N and threads do not change what 16 rows are checked for
         key = case.but(n=min(case.n, 16), threads=None, inplace=False)

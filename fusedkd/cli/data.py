@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 from fusedkd.data.arguments import DataArguments
@@ -14,12 +16,19 @@ Show what a run would train on: counts, and rows as the models will see them. Ta
 for the data as fusedkd distill and cache; needs a tokenizer, and no model.
 
 Tokens that carry a label, on which the student is trained, are coloured (between [[ and ]] where
-there is no colour); the others are only read."""
+there is no colour); the others are only read.
+
+With --output, write what a run will ask its teacher, for a teacher that is asked elsewhere: a line
+{"prompt_token_ids": [...]} for each sequence, as vLLM's offline engine takes them. Its answers
+become a cache (fusedkd cache import), which serves fusedkd distill with the same flags for the
+data."""
 
 EXAMPLES = """\
 examples:
   Is it the answers that are trained on, and do they end?
     fusedkd data --tokenizer ./student --data chat.jsonl
+  For a teacher that answers elsewhere:
+    fusedkd data --tokenizer ./student --data corpus/ --output blocks.jsonl
   A data set of the hub, packed, each token on a line:
     fusedkd data --tokenizer ./student --data HuggingFaceH4/ultrachat_200k:train_sft \\
       --data_streaming --packing flatten --max_length 4096 --tokens --samples 1"""
@@ -37,6 +46,7 @@ def main(argv: list[str]) -> int:
     add("--teacher", metavar="DIR", help="instead, or beside it: they must agree")
     add("--samples", type=number(0), default=3, metavar="N", help="rows to show; 3")
     add("--tokens", action="store_true", help="a line for each token: position, id, label")
+    add("--output", type=Path, metavar="FILE", help="write the sequences that a run will ask for")
     add_fields(parser, DataArguments, ("mlm_probability", "mlm_smoothing"))
     args = parser.parse_args(argv)
     flags = of_fields(DataArguments, args)
@@ -49,8 +59,31 @@ def main(argv: list[str]) -> int:
     if not (args.tokenizer or models):
         raise UserError("--tokenizer is missing: expected a folder or hub name, or --student.")
     tokenizer = load_tokenizer(args.tokenizer, **models)
+    if args.output is not None:
+        return _write(args.output, flags, tokenizer)
     rows = load_rows(flags, tokenizer)
     _show(rows, tokenizer, args.samples, args.tokens)
+    return 0
+
+
+def _write(path: Path, flags: DataArguments, tokenizer: Any) -> int:
+    """Every sequence once, in the order of its first appearance."""
+    from fusedkd.cache.keys import sequence_key, tokenizer_hash
+    from fusedkd.data.loading import load_rows
+    from fusedkd.files import replace_file
+
+    if flags.data_streaming:
+        raise UserError("--output with --data_streaming: a stream has no end: expected no stream.")
+    # rows that are flattened are asked for sequence by sequence
+    rows = load_rows(flags, tokenizer, "none" if flags.packing == "flatten" else None)
+    name = tokenizer_hash(tokenizer)
+    lines: dict[bytes, str] = {}
+    for part in (rows.train, rows.test):
+        for row in part or ():
+            ids = row["input_ids"]
+            lines.setdefault(sequence_key(ids, name), json.dumps({"prompt_token_ids": ids}))
+    replace_file(path, "".join(f"{line}\n" for line in lines.values()))
+    print(f"{path}: {len(lines):,} sequences; {rows.summary}")
     return 0
 
 

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
+from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, put_tokens, row_factors
+from fusedkd.spec import LossSpec
 from fusedkd.tape import Tape
 
 from .products import head_dtypes, mm_
@@ -35,11 +37,15 @@ __all__ = [
     "instruction_set",
     "mm_",
     "observe",
+    "reduced",
     "rows",
     "scale_",
+    "token_gradient",
+    "token_statistics",
     "unavailable",
 ]
 
+CPU = torch.device("cpu")
 LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
 
 # Of rows in pieces, both sides in bf16; by whether d D / d log q is kept from one verb to the next,
@@ -68,7 +74,7 @@ def unavailable() -> str | None:
 
 def _register_fakes() -> None:
     """For tensors without memory: what the operators write to is all that they give."""
-    for name in ("rows", "scale_", "matmul"):
+    for name in ("rows", "scale_", "matmul", "token_statistics", "token_gradient"):
         torch.library.register_fake(f"fusedkd_cpu::{name}", lambda *_: None)
 
 
@@ -144,6 +150,22 @@ class Numbers(NamedTuple):
     rounding: float  # SparseRows.rounding
 
 
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+    operator, mean = _ops().reduced.default, spec.reduction == "mean"
+    settings = *_settings(spec), spec.ignore_index, mean
+
+    def compute(
+        student: Tensor, teacher: Tensor, labels: Tensor | None, gradient: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
+        loss = student.new_empty((), dtype=torch.float64 if wide else torch.float32)
+        grad = empty(student.shape, dtype=student.dtype, device=CPU) if gradient else None
+        done = operator(student, teacher, labels, *settings, loss, grad)
+        return (loss, grad) if done else None
+
+    return compute
+
+
 def rows(call: RowCall) -> Rows:
     results = call.results()
     _ops().rows.default(*_arguments(call), results.loss, call.grad, results.metrics)
@@ -217,6 +239,12 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         tail = TAILS.get(teacher.tail, 0)
     else:
         side, indices, rounding, tail = call.teacher_logits, None, 0.0, 0
+    head = call.student, side, indices, tail, call.labels, call.row_scale
+    return *head, *_settings(spec, rounding), spec.vocab_size
+
+
+def _settings(spec: LossSpec, rounding: float = 0.0) -> tuple[str, tuple[float, ...]]:
+    """The divergence's name in the extension, and every number."""
     numbers = Numbers(
         temperature=spec.temperature,
         teacher_temperature=spec.teacher_temperature,
@@ -230,8 +258,7 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
         rounding=rounding,
     )
     name, parameters = _listed(spec.divergence)
-    head = call.student, side, indices, tail, call.labels, call.row_scale
-    return *head, name, (*numbers, *parameters), spec.vocab_size
+    return name, (*numbers, *parameters)
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -245,3 +272,21 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
 
 def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     _ops().scale_.default(grad if out is None else out, grad, factor)
+
+
+def token_statistics(call: TokenCall) -> Tensor:
+    n, k = call.tokens.shape
+    statistics = call.logits.new_empty((n, len(FIELDS) + k), dtype=torch.float64)
+    _ops().token_statistics.default(*_of_tokens(call), call.entropy, statistics)
+    return statistics
+
+
+def token_gradient(call: TokenCall, statistics: Tensor, factors: Factors, out: Tensor) -> None:
+    constant, linear = row_factors(call, factors)
+    _ops().token_gradient.default(*_of_tokens(call), statistics, constant, linear, out)
+    put_tokens(call, statistics, factors, out)
+
+
+def _of_tokens(call: TokenCall) -> tuple[Any, ...]:
+    numbers = [call.temperature, *call.how]
+    return call.logits, call.counts, call.tokens, numbers, [call.part.offset, call.part.columns]

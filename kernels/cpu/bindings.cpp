@@ -1,16 +1,12 @@
 // torch.ops.fusedkd_cpu: tensors in, plain calls out, rows shared among torch's own threads. Stable
 // ABI only.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -23,17 +19,8 @@
 #include "memory.h"
 #include "tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace fusedkd {
 namespace {
-
-// Work for one thread below which a second one does not pay, in vocabulary entries.
-constexpr int64_t kGrain = 32768;
-// Gradients of at least this many bytes are written past the caches: they would not stay there
-// anyhow.
-constexpr int64_t kStreamBytes = 16 << 20;
 
 const InstructionSet& pick() {
   const char* asked = std::getenv("FUSEDKD_CPU_ISA");
@@ -57,10 +44,12 @@ const InstructionSet& pick() {
   return base_set();
 }
 
+}  // namespace
 const InstructionSet& instructions() {
   static const InstructionSet& set = pick();
   return set;
 }
+namespace {
 
 // Sets of one divergence each, compiled for it: fusedkd.kernels.cpu.emit. They stay.
 std::map<std::string, const InstructionSet*>& own_sets() {
@@ -88,17 +77,6 @@ Listing find(const std::string& divergence) {
   return own == own_sets().end() ? Listing{instructions(), -1} : Listing{*own->second, 0};
 }
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "fusedkd_cpu: expected float64, float32, bfloat16 or float16");
-  }
-  return DType::f32;
-}
-
 // Two rows of both sides that fit in there do not drive each other out.
 int64_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -109,46 +87,26 @@ int64_t l2_bytes() {
 #endif
 }
 
-Logits logits_of(const Tensor& t, double scale, double softcap) {
-  STD_TORCH_CHECK(
-      t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
-      "fusedkd_cpu: expected (batch, tokens, columns) with unit stride in the last dimension");
-  return {pointer(t), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
-}
-
-// Calls `one(row, next)` for each row; `next` is what the same thread does then, or -1. Which
-// thread does a row does not matter to its result, so threads take the next one when they are free:
-// rows that do not count cost nothing, and neighbours on the machine disturb less.
-template <class One> void for_rows(int64_t rows, int64_t columns, const One& one) {
-  if (rows == 0) return;
-  const int64_t workers =
-      std::min<int64_t>({torch::stable::get_num_threads(), rows, rows * columns / kGrain + 1});
-  const int64_t batch = std::max<int64_t>(
-      1, std::min(kGrain / 2 / std::max<int64_t>(columns, 1), rows / workers / 4));
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    auto claim = [&] { return next.fetch_add(batch, std::memory_order_relaxed); };
-    for (int64_t from = claim(), then; from < rows; from = then) {
-      then = claim();
-      const int64_t last = std::min(rows, from + batch) - 1;
-      for (int64_t row = from; row < last; ++row) one(row, row + 1);
-      one(last, then < rows ? then : -1);
-    }
-  });
-}
-
 // `numbers`: as in Numbers, the divergence's parameters behind them as far as it has any.
-RowsCall call_of(const Listing& listing, const Tensor& student, const Tensor& teacher,
-                 const std::optional<Tensor>& indices, int64_t tail,
-                 const std::optional<Tensor>& labels, const Tensor& row_scale,
-                 const std::vector<double>& numbers, int64_t vocabulary,
-                 const std::vector<int64_t>& part) {
+RowsCall call_of(const Listing& listing, const std::vector<double>& numbers) {
   constexpr size_t kMost = sizeof(Numbers) / sizeof(double), kLeast = kMost - kParameters;
   RowsCall call{};
   STD_TORCH_CHECK(numbers.size() >= kLeast && numbers.size() <= kMost,
                   "fusedkd_cpu: wrong number of parameters");
   std::copy(numbers.begin(), numbers.end(),
             reinterpret_cast<double*>(static_cast<Numbers*>(&call)));
+  call.divergence = listing.index;
+  STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence");
+  call.disjoint = listing.set.disjoint(call.divergence, call.parameters);
+  return call;
+}
+
+RowsCall call_of(const Listing& listing, const Tensor& student, const Tensor& teacher,
+                 const std::optional<Tensor>& indices, int64_t tail,
+                 const std::optional<Tensor>& labels, const Tensor& row_scale,
+                 const std::vector<double>& numbers, int64_t vocabulary,
+                 const std::vector<int64_t>& part) {
+  RowsCall call = call_of(listing, numbers);
   call.student = logits_of(student, call.student_scale, call.student_softcap);
   call.batch = student.size(0), call.tokens = student.size(1);
   call.vocabulary = call.columns = vocabulary;
@@ -158,9 +116,6 @@ RowsCall call_of(const Listing& listing, const Tensor& student, const Tensor& te
                       call.offset + call.columns <= vocabulary && row_scale.numel() == count &&
                       (!labels || labels->numel() == count),
                   "fusedkd_cpu: shapes of student, labels and row_scale do not match");
-  call.divergence = listing.index;
-  STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence");
-  call.disjoint = listing.set.disjoint(call.divergence, call.parameters);
   call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
   call.row_scale = pointer(row_scale), call.wide = dtype_of(row_scale) == DType::f64;
   if (!indices) {
@@ -241,6 +196,61 @@ void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, int64_t
   for_each_row(listing.set, call);
 }
 
+// The scale of each row, whose sum is 1 with `mean`, and 0 where it does not count. False: a label
+// that does lies outside the vocabulary.
+template <class T> bool weigh(const RowsCall& call, int64_t ignore_index, bool mean, T* scale) {
+  int64_t counted = 0;
+  for (int64_t row = 0; row < call.tokens; ++row) {
+    const int64_t label = call.labels ? call.labels[row] : 0;
+    const bool counts = !call.labels || label != ignore_index;
+    if (counts && (label < 0 || label >= call.vocabulary)) return false;
+    scale[row] = counts, counted += counts;
+  }
+  const T each = mean ? 1 / static_cast<T>(std::max<int64_t>(counted, 1)) : 1;
+  for (int64_t row = 0; row < call.tokens; ++row) scale[row] *= each;
+  return true;
+}
+
+template <class T>
+bool reduced_rows(const InstructionSet& set, RowsCall& call, int64_t ignore_index, bool mean,
+                  T* sum) {
+  std::vector<T> scale(call.tokens), loss(call.tokens);
+  if (!weigh(call, ignore_index, mean, scale.data())) return false;
+  call.row_scale = scale.data(), call.loss = loss.data(), call.wide = sizeof(T) == sizeof(double);
+  for_each_row(set, call);
+  *sum = static_cast<T>(std::accumulate(loss.begin(), loss.end(), 0.0));
+  return true;
+}
+
+// The rows of contiguous logits and of a gradient like them, from labels to the sum of their
+// losses.
+bool reduced(Tensor student, Tensor teacher, std::optional<Tensor> labels, std::string divergence,
+             std::vector<double> numbers, int64_t ignore_index, bool mean, Tensor loss,
+             std::optional<Tensor> grad) {
+  const Listing listing = find(divergence);
+  RowsCall call = call_of(listing, numbers);
+  const int64_t columns = student.size(-1), all = student.numel();
+  auto flat = [&](const Tensor& t, double scale, double softcap) {
+    STD_TORCH_CHECK(t.is_contiguous() && t.numel() == all,
+                    "fusedkd_cpu: expected contiguous logits of one shape");
+    return Logits{pointer(t), all, columns, dtype_of(t), scale, softcap};
+  };
+  call.student = flat(student, call.student_scale, call.student_softcap);
+  call.teacher = flat(teacher, call.teacher_scale, call.teacher_softcap);
+  call.batch = 1, call.tokens = all / columns;
+  call.vocabulary = call.columns = call.grad_columns = columns;
+  STD_TORCH_CHECK(!labels || (labels->is_contiguous() && labels->numel() == call.tokens),
+                  "fusedkd_cpu: expected contiguous labels, one a token");
+  call.labels = labels ? pointer<int64_t>(*labels) : nullptr;
+  if (grad) {
+    call.grad = flat(*grad, 1, 0);
+    call.stream = all * static_cast<int64_t>(grad->element_size()) >= kStreamBytes;
+  }
+  return dtype_of(loss) == DType::f64
+             ? reduced_rows(listing.set, call, ignore_index, mean, pointer<double>(loss))
+             : reduced_rows(listing.set, call, ignore_index, mean, pointer<float>(loss));
+}
+
 // One verb of fusedkd.kernels on the columns from part[0] on, part[1] in number, in fp64 where
 // part[2] says so.
 void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> indices,
@@ -273,58 +283,6 @@ bool keeps(std::string divergence) {
   return listing.set.keeps(listing.index);
 }
 
-// Rows of a (batch, tokens, columns) tensor with unit last stride, or of any contiguous one; `out`
-// is the same tensor, or contiguous.
-void scale_(Tensor out, Tensor data, Tensor factor) {
-  const bool per_row = factor.dim() > 0;
-  const int64_t all = data.numel();
-  STD_TORCH_CHECK(out.numel() == all && (out.data_ptr() == data.data_ptr() || out.is_contiguous()),
-                  "fusedkd_cpu::scale_: expected a contiguous output of as many entries");
-  if (all == 0) return;
-  ScaleCall call{};
-  call.data = pointer(data), call.out = pointer(out), call.inner_rows = 1;
-  call.per_row = per_row, call.dtype = dtype_of(data), call.out_dtype = dtype_of(out);
-  if (data.dim() == 3 && !data.is_contiguous()) {
-    call.rows = data.size(0) * data.size(1), call.columns = data.size(2);
-    call.inner_rows = data.size(1), call.stride_outer = data.stride(0),
-    call.stride_inner = data.stride(1);
-  } else {
-    STD_TORCH_CHECK(data.is_contiguous(), "fusedkd_cpu::scale_: expected a contiguous tensor");
-    // with a single factor, rows are only what threads share
-    call.rows = per_row ? factor.numel() : (all + kGrain - 1) / kGrain;
-    call.columns = per_row ? all / factor.numel() : kGrain;
-    call.stride_outer = call.columns;
-  }
-  call.out_stride = call.columns;
-  std::vector<double> factors(factor.numel());
-  const void* numbers = pointer(factor);
-  for (size_t i = 0; i < factors.size(); ++i)
-    factors[i] = dtype_of(factor) == DType::f64 ? static_cast<const double*>(numbers)[i]
-                                                : static_cast<const float*>(numbers)[i];
-  STD_TORCH_CHECK(!per_row || static_cast<int64_t>(factors.size()) == call.rows,
-                  "fusedkd_cpu::scale_: expected one factor, or one per row");
-  if (!per_row && factors[0] == 1 && call.out == call.data) return;
-  call.factors = factors.data();
-  const bool flat = !per_row && data.is_contiguous();
-  for_rows(call.rows, call.columns, [&](int64_t row, int64_t) {
-    ScaleCall part = call;
-    if (flat) part.columns = std::min(kGrain, all - row * kGrain);
-    instructions().scale(part, row);
-  });
-}
-
-// Uninitialised and contiguous, on the CPU; see Spare.
-Tensor spare(std::vector<int64_t> shape, ScalarType dtype, int64_t bytes) {
-  const Spare::Block block = Spare::instance().take(bytes);
-  STD_TORCH_CHECK(block.data != nullptr, "fusedkd_cpu: cannot allocate memory: ", bytes,
-                  " bytes were asked for");
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
-  return torch::stable::from_blob(block.data, shape, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-                                  [block](void*) { Spare::instance().give(block); });
-}
-
 std::string instruction_set() { return instructions().name; }
 bool knows(std::string divergence) { return find(divergence).index >= 0; }
 
@@ -340,6 +298,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
       "str divergence, float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, "
       "Tensor(c!)? metrics) -> ()");
   m.def(
+      "reduced(Tensor student, Tensor teacher, Tensor? labels, str divergence, float[] numbers, "
+      "int "
+      "ignore_index, bool mean, Tensor(a!) loss, Tensor(b!)? grad) -> bool");
+  m.def(
       "piece(int verb, Tensor student, Tensor teacher, Tensor? indices, int tail, Tensor? "
       "labels, Tensor row_scale, "
       "str divergence, float[] numbers, int vocabulary, int[] part, bool measures, Tensor(a!)? "
@@ -349,8 +311,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
       "Tensor(g!)? again) -> ()");
   m.def("register_set(str name, int set, int[] layout) -> ()");
   m.def("keeps(str divergence) -> bool");
-  m.def("scale_(Tensor(a!) out, Tensor data, Tensor factor) -> ()");
-  m.def("spare(int[] shape, ScalarType dtype, int bytes) -> Tensor");
 }
 
 // Those without a tensor to go by. What they do not touch, fake tensors among it, has its kernels
@@ -360,11 +320,10 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("knows", TORCH_BOX(&fusedkd::knows));
   m.impl("register_set", TORCH_BOX(&fusedkd::register_set));
   m.impl("keeps", TORCH_BOX(&fusedkd::keeps));
-  m.impl("spare", TORCH_BOX(&fusedkd::spare));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CPU, m) {
   m.impl("rows", TORCH_BOX(&fusedkd::rows));
+  m.impl("reduced", TORCH_BOX(&fusedkd::reduced));
   m.impl("piece", TORCH_BOX(&fusedkd::piece));
-  m.impl("scale_", TORCH_BOX(&fusedkd::scale_));
 }

@@ -7,19 +7,15 @@
 // processor has no such instructions, matmul_supported() says no and Python multiplies otherwise.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "memory.h"
 #include "tensors.h"
 
+using fusedkd::ScalarType;
 using fusedkd::Scratch;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using fusedkd::Tensor;
 
 #if defined(__x86_64__)
 #include <cpuid.h>

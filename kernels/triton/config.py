@@ -55,14 +55,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import launches, pointwise
+from . import launches, lean, pointwise
 from .launches import Launch
+from .numerics import INTERPRETED as _INTERPRETED
+
+INTERPRETED = bool(_INTERPRETED.value)
 
 # Threads of a warp on NVIDIA; AMD's CDNA has 64.
 WARP = {"cuda": 32, "hip": 64}
 MOST_REGISTERS = 128  # per thread, on NVIDIA
 # Statistics that the programs of a row hand on (programs.py, sparse.py), and sums after them.
-PARTIALS, SPARSE_PARTIALS, SUMS = 13, 7, 2
+PARTIALS, SPARSE_PARTIALS, SUMS = 17, 7, 2
 
 
 def _threads(launch: Launch, target: str) -> int:
@@ -76,7 +79,8 @@ class Tiling:
     """How a kernel walks a row; see sweeps.py."""
 
     acc: tl.dtype
-    lanes: int
+    lanes: int  # threads
+    unroll: int  # lines of a lane in a tile
     width: int  # entries per lane: 16 bytes of the smallest item
     item: int  # bytes of the smallest item among the tensors
     aligned: bool  # all of them reach a 16-byte boundary at the same column, in every row
@@ -97,15 +101,32 @@ class Plan(Tiling):
     stage: str  # see programs.py
     pieces: int  # a power of two
     stages: int  # see Launch
-    lead: str  # which tensor has the smallest items
-    closed: bool  # the statistics give the divergence (pointwise.CLOSED)
-    forward: bool  # ... from KL(p || q)
-    reverse: bool  # ... from KL(q || p)
+    aligned_to: str  # which tensor has the smallest items
+    nvidia: bool  # its approximate instructions are there
+    careful: Any  # the divergence's function in pointwise.py
+    form: lean.Lean
+    exact: bool  # fp64, entry by entry
+    closed: bool  # the statistics give the divergence, ...
+    kls: bool  # ... as a mix of KL(p || q) and KL(q || p)
+    forward: bool  # they hold the gaps weighted by p
+    reverse: bool  # ... and by q
+    powers: int  # ... sums of powers, see Lean
+    terms: bool  # there is a sweep for the divergence's value
+    unroll_terms: int  # its lines of a lane
+    late: bool  # it is that of the gradient
     mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
+    teacher: bool  # it has a say
+    kd: bool  # in the loss too
     ce: bool  # cross-entropy, for the loss or for the metrics
+    power: int  # the student's temperature if it is 1 or 2, else 0
+    smoothing: bool
     metrics: bool
-    bent_s: bool  # the student's logits are scaled or capped
-    bent_t: bool
+    transformed_s: bool  # the student's logits are scaled or capped
+    transformed_t: bool
+
+    @cached_property
+    def cache_key(self) -> str:  # Triton's, so that an edited divergence is compiled anew
+        return " ".join((self._text, self.careful.cache_key, self.form.cache_key))
 
 
 @lru_cache(maxsize=1024)
@@ -140,10 +161,13 @@ class Variant(NamedTuple):
     grad: torch.dtype | None
     divergence: str
     aligned: bool = True
+    kd: bool = True
     ce: bool = True
+    power: int = 2
+    smoothing: bool = False
     metrics: bool = False
-    bent_s: bool = False
-    bent_t: bool = False
+    transformed_s: bool = False
+    transformed_t: bool = False
 
 
 def stages(variant: Variant, launch: Launch) -> tuple[str, ...]:
@@ -160,26 +184,43 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         named["grad"] = variant.grad
     lead = min(named, key=lambda name: named[name].itemsize)
     item = named[lead].itemsize
-    closed = pointwise.CLOSED.get(variant.divergence)
-    wide = torch.float64 in (variant.student, variant.teacher)
+    form = lean.FORMS[variant.divergence]
+    exact = torch.float64 in (variant.student, variant.teacher)
+    kls, powers = variant.divergence in pointwise.KLS, 0 if exact else form.powers
+    # with twice the lines these spill (benchmarks/resources.py)
+    unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
     return Plan(
-        acc=tl.float64 if wide else tl.float32,
-        lanes=_threads(launch, target) * launch.unroll,
+        acc=tl.float64 if exact else tl.float32,
+        lanes=_threads(launch, target),
+        unroll=unroll,
         width=16 // item,
         item=item,
         aligned=variant.aligned,
         stage=stage,
         pieces=launch.pieces,
         stages=launch.stages,
-        lead=lead,
-        closed=closed is not None,
-        forward=closed is not None and closed.forward,
-        reverse=closed is not None and closed.reverse,
+        aligned_to=lead,
+        nvidia=target == "cuda" and not INTERPRETED,
+        careful=function(variant.divergence),
+        form=form,
+        exact=exact,
+        closed=kls or powers > 0,
+        kls=kls,
+        forward=form.forward,
+        reverse=form.reverse,
+        powers=powers,
+        terms=form.terms is not None,
+        unroll_terms=1 if form.heavy else unroll,
+        late=powers > 0 and variant.kd and variant.grad is not None and stage == "whole",
         mixes=variant.divergence in pointwise.MIXTURES,
+        teacher=variant.kd or variant.metrics,
+        kd=variant.kd,
         ce=variant.ce,
+        power=variant.power,
+        smoothing=variant.smoothing,
         metrics=variant.metrics,
-        bent_s=variant.bent_s,
-        bent_t=variant.bent_t,
+        transformed_s=variant.transformed_s,
+        transformed_t=variant.transformed_t,
     )
 
 
@@ -201,8 +242,12 @@ def most_registers(plan: Plan | None) -> int:
     """
     if plan is None or plan.stage != "statistics":
         return MOST_REGISTERS
-    head = plan.lead == "grad"  # its logits are wider than their gradient
-    return 160 if head and plan.metrics and plan.bent_s and plan.bent_t else MOST_REGISTERS
+    head = plan.aligned_to == "grad"  # its logits are wider than their gradient
+    return (
+        160
+        if head and plan.metrics and plan.transformed_s and plan.transformed_t
+        else MOST_REGISTERS
+    )
 
 
 # A copy with one factor: wide enough to saturate memory, nothing else to weigh.
@@ -213,21 +258,12 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
     """The compile-time half of ``scale_kernel``."""
     return Tiling(
         acc=tl.float64 if dtype == torch.float64 else tl.float32,
-        lanes=_threads(SCALE, target) * SCALE.unroll,
+        lanes=_threads(SCALE, target),
+        unroll=SCALE.unroll,
         width=16 // dtype.itemsize,
         item=dtype.itemsize,
         aligned=True,  # a tensor is always aligned with itself
     )
-
-
-def constants(divergence: str, plan: Plan) -> dict[str, Any]:
-    """The constexpr arguments of a row kernel."""
-    closed = pointwise.CLOSED.get(divergence)
-    return {
-        "DIVERGENCE": function(divergence),
-        "COMBINE": closed.combine if closed else None,
-        "plan": plan,
-    }
 
 
 def function(divergence: str) -> Any:

@@ -123,6 +123,41 @@ def expm1_small(x):
 
 
 @triton.jit
+def at_most(x, bound):
+    """min(x, bound), and the bound where x is NaN."""
+    if INTERPRETED:  # noqa: SIM108 - its minimum is NumPy's, which keeps a NaN
+        y = tl.where(x < bound, x, bound)
+    else:
+        y = tl.minimum(x, bound)
+    return y
+
+
+@triton.jit
+def log2_near(x, plan: tl.constexpr):
+    """log2 x, off by up to 2^-22, absolutely near 1 and relatively elsewhere: one instruction where
+    libdevice takes twenty."""
+    if plan.nvidia:
+        y = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.log2(x)
+    return y
+
+
+@triton.jit
+def reciprocal_near(x, plan: tl.constexpr):
+    """1 / x to about one unit in the last place."""
+    if plan.nvidia:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = 1.0 / x
+    return y
+
+
+@triton.jit
 def transform(x, scale, cap):
     """(z, dz / dx) for z = cap tanh(scale x / cap), or scale x where cap is 0.
 

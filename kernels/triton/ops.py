@@ -56,17 +56,21 @@ def scratch(call: RowCall, launch: config.Launch, partials: int) -> dict[str, Te
 
 
 def _variant(call: RowCall) -> config.Variant:
-    sides = [call.student, call.teacher_logits]
+    sides, spec = [call.student, call.teacher_logits], call.spec
+    ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
     return config.Variant(
         student=call.student.dtype,
         teacher=call.teacher_logits.dtype,
         grad=None if call.grad is None else call.grad.dtype,
-        divergence=call.spec.divergence.name,
+        divergence=spec.divergence.name,
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
-        ce=call.labels is not None and (call.spec.ce_weight != 0 or call.metrics),
+        kd=spec.kd_scale != 0,
+        ce=ce,
+        power=power(spec) if ce else 1,
+        smoothing=ce and spec.label_smoothing != 0,
         metrics=call.metrics,
-        bent_s=call.spec.student_transform != IDENTITY,
-        bent_t=call.spec.teacher_transform != IDENTITY,
+        transformed_s=spec.student_transform != IDENTITY,
+        transformed_t=spec.teacher_transform != IDENTITY,
     )
 
 
@@ -76,10 +80,8 @@ def _launchers(variant: config.Variant, launch: config.Launch) -> tuple[tuple[La
     made = []
     for stage in config.stages(variant, launch):
         plan = config.plan(variant, launch, stage, device.TARGET)
-        constants = config.constants(variant.divergence, plan)
-        launcher = Launcher(
-            programs.row_kernel, constants, config.options(launch, device.TARGET, plan)
-        )
+        options = config.options(launch, device.TARGET, plan)
+        launcher = Launcher(programs.row_kernel, {"plan": plan}, options)
         made.append((launcher, programs_a_row(variant, launch, stage)))
     return tuple(made)
 
@@ -109,10 +111,13 @@ def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, i
 def numbers(spec: LossSpec) -> dict[str, float | int]:
     """What a kernel is told of the hyper-parameters; a training repeats them."""
     a, b = (*map(float, spec.divergence.params), 0.0, 0.0)[:2]
+    if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
+        b = 1.0 - a
     return {
         "vocab": spec.vocab_size,
         "inverse_s": 1.0 / spec.temperature,
         "inverse_t": 1.0 / spec.teacher_temperature,
+        "ratio": spec.temperature / spec.teacher_temperature,
         "s_scale": float(spec.student_transform.scale),
         "s_cap": float(spec.student_transform.softcap),
         "t_scale": float(spec.teacher_transform.scale),
@@ -122,9 +127,12 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
-        # Temperatures at which the cross-entropy needs no exponential of its own (sweeps._at_one).
-        "power": int(spec.temperature) if spec.temperature in (1, 2) else 0,
     }
+
+
+def power(spec: LossSpec) -> int:
+    """Temperatures at which the cross-entropy needs no exponential of its own (stats.at_unit)."""
+    return int(spec.temperature) if spec.temperature in (1, 2) else 0
 
 
 def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:

@@ -11,16 +11,12 @@ parameters (0 where there are fewer). ``grad`` is d value / d lq. The kernels ta
 a finite gradient. A NaN logit need not come through: its row's normaliser is NaN, and with that the
 kernels poison the row.
 
-The budget is about 36 instructions per entry over all sweeps (config.py), so the formulas are
-written for few exponentials rather than for looks.
 
-A divergence that is linear in KL(p || q) and KL(q || p) may say so in ``CLOSED``: the statistics
-sweep then gives its value and the sum of its gradients, and the middle sweep is left out.
+These are the careful ones, for what they are called with one by one; whole rows that hold nothing
+special go by lean.py.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -157,36 +153,6 @@ def alpha_beta(lp, lq, gap, p, q, a, b):
 # entries, the few of a sparse teacher are computed in fp64 (sparse.py).
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
-# --------------------------------------------------------------------------------------------------
-# the trait: (KL(p || q), KL(q || p), a, b) -> (value, sum of grad over the vocabulary)
-
-
-@triton.jit
-def _forward_closed(forward, reverse, a, b):
-    return forward, tl.zeros_like(forward) - 1.0
-
-
-@triton.jit
-def _reverse_closed(forward, reverse, a, b):
-    return reverse, reverse + 1.0
-
-
-@triton.jit
-def _mixed_closed(forward, reverse, a, b):
-    return a * forward + (1.0 - a) * reverse, (1.0 - a) * (reverse + 1.0) - a
-
-
-@dataclass(frozen=True)
-class Closed:
-    """How a divergence follows from the two KLs, and which of them it reads."""
-
-    combine: triton.JITFunction
-    forward: bool
-    reverse: bool
-
-
-CLOSED = {
-    "forward_kl": Closed(_forward_closed, forward=True, reverse=False),
-    "reverse_kl": Closed(_reverse_closed, forward=False, reverse=True),
-    "mixed_kl": Closed(_mixed_closed, forward=True, reverse=True),
-}
+# Mixes of KL(p || q) and KL(q || p): infinite where q = 0 < p or p = 0 < q, so these tell a huge
+# gap from an infinite one.
+KLS = ("forward_kl", "reverse_kl", "mixed_kl")

@@ -1,4 +1,4 @@
-"""The kernels that are launched, made of the sweeps in sweeps.py.
+"""The kernels that are launched, made of sweeps (row.py) and steps (stats.py, sweeps.py).
 
 ``row_kernel`` comes in two structures:
 
@@ -14,112 +14,143 @@ what is compiled ahead of time in benchmarks/resources.py is what is launched. H
 travel as fp64 and are rounded once, to the accumulation type.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, log_ratio, log_sum, reciprocal, rounded, scalar, transform
-from .sweeps import (
+from .numerics import LN2, LOG2E, log_sum, reciprocal, rounded, scalar
+from .row import (
     INFINITY,
-    _edge_columns,
-    _geometry,
-    _merge,
-    _row,
-    _tile,
-    gradient,
-    middle,
-    statistics,
+    Shape,
+    Sides,
+    Span,
+    Transform,
+    cut,
+    edge_columns,
+    lines_behind,
+    pointers,
+    row_start,
+    share,
+    sweep,
+    sweep_columns,
+    through,
+    whole,
+    within,
     zeros,
+)
+from .stats import Scales, Side, Statistics, added, merged, nothing_seen, observe, paired, resolved
+from .sweeps import (
+    Comparing,
+    Gradient,
+    compare,
+    compare_carefully,
+    nothing_summed,
+    slope,
+    slope_carefully,
+    write,
+    write_carefully,
 )
 
 POINTERS = (
     *("student", "teacher", "grad", "labels", "row_scale"),
     *("loss", "metrics", "partial", "sums"),
 )
-SIZES = ("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t", "vocab", "columns", "power")
+SIZES = ("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t", "vocab", "columns")
+
+
+class Weights(NamedTuple):
+    """Of a row's terms."""
+
+    row: Any
+    kd: Any
+    ce: Any
+    smoothing: Any
+
+
+class Label(NamedTuple):
+    column: Any  # -1: none
+    student: Any  # raw logits there, read before any gradient is written: that may go over them
+    teacher: Any
+
+
+class Compared(NamedTuple):
+    """What a row's divergence comes to."""
+
+    value: Any
+    sum_grad: Any
+    ordinary: Any  # whether the lean way is right
+    forwards: Any  # which way the last sweep goes: against the one before it
 
 
 @triton.jit
-def _shape(row, grad, columns, plan: tl.constexpr):
-    """The geometry, by the tensor with the smallest items: its boundaries are everybody's."""
-    if plan.lead == "student":
-        shape = _geometry(row[0], columns, plan)
-    elif plan.lead == "teacher":
-        shape = _geometry(row[1], columns, plan)
+def _shape(sides, grad, columns, plan: tl.constexpr):
+    """By the tensor with the smallest items: its boundaries are everybody's."""
+    if plan.aligned_to == "student":
+        shape = cut(sides.student, columns, plan)
+    elif plan.aligned_to == "teacher":
+        shape = cut(sides.teacher, columns, plan)
     else:
-        shape = _geometry(grad, columns, plan)
+        shape = cut(grad, columns, plan)
     return shape
 
 
 @triton.jit
-def _norm(state, inverse_s, inverse_t, plan: tl.constexpr):
-    """What turns a logit into a probability (sweeps._pair)."""
-    log_s, log_t = log_sum(state[2], plan.acc), log_sum(state[3], plan.acc)
-    over_s, over_t = reciprocal(state[2]).to(plan.acc), reciprocal(state[3]).to(plan.acc)
-    k_s, k_t = inverse_s * LOG2E, inverse_t * LOG2E
-    ratio = log_ratio(state[2], state[3], plan.acc)
-    return (state[0], state[1], k_s, k_t, inverse_s, inverse_t, log_s, log_t, over_s, over_t,
-            ratio)  # fmt: skip
-
-
-@triton.jit
-def _mean(total, weight, plan: tl.constexpr):
-    """total / weight, from units of log2 to nats."""
-    return (total * reciprocal(weight) * LN2).to(plan.acc)
-
-
-@triton.jit
-def _closed(state, norm, a_b, COMBINE: tl.constexpr, plan: tl.constexpr):
-    """(value, sum of grad, whether they hold).
-
-    The value takes log(A / B), not log A - log B: exactly 0 for p = q. The sum of grad belongs to
-    the gaps as the gradient sweep will see them, with both logs rounded: else grad - q sum grad
-    keeps their rounding errors, which should cancel.
-    """
-    forward, reverse = _mean(state[6], state[3], plan), _mean(state[7], state[2], plan)
-    exact, seen = norm[10], norm[6] - norm[7]
-    value, _ = COMBINE(forward + exact, reverse - exact, a_b[0], a_b[1])
-    _, slope = COMBINE(forward + seen, reverse - seen, a_b[0], a_b[1])
-    return value, slope, tl.abs(value) < INFINITY
-
-
-@triton.jit
-def _at_label(student, labels, n, bend, plan: tl.constexpr):
-    """The student's logit at the label, read before any gradient is written: that may go over the
-    logits, by another program of the row, or by a warp that is ahead (the statistics' barriers lie
-    between this and that)."""
-    z = scalar(0.0, plan.acc)
+def _label(sides, labels, n, plan: tl.constexpr):
+    column = tl.full([], -1, tl.int32)
+    student, teacher = scalar(0.0, plan.acc), scalar(0.0, plan.acc)
     if plan.ce:
-        z = tl.load(student + tl.load(labels + n)).to(plan.acc)
-        if plan.bent_s:
-            z, _ = transform(z, bend[0], bend[1])
-    return z
+        column = tl.load(labels + n).to(tl.int32)
+        student = tl.load(sides.student + column).to(plan.acc)
+        teacher = student
+        if plan.teacher:
+            teacher = tl.load(sides.teacher + column).to(plan.acc)
+    return Label(column, student, teacher)
+
+
+# --------------------------------------------------------------------------------------------------
+# loss and metrics
 
 
 @triton.jit
-def _cross_entropy(state, z, smoothing, plan: tl.constexpr):
-    log_one = log_sum(state[4], plan.acc)
-    hard, soft = (state[0] - z) + log_one, (state[0] - state[5].to(plan.acc)) + log_one
-    # Without smoothing the mean plays no part: it is -inf in a row with a masked entry.
-    return tl.where(smoothing == 0, hard, (1.0 - smoothing) * hard + smoothing * soft)
+def _cross_entropy(of, label, sides, weights, vocab, plan: tl.constexpr):
+    z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
+    log_unit = log_sum(of.unit, plan.acc)
+    ce = (of.student.max - z) + log_unit
+    if plan.smoothing:
+        mean = (of.mean / vocab.to(tl.float32)).to(plan.acc)
+        soft = (of.student.max - mean) + log_unit
+        ce = (1.0 - weights.smoothing) * ce + weights.smoothing * soft
+    return ce
 
 
 @triton.jit
-def _write(loss, metrics, n, state, norm, value, ce, label, weights, plan: tl.constexpr):
+def _entropy(side, softmax, plan: tl.constexpr):
+    return softmax.log_sum - (side.own * reciprocal(side.sum) * LN2).to(plan.acc)
+
+
+@triton.jit
+def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, plan: tl.constexpr):
     """The row's loss, and its metrics in the order of spec.METRIC_COLUMNS."""
-    scale, kd_scale, ce_weight, _ = weights
-    kd_term = tl.where(kd_scale == 0, 0.0, kd_scale * value)
-    ce_term = tl.where(ce_weight == 0, 0.0, ce_weight * ce)
-    tl.store(loss + n, scale * (kd_term + ce_term))
-    if metrics is not None:
-        out = metrics + n.to(tl.int64) * 8
+    ce = scalar(float("nan"), plan.acc)
+    if plan.ce:
+        ce = _cross_entropy(of, label, sides, weights, vocab, plan)
+    sum_of_terms = scalar(0.0, plan.acc)
+    if plan.kd:
+        sum_of_terms += weights.kd * value
+    if plan.ce:
+        sum_of_terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
+    tl.store(loss + n, weights.row * sum_of_terms)
+    if plan.metrics:
+        out, unknown = metrics + n.to(tl.int64) * 8, scalar(float("nan"), plan.acc)
         tl.store(out, value)
         tl.store(out + 1, ce)
-        tl.store(out + 2, norm[7] - _mean(state[8], state[3], plan))
-        tl.store(out + 3, norm[6] - _mean(state[9], state[2], plan))
-        tl.store(out + 4, (state[10] == state[11]).to(plan.acc))
-        unknown = scalar(float("nan"), plan.acc)
-        tl.store(out + 5, (state[10] == label).to(plan.acc) if plan.ce else unknown)
-        tl.store(out + 6, (state[11] == label).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 2, _entropy(of.teacher, pair.teacher, plan))
+        tl.store(out + 3, _entropy(of.student, pair.student, plan))
+        at_s, at_t = of.student.at, of.teacher.at
+        tl.store(out + 4, (at_s == at_t).to(plan.acc))
+        tl.store(out + 5, (at_s == label.column).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 6, (at_t == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 7, unknown)
 
 
@@ -136,155 +167,266 @@ def _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan: tl.
         zeros(grad, shape, span, vocab if leader else columns, columns, plan)
 
 
-@triton.jit
-def _finish(
-    row, grad, labels, loss, metrics, n, shape, span, bend, state, at_label, norm, sums,
-    weights, vocab, columns, power, a_b, leader,
-    DIVERGENCE: tl.constexpr, plan: tl.constexpr,
-):  # fmt: skip
-    """Write the loss (the leader does), then the gradient over the span."""
-    scale, kd_scale, ce_weight, smoothing = weights
-    label, ce = -1, scalar(float("nan"), plan.acc)
-    one, smooth, hot = scale, scale, scale
-    if plan.ce:
-        label = tl.load(labels + n).to(tl.int32)
-        ce = _cross_entropy(state, at_label, smoothing, plan)
-        one = scale * ce_weight * reciprocal(state[4]).to(plan.acc)
-        if not plan.closed:  # there powered is q = 2^a / sum, not 2^a
-            total = state[2].to(plan.acc)
-            over = tl.where(power == 2, total * total, total)
-            one *= tl.where(power == 0, 1.0, over)
-        smooth = scale * ce_weight * smoothing / vocab.to(plan.acc)
-        hot = scale * ce_weight * (1.0 - smoothing)
-    if leader:
-        _write(loss, metrics, n, state, norm, sums[0], ce, label, weights, plan)
-    if grad is not None:
-        pull = (sums[1], scale * kd_scale * norm[4], one, smooth, hot, label, power)
-        gradient(row, grad, shape, span, bend, norm, pull, a_b, DIVERGENCE, plan)
-        beyond = vocab if leader else columns
-        zeros(grad, shape, (0, 0, 0), beyond, columns, plan)
-
-
 # --------------------------------------------------------------------------------------------------
-# a row in pieces: what one launch leaves for the next, (13, pieces) statistics (the last one is the
-# logit at the label, the same in all) and (2, pieces) sums
+# a row in pieces: what one launch leaves for the next, statistics and the label's logits (the same
+# in all) as (PARTIALS, pieces), and sums as (2, pieces); config.PARTIALS
 
 
 @triton.jit
-def _leave(partial, n, piece, state, at_label, plan: tl.constexpr):
-    at = partial + n.to(tl.int64) * (13 * plan.pieces) + piece
-    for field in tl.static_range(12):
-        tl.store(at + field * plan.pieces, state[field].to(tl.float64))
-    tl.store(at + 12 * plan.pieces, at_label.to(tl.float64))
+def _flat(of, label):
+    s, t = of.student, of.teacher
+    return (s.max, s.sum, s.gap, s.own, s.at, t.max, t.sum, t.gap, t.own, t.at,
+            of.unit, of.mean, of.cross, of.power_s, of.power_t,
+            label.student, label.teacher)  # fmt: skip
 
 
 @triton.jit
-def _pieces(partial, n, field: tl.constexpr, of: tl.constexpr, plan: tl.constexpr):
+def _leave(partial, n, piece, fields, plan: tl.constexpr):
+    at = partial + n.to(tl.int64) * (len(fields) * plan.pieces) + piece
+    for i in tl.static_range(len(fields)):
+        tl.store(at + i * plan.pieces, fields[i].to(tl.float64))
+
+
+@triton.jit
+def pieces(partial, n, field: tl.constexpr, of: tl.constexpr, plan: tl.constexpr):
     at = partial + n.to(tl.int64) * (of * plan.pieces) + field * plan.pieces
     return tl.load(at + tl.arange(0, plan.pieces))
 
 
 @triton.jit
-def _recall(partial, n, plan: tl.constexpr):
-    top_s, top_t = _pieces(partial, n, 0, 13, plan), _pieces(partial, n, 1, 13, plan)
-    at_s, at_t = _pieces(partial, n, 10, 13, plan), _pieces(partial, n, 11, 13, plan)
-    return (
-        top_s.to(plan.acc), top_t.to(plan.acc),
-        _pieces(partial, n, 2, 13, plan), _pieces(partial, n, 3, 13, plan),
-        _pieces(partial, n, 4, 13, plan), _pieces(partial, n, 5, 13, plan),
-        _pieces(partial, n, 6, 13, plan), _pieces(partial, n, 7, 13, plan),
-        _pieces(partial, n, 8, 13, plan), _pieces(partial, n, 9, 13, plan),
-        at_s.to(tl.int32), at_t.to(tl.int32),
+def _side(partial, n, first: tl.constexpr, plan: tl.constexpr):
+    return Side(
+        pieces(partial, n, first, 17, plan).to(plan.acc), pieces(partial, n, first + 1, 17, plan),
+        pieces(partial, n, first + 2, 17, plan), pieces(partial, n, first + 3, 17, plan),
+        pieces(partial, n, first + 4, 17, plan).to(tl.int32),
     )  # fmt: skip
 
 
 @triton.jit
-def _span(shape, piece, plan: tl.constexpr):
-    """(first tile, last tile, edges) of a piece; the edges belong to the last piece."""
-    _, tiles, edges = shape
-    share = tl.cdiv(tiles, plan.pieces)
-    first = tl.minimum(piece * share, tiles)
-    last = tl.minimum(first + share, tiles)
-    return first, last, tl.where(piece == plan.pieces - 1, edges, 0)
+def _recall(partial, n, labels, plan: tl.constexpr):
+    of = Statistics(
+        _side(partial, n, 0, plan), _side(partial, n, 5, plan),
+        pieces(partial, n, 10, 17, plan), pieces(partial, n, 11, 17, plan),
+        pieces(partial, n, 12, 17, plan), pieces(partial, n, 13, 17, plan),
+        pieces(partial, n, 14, 17, plan),
+    )  # fmt: skip
+    at = partial + n.to(tl.int64) * (17 * plan.pieces)
+    column = tl.full([], -1, tl.int32)
+    if plan.ce:
+        column = tl.load(labels + n).to(tl.int32)
+    student = tl.load(at + 15 * plan.pieces).to(plan.acc)
+    return of, Label(column, student, tl.load(at + 16 * plan.pieces).to(plan.acc))
+
+
+# --------------------------------------------------------------------------------------------------
+# the divergence, and the gradient
 
 
 @triton.jit
-def _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
-          DIVERGENCE: tl.constexpr, COMBINE: tl.constexpr, plan: tl.constexpr):  # fmt: skip
-    """(value, sum of grad) of the row; the stage "middle" leaves those of its piece instead."""
-    if plan.closed:
-        value, sum_grad, holds = _closed(state, norm, a_b, COMBINE, plan)
+def _swept(STEP: tl.constexpr, sums, n, piece, sides, shape, span, by, unroll: tl.constexpr,
+           plan: tl.constexpr):  # fmt: skip
+    """The sums of a row over a sweep of its own; the stage "middle" leaves those of its piece."""
+    if plan.stage == "gradient":
+        first = tl.sum(pieces(sums, n, 0, 2, plan), axis=0)
+        second = tl.sum(pieces(sums, n, 1, 2, plan), axis=0)
     else:
-        value, sum_grad, holds = norm[0], norm[0], False
-    if not holds:
-        if plan.stage == "gradient":
-            value = tl.sum(_pieces(sums, n, 0, 2, plan), axis=0).to(plan.acc)
-            sum_grad = tl.sum(_pieces(sums, n, 1, 2, plan), axis=0).to(plan.acc)
+        swept = nothing_summed(plan)
+        if unroll:
+            swept = sweep(STEP, swept, sides, shape, span, by, True, "evict_last", unroll, plan)
         else:
-            value, sum_grad = middle(row, shape, span, bend, norm, a_b, DIVERGENCE, plan)
-        if plan.stage == "middle":
-            at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
-            tl.store(at, value.to(tl.float64))
-            tl.store(at + plan.pieces, sum_grad.to(tl.float64))
-    unsound = (norm[6] - norm[6]) + (norm[7] - norm[7])  # 0, or NaN where a logit was
-    return value + unsound, sum_grad + unsound
+            swept = sweep_columns(STEP, swept, sides, shape, span, by, plan)
+        first, second = added(swept.first), added(swept.second)
+    if plan.stage == "middle":
+        at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
+        tl.store(at, first)
+        tl.store(at + plan.pieces, second)
+    return first.to(plan.acc), second.to(plan.acc)
+
+
+@triton.jit
+def _compared(of, pair, sums, n, piece, sides, shape, span, a, b, plan: tl.constexpr):
+    zero = scalar(0.0, plan.acc)
+    value, sum_grad, ordinary, forwards = zero, zero, True, True
+    careful: tl.constexpr = 0 if plan.powers else 1
+    if plan.teacher and plan.closed:
+        value, sum_grad = plan.form.closed(of, pair, a, b, plan)
+        ordinary = (tl.abs(value) < INFINITY) & (tl.abs(sum_grad) < INFINITY)
+        if plan.terms and not plan.late:
+            if ordinary:
+                by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
+                first, second = _swept(
+                    compare, sums, n, piece, sides, shape, span, by, plan.unroll_terms, plan
+                )
+                value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
+        else:
+            forwards = False
+        if not ordinary:
+            by = Comparing(pair, (a,), a, b)
+            value, sum_grad = _swept(
+                compare_carefully, sums, n, piece, sides, shape, span, by, careful, plan
+            )
+    elif plan.teacher and plan.exact:
+        by = Comparing(pair, (a,), a, b)
+        value, sum_grad = _swept(compare_carefully, sums, n, piece, sides, shape, span, by, 1, plan)
+    elif plan.teacher:
+        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
+        first, second = _swept(
+            compare, sums, n, piece, sides, shape, span, by, plan.unroll_terms, plan
+        )
+        value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
+    if plan.teacher:  # NaN where a logit was
+        unsound = pair.student.log_sum - pair.student.log_sum
+        unsound += pair.teacher.log_sum - pair.teacher.log_sum
+        value, sum_grad = value + unsound, sum_grad + unsound
+    return Compared(value, sum_grad, ordinary, forwards)
+
+
+@triton.jit
+def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.constexpr):
+    kd = weights.row * weights.kd * pair.student.inverse_t
+    unit, smooth, hot = weights.row, weights.row, weights.row
+    if plan.ce:
+        of_ce = weights.row * weights.ce
+        unit = of_ce * reciprocal(of.unit).to(plan.acc)
+        smooth = of_ce * weights.smoothing / vocab.to(plan.acc)
+        hot = of_ce * (1.0 - weights.smoothing)
+    constants, terms = (kd,), (kd,)
+    if plan.kd and not plan.exact:
+        constants = plan.form.factors(of, pair, compared.sum_grad, kd, a, b, plan)
+    if plan.late:
+        terms = plan.form.constants(of, pair, a, b, plan)
+    return Gradient(
+        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b
+    )
+
+
+@triton.jit
+def _write_label(label, sides, span, shape, by, SLOPE: tl.constexpr, plan: tl.constexpr):
+    """The label's entry, over what the sweep wrote there without looking."""
+    if within(label.column, span, shape, plan):
+        z_s, raw = through(label.student, None, sides.of_student, plan.transformed_s)
+        z_t, _ = through(label.teacher, None, sides.of_teacher, plan.transformed_t)
+        g = (SLOPE(z_s, z_t, by, plan) - by.hot) * (raw if plan.transformed_s else 1.0)
+        g = tl.where(z_s == -INFINITY, 0.0, g)
+        tl.debug_barrier()
+        tl.store(by.grad + label.column, rounded(g, by.grad.dtype.element_ty))
+
+
+@triton.jit
+def _gradient_leanly(label, sides, span, shape, by, compared, plan: tl.constexpr):
+    """The divergence's value too, if that is summed here."""
+    value, back = compared.value, not compared.forwards
+    if plan.late:
+        start = nothing_summed(plan)
+        sums = sweep(write, start, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+        first, second = added(sums.first).to(plan.acc), added(sums.second).to(plan.acc)
+        value, _ = plan.form.summed(first, second, compared.sum_grad, by.a, by.b)
+        value += compared.sum_grad - compared.sum_grad
+    else:
+        nothing = tl.full([], 0, tl.int32)  # it carries nothing
+        sweep(write, nothing, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+    if plan.ce:
+        _write_label(label, sides, span, shape, by, slope, plan)
+    return value
+
+
+@triton.jit
+def _gradient_carefully(label, sides, span, shape, by, plan: tl.constexpr):
+    nothing = tl.full([], 0, tl.int32)
+    if plan.powers == 0:
+        sweep(write_carefully, nothing, sides, shape, span, by, False, "evict_first", 1, plan)
+    else:
+        sweep_columns(write_carefully, nothing, sides, shape, span, by, plan)
+    if plan.ce:
+        _write_label(label, sides, span, shape, by, slope_carefully, plan)
+
+
+@triton.jit
+def _gradient(label, sides, span, shape, by, compared, plan: tl.constexpr):
+    value = compared.value
+    if plan.exact:
+        _gradient_carefully(label, sides, span, shape, by, plan)
+    elif plan.closed and plan.teacher:
+        if compared.ordinary:
+            value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
+        else:
+            _gradient_carefully(label, sides, span, shape, by, plan)
+    else:
+        value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
     labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 8) or None; N = B T
-    partial, sums,  # fp64 (N, 13, pieces), (N, 2, pieces), or None in the stage "whole"
+    partial, sums,  # fp64 (N, PARTIALS, pieces), (N, 2, pieces), or None in the stage "whole"
     length: tl.int32, s_b: tl.int64, s_t: tl.int64, t_b: tl.int64, t_t: tl.int64,
     g_b: tl.int64, g_t: tl.int64, vocab: tl.int32, columns: tl.int32,
     inverse_s: tl.float64, inverse_t: tl.float64,  # 1 / temperature
+    ratio: tl.float64,  # the student's temperature over the teacher's
     s_scale: tl.float64, s_cap: tl.float64, t_scale: tl.float64, t_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
     a: tl.float64, b: tl.float64,  # parameters of the divergence
-    power: tl.int32,  # the student's temperature if it is 1 or 2, else 0
-    DIVERGENCE: tl.constexpr, COMBINE: tl.constexpr, plan: tl.constexpr,
+    plan: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces)."""
     acc: tl.constexpr = plan.acc
     n, piece = tl.program_id(0), tl.program_id(1)
-    row = _row(student, n, length, s_b, s_t), _row(teacher, n, length, t_b, t_t)
     if grad is not None:
-        grad = _row(grad, n, length, g_b, g_t)
-    shape = _shape(row, grad, vocab, plan)
+        grad = row_start(grad, n, length, g_b, g_t)
+    sides = Sides(
+        row_start(student, n, length, s_b, s_t),
+        row_start(teacher, n, length, t_b, t_t),
+        Transform(scalar(s_scale, acc), scalar(s_cap, acc)),
+        Transform(scalar(t_scale, acc), scalar(t_cap, acc)),
+    )
+    shape = _shape(sides, grad, vocab, plan)
     if plan.stage == "whole":
-        span, leader = (0, shape[1], shape[2]), True
+        span, leader = whole(shape), True
     else:
-        span, leader = _span(shape, piece, plan), piece == 0
+        span, leader = share(shape, piece, plan), piece == 0
     scale = tl.load(row_scale + n)
     if scale == 0:
         if plan.stage == "whole" or plan.stage == "gradient":
             _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
-        a_b = scalar(a, acc), scalar(b, acc)
-        over_s, over_t = scalar(inverse_s, acc), scalar(inverse_t, acc)
-        bend_s = scalar(s_scale, acc), scalar(s_cap, acc)
-        bend_t = scalar(t_scale, acc), scalar(t_cap, acc)
-        bend = bend_s, bend_t
-        numbers = over_s * LOG2E, over_t * LOG2E, 1.0 / vocab.to(acc), power
+        first, second = scalar(a, acc), scalar(b, acc)
+        of_s, of_t, over = scalar(inverse_s, acc), scalar(inverse_t, acc), scalar(ratio, acc)
+        scales = Scales(of_s * LOG2E, of_t * LOG2E, over, first, second)
         if plan.stage == "whole" or plan.stage == "statistics":
-            at_label = _at_label(row[0], labels, n, bend_s, plan)
-            state = statistics(row, shape, span, bend, numbers, plan)
+            label = _label(sides, labels, n, plan)
+            start = nothing_seen(plan)
+            of = sweep(
+                observe, start, sides, shape, span, scales, False, "evict_last", plan.unroll, plan
+            )
+            of = merged(resolved(of, sides, shape, plan), scales, plan)
         else:
-            state = _merge(_recall(partial, n, plan), numbers[0], numbers[1])
-            left = tl.load(partial + n.to(tl.int64) * (13 * plan.pieces) + 12 * plan.pieces)
-            at_label = left.to(acc)
+            of, label = _recall(partial, n, labels, plan)
+            of = merged(of, scales, plan)
         if plan.stage == "statistics":
-            _leave(partial, n, piece, state, at_label, plan)
+            _leave(partial, n, piece, _flat(of, label), plan)
         else:
-            norm = _norm(state, over_s, over_t, plan)
-            found = _sums(partial, sums, n, piece, row, shape, span, bend, state, norm, a_b,
-                          DIVERGENCE, COMBINE, plan)  # fmt: skip
+            pair = paired(of, of_s, of_t, over, plan)
+            compared = _compared(of, pair, sums, n, piece, sides, shape, span, first, second, plan)
             if plan.stage != "middle":
-                weights = (scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
-                           scalar(smoothing, acc))  # fmt: skip
-                _finish(row, grad, labels, loss, metrics, n, shape, span, bend, state, at_label,
-                        norm, found, weights, vocab, columns, power, a_b, leader,
-                        DIVERGENCE, plan)  # fmt: skip
+                weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
+                                  scalar(smoothing, acc))  # fmt: skip
+                if leader and not plan.late:
+                    _report(loss, metrics, n, of, pair, compared.value, label, sides, weights,
+                            vocab, plan)  # fmt: skip
+                if grad is not None:
+                    by = _factors(grad, shape, of, pair, compared, weights, vocab, first, second,
+                                  plan)  # fmt: skip
+                    value = _gradient(label, sides, span, shape, by, compared, plan)
+                    if plan.late:
+                        _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab,
+                                plan)  # fmt: skip
+                    beyond = vocab if leader else columns
+                    zeros(grad, shape, Span(0, 0, 0, 0), beyond, columns, plan)
 
 
 @triton.jit(
@@ -302,14 +444,19 @@ def scale_kernel(
     n, first = tl.program_id(0), tl.program_id(1)
     by = tl.load(factor + n * factor_step).to(plan.acc)
     if by != 1:
-        row = _row(x, n, length, x_b, x_t)
-        head, tiles, edges = _geometry(row, columns, plan)
+        row = row_start(x, n, length, x_b, x_t)
+        wide = cut(row, columns, plan)
         # int32, as in the other sweeps: with an int64 tile Triton sees no 16-byte access.
-        size = tl.full([], plan.lanes * plan.width, tl.int64)
-        for tile in range(first, tl.cast(tiles, tl.int32), tl.num_programs(1)):
-            at = _tile(row + tile * size, head, 0, plan)
+        size = tl.full([], plan.unroll * plan.lanes * plan.width, tl.int64)
+        for tile in range(first, tl.cast(wide.tiles, tl.int32), tl.num_programs(1)):
+            at = pointers(row + tile * size, wide, 0, plan.unroll, plan)
             tl.store(at, rounded(tl.load(at).to(plan.acc) * by, x.dtype.element_ty))
-        for start in range(0, tl.where(first == 0, edges, 0), plan.lanes * plan.width):
-            column, mask = _edge_columns(start, (head, tiles, edges), plan)
-            value = tl.load(row + column, mask=mask).to(plan.acc) * by
-            tl.store(row + column, rounded(value, x.dtype.element_ty), mask=mask)
+        if first == 0:
+            behind = Shape(wide.head, 0, wide.lines, wide.end, columns)
+            mask = lines_behind(behind, 0, plan.unroll, plan)
+            at = pointers(row + wide.tiles * size, behind, 0, plan.unroll, plan)
+            value = tl.load(at, mask=mask).to(plan.acc) * by
+            tl.store(at, rounded(value, x.dtype.element_ty), mask=mask)
+            at, mask = edge_columns(wide, columns - wide.end + wide.head, plan)
+            value = tl.load(row + at, mask=mask).to(plan.acc) * by
+            tl.store(row + at, rounded(value, x.dtype.element_ty), mask=mask)

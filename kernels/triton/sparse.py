@@ -25,9 +25,9 @@ from .numerics import (
     rounded,
     scalar,
 )
-from .programs import _drop, _pieces, _span
+from .row import INFINITY, NO_COLUMN
 from .sparse_sweeps import BLOCK, _gradient, _merge, _middle, _statistics
-from .sweeps import INFINITY, NO_COLUMN, _add, _geometry, _load, _row, zeros
+from .sparse_walk import _add, _drop, _geometry, _load, _pieces, _row, _span, zeros
 
 POINTERS = (
     *("student", "grad", "indices", "log_probs", "labels", "row_scale"),
@@ -76,7 +76,7 @@ def _held(held, known, start, bend, plan: tl.constexpr):
     ids, entries = known
     slot = start + tl.arange(0, BLOCK)
     id = tl.load(ids + slot, mask=slot < entries, other=NO_COLUMN)
-    z, slope = _load(held + slot, id != NO_COLUMN, bend, plan.acc, plan.bent_s, "")
+    z, slope = _load(held + slot, id != NO_COLUMN, bend, plan.acc, plan.transformed_s, "")
     return id, z, slope
 
 
@@ -200,7 +200,7 @@ def _scatter(
         if plan.ce:
             g += tl.exp2((z - norm[0]) * LOG2E) * one - smooth
             g = tl.where(id == label, g - hot, g)
-        if plan.bent_s:
+        if plan.transformed_s:
             g *= bent
         g = tl.where(z == -INFINITY, 0.0, g)
         inside = (id >= head + first * size) & (id < head + last * size)
@@ -215,7 +215,7 @@ def _scatter(
 
 @triton.jit
 def _cross_entropy(state, norm, held, known, bend, smoothing, plan: tl.constexpr):
-    z, _ = _load(held + known[1], None, bend, plan.acc, plan.bent_s, "")
+    z, _ = _load(held + known[1], None, bend, plan.acc, plan.transformed_s, "")
     hard, soft = (norm[0] - z) + norm[4], (norm[0] - state[4].to(plan.acc)) + norm[4]
     # Without smoothing the mean plays no part: it is -inf in a row with a masked entry.
     return tl.where(smoothing == 0, hard, (1.0 - smoothing) * hard + smoothing * soft)
@@ -296,12 +296,12 @@ def sparse_kernel(
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces). See programs.row_kernel."""
     acc: tl.constexpr = plan.acc
-    OUTSIDE: tl.constexpr = not (BUCKET or plan.closed)
+    OUTSIDE: tl.constexpr = not (BUCKET or plan.kls)
     n, piece = tl.program_id(0), tl.program_id(1)
     row = _row(student, n, length, s_b, s_t)
     if grad is not None:
         grad = _row(grad, n, length, g_b, g_t)
-    lead = row if plan.lead == "student" else grad
+    lead = row if plan.aligned_to == "student" else grad
     shape = _geometry(lead, vocab, plan)
     if plan.stage == "whole":
         span, leader = (0, shape[1], shape[2]), True

@@ -16,7 +16,7 @@ from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-TEACHERS = ("t_b", "t_t", "inverse_t", "t_scale", "t_cap")
+TEACHERS = ("t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
 
 
 def rows(call: RowCall) -> Rows:
@@ -54,12 +54,13 @@ def rows(call: RowCall) -> Rows:
 def stages(variant: config.Variant, launch: config.Launch, bucket: bool) -> tuple[str, ...]:
     """The launches of one call, in order: "middle" only where what is outside the ids has a say of
     its own."""
-    skipped = "middle" if bucket or variant.divergence in pointwise.CLOSED else ""
+    skipped = "middle" if bucket or variant.divergence in pointwise.KLS else ""
     return tuple(stage for stage in config.stages(variant, launch) if stage != skipped)
 
 
 def _numbers(call: RowCall) -> dict[str, float | int]:
     numbers = ops.layout(call.student, call.student, call.grad) | ops.numbers(call.spec)
+    numbers["power"] = ops.power(call.spec)
     return {name: x for name, x in numbers.items() if name not in TEACHERS}
 
 
@@ -73,7 +74,7 @@ def _variant(call: RowCall) -> config.Variant:
         aligned=config.aligned([student] if grad is None else [student, grad]),
         ce=call.labels is not None and (call.spec.ce_weight != 0 or call.metrics),
         metrics=call.metrics,
-        bent_s=call.spec.student_transform != IDENTITY,
+        transformed_s=call.spec.student_transform != IDENTITY,
     )
 
 

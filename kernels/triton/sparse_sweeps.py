@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 from .numerics import LOG2E, lowest, rounded
-from .sweeps import (
-    INFINITY,
-    NO_COLUMN,
+from .row import INFINITY, NO_COLUMN
+from .sparse_walk import (
     _add,
     _at_one,
     _edge_columns,
@@ -122,12 +121,12 @@ def _statistics(student, known, shape, span, bend, numbers, plan: tl.constexpr):
         start = shape[0] + tile * size
         at = start + _offsets(plan)
         pointers = _tile(student, shape[0], tile, plan)
-        z, _ = _load(pointers, None, bend, plan.acc, plan.bent_s, "evict_last")
+        z, _ = _load(pointers, None, bend, plan.acc, plan.transformed_s, "evict_last")
         rest, cursor = _cover(z, at, start + size, known, cursor)
         state = _observe(state, z, rest, at, None, numbers, plan)
     for start in range(0, edges, size):
         at, mask = _edge_columns(start, shape, plan)
-        z, _ = _load(student + at, mask, bend, plan.acc, plan.bent_s, "")
+        z, _ = _load(student + at, mask, bend, plan.acc, plan.transformed_s, "")
         rest = _cover_edges(z, at, shape, known, plan)
         state = _observe(state, z, rest, at, mask, numbers, plan)
     return _merge(state, numbers[0])
@@ -160,14 +159,14 @@ def _middle(
     for tile in range(first, last):
         start = shape[0] + tile * size
         pointers = _tile(student, shape[0], tile, plan)
-        z, _ = _load(pointers, None, bend, plan.acc, plan.bent_s, "evict_last")
+        z, _ = _load(pointers, None, bend, plan.acc, plan.transformed_s, "evict_last")
         z, cursor = _cover(z, start + _offsets(plan), start + size, known, cursor)
         v, g = _without(z, norm, a_b, DIVERGENCE, plan)
         value += tl.sum(v, axis=1)
         slope += tl.sum(g, axis=1)
     for start in range(0, edges, size):
         at, mask = _edge_columns(start, shape, plan)
-        z, _ = _load(student + at, mask, bend, plan.acc, plan.bent_s, "")
+        z, _ = _load(student + at, mask, bend, plan.acc, plan.transformed_s, "")
         v, g = _without(_cover_edges(z, at, shape, known, plan), norm, a_b, DIVERGENCE, plan)
         value += tl.sum(v, axis=1)
         slope += tl.sum(g, axis=1)
@@ -193,7 +192,7 @@ def _slope(
         g += _at_one(e, below, power) * one - smooth
         if (label >= start) & (label - start < plan.lanes * plan.width):  # uniform
             g = tl.where(at == label, g - hot, g)
-    if plan.bent_s:
+    if plan.transformed_s:
         g *= bent
     return tl.where(z == -INFINITY, 0.0, g)
 
@@ -209,13 +208,13 @@ def _gradient(
         tile = last - 1 - (step - first)  # backwards: what was read last is still in L2
         start = shape[0] + tile * size
         pointers = _tile(student, shape[0], tile, plan)
-        z, bent = _load(pointers, None, bend, plan.acc, plan.bent_s, "evict_first")
+        z, bent = _load(pointers, None, bend, plan.acc, plan.transformed_s, "evict_first")
         g = _slope(z, bent, start + _offsets(plan), start, top, norm, pull, a_b, DIVERGENCE,
                    OUTSIDE, plan)  # fmt: skip
         out = _tile(grad, shape[0], tile, plan)
         tl.store(out, rounded(g, grad.dtype.element_ty), eviction_policy="evict_first")
     for begin in range(0, edges, size):
         at, mask = _edge_columns(begin, shape, plan)
-        z, bent = _load(student + at, mask, bend, plan.acc, plan.bent_s, "")
+        z, bent = _load(student + at, mask, bend, plan.acc, plan.transformed_s, "")
         g = _slope(z, bent, at, pull[7], top, norm, pull, a_b, DIVERGENCE, OUTSIDE, plan)
         tl.store(grad + at, rounded(g, grad.dtype.element_ty), mask=mask)

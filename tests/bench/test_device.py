@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,10 @@ def test_what_there_is_is_kept_when_somebody_ends_it(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM and "badlabel [stopped by signal 15]" in text
-    assert "raise" in items_of(report_of(tmp_path), "badlabel")
+    assert list(items_of(report_of(tmp_path), "badlabel")) == ["raise"]
+    *_, report = visit(tmp_path, "--only", "badlabel", "--resume")  # the rest alone
+    assert list(items_of(report, "badlabel")) == ["raise", "label"]
+    assert report["steps"]["badlabel"]["starts"] == 1
 
 
 # ----------------------------------------------------------------------------------------------
@@ -153,6 +157,40 @@ def test_a_visit_covers_every_divergence_form_and_dtype() -> None:
     timed = plans.timed(plans.FULL)
     assert {call.divergence for call in timed} == set(divergences.names())
     assert len({call.label for call in timed}) == len(timed)
+
+
+def test_every_call_of_a_visit_is_one_and_right_on_the_cpu() -> None:
+    """At a fraction of their sizes, by another backend: no call is refused, all are in budget."""
+    from fusedkd.benchmarks.device import smoke
+    from fusedkd.benchmarks.device.calls import problem_of, step_of
+    from fusedkd.benchmarks.device.card import Card
+
+    card = Card("cpu")
+    card.backend = None
+    small = replace(plans.FULL, smoke=9, even=96, odd=101, small=(1, 2, 7), pieces=(3, 200))
+    small = replace(small, width=(16, 8), rows=2, vocab=96, others=(50,), few=(1, 120))
+    small = replace(small, heads=((3, 16, 8),), budgets=(None, 1e-6))
+    check = smoke.judge()
+    for call in plans.judged(small):
+        item = check(call, card)
+        assert item.get("ok"), (call.label, item)
+    of_the_host = [
+        call.but(vocab=min(call.vocab, 300)) for call in plans.of_the_host(small).values()
+    ]
+    for call in [*plans.timed(small), *plans.through_heads(small), *of_the_host, *plans.careful()]:
+        loss, *_ = step_of(call, problem_of(call, card))()
+        assert loss.isfinite().all(), call.label
+
+
+def test_a_launch_that_a_call_asks_for_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedkd.benchmarks.device.calls import Call, launched
+    from fusedkd.kernels.triton import config
+
+    size = (8192, 151936, 132)
+    table_s = config.choose(*size)
+    with launched(Call(launch=(("warps", 2),))):
+        assert config.choose(*size) == replace(table_s, warps=2) != table_s
+    assert config.choose(*size) == table_s
 
 
 def test_a_wheel_beside_the_checkout_is_a_peer(tmp_path: Path) -> None:

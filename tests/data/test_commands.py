@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chats import CHATML, MOVING, ONE, TWO, assistant, llama, tokenizer, user
 
 from fusedkd.cli import main
@@ -194,3 +195,34 @@ def test_two_turns_are_two_answers(disk: Path, capsys: Any, tmp_path: Path) -> N
     assert capsys.readouterr().out.count("[[") == 2
     assert main([*argv, "--train_on", "last"]) == 0
     assert capsys.readouterr().out.count("[[") == 1
+
+
+@pytest.mark.parametrize("packing", ["none", "flatten", "blocks"])
+def test_a_teacher_that_is_asked_elsewhere(
+    packing: str, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sequences go out, vLLM's answers come back, and a run asks for nothing else."""
+    flags = ["--packing", packing, "--eval_share", "0.2"]
+    blocks = tmp_path / "blocks.jsonl"
+    assert main([*words(disk, "data"), *flags, "--output", str(blocks)]) == 0
+    asked = [json.loads(line)["prompt_token_ids"] for line in blocks.read_text().splitlines()]
+    assert len(asked) == len(set(map(tuple, asked))) > 1
+    assert f"{len(asked)} sequences" in capsys.readouterr().out
+    model = llama(0).eval()
+    with (tmp_path / "answers.jsonl").open("w") as answers:
+        for ids in reversed(asked):
+            with torch.no_grad():
+                top = model(torch.tensor([ids])).logits[0].log_softmax(-1).topk(5)
+            steps = [
+                dict(zip(*map(torch.Tensor.tolist, pair), strict=True))
+                for pair in zip(top.indices, top.values, strict=True)
+            ]
+            row = {"prompt_token_ids": ids, "prompt_logprobs": [None, *steps[:-1]]}
+            answers.write(json.dumps(row) + "\n")
+    cache = ["--tokenizer", str(disk / "teacher"), "--output", str(tmp_path / "cache")]
+    assert main(["cache", "import", str(tmp_path / "answers.jsonl"), *cache]) == 0
+    run = words(disk, "distill", tmp_path / "out")
+    run[1:3] = ["--teacher_cache", str(tmp_path / "cache")]
+    assert main([*run, *flags, "--eval_strategy", "steps", "--eval_steps", "1"]) == 0
+    streamed = [*words(disk, "data"), "--data_streaming", "--output", str(blocks)]
+    assert main(streamed) == 2 and "has no end" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Launch]]:
     yield fake.launches
 
 
-def _call(n: int, v: int, name: str, tail: str, temperature: float = 1.7) -> None:
+def _call(n: int, v: int, name: str, tail: str, temperature: float = 2.0) -> None:
     """A loss with a gradient, in bf16, against all logits or against three of them."""
     spec = LossSpec(divergences.make(name), v, ce_weight=0.5, temperature=temperature)
     student = torch.zeros(1, n, v, dtype=torch.bfloat16)
@@ -114,10 +114,12 @@ def test_what_is_launched_is_what_was_compiled(
 
 
 def test_no_number_compiles_or_launches_anew(launches: list[_Launch]) -> None:
-    """From the outside: other rows, temperature and weights, the same kernel."""
-    for n, temperature in ((200, 1.0), (137, 2.0), (133, 1.7)):
+    """From the outside: other rows, temperatures and weights, the same kernel; T = 1 and 2 are
+    kernels of their own."""
+    for n, temperature in ((200, 1.0), (137, 2.0), (133, 1.7), (200, 0.5), (133, 2.0)):
         _call(n, 40_000, "forward_kl", "", temperature)
-    assert len(launches) == 3 and len({id(launch.source) for launch in launches}) == 1
+    sources = [id(launch.source) for launch in launches]
+    assert sources[2] == sources[3] and sources[1] == sources[4] and len({*sources}) == 3
 
 
 @pytest.mark.parametrize("tail", ["", "bucket", "drop"])

@@ -93,8 +93,7 @@ def _key(**changes: object) -> list[object]:
     x = ops.torch.zeros(64)
     tensors = dict.fromkeys(programs.POINTERS, x) | {"metrics": None}
     sizes = dict.fromkeys(programs.SIZES, 17)
-    known = {"DIVERGENCE": None, "COMBINE": None, "plan": None}
-    numbers = {p.name: 0.5 for p in kernel.params} | sizes | tensors | known
+    numbers = {p.name: 0.5 for p in kernel.params} | sizes | tensors | {"plan": None}
     return bind(**{**numbers, **changes})[1]
 
 

@@ -27,6 +27,8 @@ def _heads(n: int, v: int) -> tuple[LMHead, LMHead, torch.Tensor]:
 
 def _step(student, teacher, labels) -> list[torch.Tensor]:
     options = {"divergence": "jsd", "temperature": 2.0, "ce_weight": 0.5, "chunk_bytes": 1 << 22}
+    if isinstance(student, LMHead):
+        options["num_counted"] = len(labels)  # without it the host asks the GPU, once a call
     loss, metrics = kd_loss_and_metrics(student, teacher, labels, **options)
     leaves = [student] if isinstance(student, torch.Tensor) else [student.hidden, student.weight]
     return [loss.detach(), metrics.kd, *torch.autograd.grad(loss, leaves)]

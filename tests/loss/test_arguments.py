@@ -255,6 +255,8 @@ def test_a_formula_is_never_another_ones(backend: str) -> None:
     mine = Divergence("squares", value=lambda lp, lq: (lp.exp() - lq.exp()).square())
     want = (s.softmax(-1) - t.softmax(-1)).square().sum(-1).mean()
     torch.testing.assert_close(kd_loss(s, t, divergence=mine, backend="reference"), want)
+    equal = dataclasses.replace(mine, value=lambda lp, lq: 2 * (lp.exp() - lq.exp()).square())
+    torch.testing.assert_close(kd_loss(s, t, divergence=equal, backend="reference"), 2 * want)
     if backend != "reference":
         with pytest.raises(NotImplementedError, match="squares"):
             kd_loss(s, t, divergence=mine, backend=backend)

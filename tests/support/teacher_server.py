@@ -275,3 +275,14 @@ def bigrams(vocabulary: int, seed: int = 0) -> LogProbs:
     logits = np.random.default_rng(seed).normal(0, 3, (vocabulary, vocabulary))
     table = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return lambda ids: table[ids]
+
+
+def model_log_probs(model: Any) -> LogProbs:
+    """A decoder's."""
+    import torch
+
+    def log_probs(ids: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            return model.eval()(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
+
+    return log_probs

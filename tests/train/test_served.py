@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from teacher_server import FAULTS, TeacherServer, bigrams
+from teacher_server import FAULTS, LogProbs, TeacherServer, bigrams, model_log_probs
 from words import V, llama, rows, tokenizer
 
 from fusedkd.cache import TeacherCache, verify
@@ -229,15 +229,9 @@ def arguments(folder: Path, **more: Any) -> DistillationArguments:
     return DistillationArguments(str(folder), **(options | more))
 
 
-def model_teacher() -> Any:
+def model_teacher() -> LogProbs:
     torch.manual_seed(7)
-    model = llama().eval()
-
-    def log_probs(ids: list[int]) -> np.ndarray:
-        with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
-
-    return log_probs
+    return model_log_probs(llama())
 
 
 def losses(teacher: Any, folder: Path, **more: Any) -> list[float]:
