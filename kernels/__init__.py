@@ -54,7 +54,8 @@ gives
     ``compute(student, teacher, labels, gradient) -> (loss, grad or None) | None``
 
 with one loss, reduced by "mean" or "sum" over the rows whose label is not ``ignore_index``. None
-where one of their labels is out of range.
+where one of their labels is out of range (on a GPU that is an assertion: nothing waits for it), or
+in place of ``compute``, for what the backend has no such operation.
 
 Beside rows a backend has what a head's chunks are made with:
 

@@ -55,7 +55,7 @@ def rows(call: RowCall, *fields: Any) -> Rows:
     return sparse_ops.rows(call)  # type: ignore[no-any-return]
 
 
-def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:
     from . import tally
 
     return tally.reduced(spec)
