@@ -28,14 +28,9 @@ Measured = Mapping[str, Mean]
 
 def measured(metrics: KDMetrics | SampledMetrics) -> dict[str, Mean]:
     """The metrics of one call of the loss, each with the number of tokens behind it."""
-<<<<<<< HEAD
-    *means, tokens = metrics
-    return {name: Mean(mean, tokens) for name, mean in zip(metrics._fields, means, strict=False)}
-=======
     means = metrics._asdict()
     tokens = means.pop("num_tokens")
     return {name: Mean(mean, tokens) for name, mean in means.items() if mean is not None}
->>>>>>> main
 
 
 class Meter:
