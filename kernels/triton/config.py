@@ -114,6 +114,7 @@ class Plan(Tiling):
     terms: bool  # there is a sweep for the divergence's value
     unroll_terms: int  # its lines of a lane
     late: bool  # it is that of the gradient
+    sharp: bool  # rows of one sharp peak have a gradient of their own
     mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
     teacher: bool  # it has a say
     kd: bool  # in the loss too
@@ -211,6 +212,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         powers=powers,
         terms=form.terms is not None,
         unroll_terms=1 if form.heavy else unroll,
+        sharp=form.sharp is not None and variant.kd and not exact,
         late=powers > 0 and variant.kd and variant.grad is not None and stage == "whole",
         mixes=variant.divergence in pointwise.MIXTURES,
         teacher=variant.kd or variant.metrics,

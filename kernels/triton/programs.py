@@ -48,8 +48,10 @@ from .sweeps import (
     nothing_summed,
     slope,
     slope_carefully,
+    slope_sharply,
     write,
     write_carefully,
+    write_sharply,
 )
 
 POINTERS = (
@@ -292,7 +294,7 @@ def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.con
     constants, terms = (kd,), (kd,)
     if plan.kd and not plan.exact:
         constants = plan.form.factors(of, pair, compared.sum_grad, kd, a, b, plan)
-    if plan.late:
+    if plan.late or plan.sharp:
         terms = plan.form.constants(of, pair, a, b, plan)
     return Gradient(
         grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b
@@ -330,26 +332,35 @@ def _gradient_leanly(label, sides, span, shape, by, compared, plan: tl.constexpr
 
 
 @triton.jit
-def _gradient_carefully(label, sides, span, shape, by, plan: tl.constexpr):
+def _gradient_otherwise(
+    STEP: tl.constexpr, SLOPE: tl.constexpr, label, sides, span, shape, by, plan: tl.constexpr
+):
     nothing = tl.full([], 0, tl.int32)
     if plan.powers == 0:
-        sweep(write_carefully, nothing, sides, shape, span, by, False, "evict_first", 1, plan)
+        sweep(STEP, nothing, sides, shape, span, by, False, "evict_first", 1, plan)
     else:
-        sweep_columns(write_carefully, nothing, sides, shape, span, by, plan)
+        sweep_columns(STEP, nothing, sides, shape, span, by, plan)
     if plan.ce:
-        _write_label(label, sides, span, shape, by, slope_carefully, plan)
+        _write_label(label, sides, span, shape, by, SLOPE, plan)
 
 
 @triton.jit
 def _gradient(label, sides, span, shape, by, compared, plan: tl.constexpr):
     value = compared.value
     if plan.exact:
-        _gradient_carefully(label, sides, span, shape, by, plan)
+        _gradient_otherwise(write_carefully, slope_carefully, label, sides, span, shape, by, plan)
     elif plan.closed and plan.teacher:
         if compared.ordinary:
             value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
         else:
-            _gradient_carefully(label, sides, span, shape, by, plan)
+            _gradient_otherwise(
+                write_carefully, slope_carefully, label, sides, span, shape, by, plan
+            )
+    elif plan.sharp:
+        if by.pair.student.over_sum > 0.5:  # the largest q
+            _gradient_otherwise(write_sharply, slope_sharply, label, sides, span, shape, by, plan)
+        else:
+            value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
     else:
         value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
     return value
