@@ -81,13 +81,12 @@ class Gradients:
         """Whether it is, but then rounded to fp16."""
         return self.dtype == torch.float16 != self.logits_dtype
 
-    @property
-    def bytes_per_entry(self) -> tuple[int, int]:
+    def bytes_per_entry(self, any_gradient: bool) -> tuple[int, int]:
         """What a logit takes with what is made beside it, and what is kept of its gradient."""
         logit = self.side.bytes_per_entry(self.backend)
         if self.side.weight is None:
             return logit + (4 if self.powers is not None else 0), 0
-        if not self.wanted.any_gradient:
+        if not any_gradient:
             return logit, 0
         return (0, logit) if self._over_logits else (logit, self.dtype.itemsize)
 
