@@ -27,6 +27,7 @@ from fusedkd.benchmarks import resources
 from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import RowCall
 from fusedkd.kernels.triton import config, device, ops, rehearsal, sparse_ops
+from fusedkd.kernels.triton.launches import JOINT
 from fusedkd.spec import LossSpec
 
 TARGET = "sm_90"
