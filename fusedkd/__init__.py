@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from fusedkd import divergences
     from fusedkd.distributions import LMHead, SparseTeacher
     from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
+    from fusedkd.routed import Routed
 
 __all__ = [
     "KDLoss",
     "KDMetrics",
     "LMHead",
+    "Routed",
     "SparseTeacher",
     "divergences",
     "kd_loss",
@@ -22,5 +24,6 @@ __all__ = [
 # torch takes a second to import, which `fusedkd --help` should not
 _HOMES = dict.fromkeys(__all__, "fusedkd.loss")
 _HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "fusedkd.distributions")
+_HOMES["Routed"] = "fusedkd.routed"
 _HOMES["divergences"] = "fusedkd.divergences"
 __getattr__, __dir__ = lazy(__name__, _HOMES)
