@@ -126,7 +126,7 @@ class Call(NamedTuple):
         plan = _plan(given, s, t, metrics, traced, shards)
         labels = None if given.labels is None else given.labels.reshape(-1)
         weights = _row_weights(s, labels, given.token_weights, spec, accumulate)
-        row_scale = _row_scale(weights, given.normalizer, spec, plan)
+        row_scale = row_scale_of(weights, given.normalizer, spec, plan)
         weight, bias = _detached(t.weight), _detached(t.bias)
         teacher = (t.tensor, weight, bias, t.indices)
         inputs = Inputs(s.tensor, s.weight, s.bias, *teacher, labels, row_scale)
@@ -198,7 +198,7 @@ def _row_weights(
     return weights.masked_fill(labels == spec.ignore_index, 0.0)
 
 
-def _row_scale(
+def row_scale_of(
     weights: Tensor, normalizer: float | Tensor | None, spec: LossSpec, plan: Plan
 ) -> Tensor:
     """(N,) weights over what their weighted sum is divided by."""

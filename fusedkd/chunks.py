@@ -48,10 +48,10 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     masked = student.weight is not None and not chosen(row_scale)
     grads = Gradients(inputs, student, backend, wanted, inplace, some)
     losses, metric_sums = [], []
-    cut, blocks = _cut(student, teacher, grads, plan, index)
+    cut, blocks = cut_rows(student, teacher, grads, plan, index, wanted.any_gradient)
     if debug.ENABLED:
         debug.show(inputs, spec, plan, backend, cut, blocks)
-    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None):
+    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None, plan.late):
         rows = backend.rows(
             RowCall(
                 student=s,
@@ -132,10 +132,10 @@ def _sides(
     shape = None if index is not None else _common_rows(inputs)
     if inplace:
         shape = shape or row_shapes(inputs.student)[0]
-    student = _side(inputs.student, *inputs[1:3], shape, autocast)
+    student = side_of(inputs.student, *inputs[1:3], shape, autocast)
     if inputs.teacher is None or inputs.teacher_indices is not None:
         return student, None
-    return student, _side(inputs.teacher, *inputs[4:6], shape, autocast)
+    return student, side_of(inputs.teacher, *inputs[4:6], shape, autocast)
 
 
 def _common_rows(inputs: Inputs) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def _common_rows(inputs: Inputs) -> tuple[int, int]:
     return next(common, everything[0])
 
 
-def _side(
+def side_of(
     tensor: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -171,14 +171,19 @@ def _side(
     return Side(rows, weight.detach().to(dtype), bias, dtype)
 
 
-def _cut(
-    student: Side, teacher: Side | None, grads: Gradients, plan: Plan, index: Tensor | None
+def cut_rows(
+    student: Side,
+    teacher: Side | None,
+    grads: Gradients,
+    plan: Plan,
+    index: Tensor | None,
+    any_gradient: bool,
 ) -> tuple[Cut, list[Chunk]]:
-    """How the tokens that are computed are cut."""
+    """How the tokens that are computed are cut, where gradients are made or where none are."""
     batch, length = student.rows.shape[:2] if index is None else (1, index.numel())
     sides = [student] if teacher is None else [student, teacher]
     device, columns = student.rows.device, plan.chunk_columns or student.columns
-    logits, gradient = grads.bytes_per_entry
+    logits, gradient = grads.bytes_per_entry(any_gradient)
     if any(side.weight is not None for side in sides):
         logits += 0 if teacher is None else teacher.bytes_per_entry(grads.backend)
         budget = chunk_budget(plan.chunk_bytes, device)

@@ -106,8 +106,9 @@ def kd_loss(
         inplace: dense student logits only: write their gradient into their own memory, which no
             other tensor of the call may share. The logits are then gone. Has no effect under
             torch.compile and torch.func, which plan memory themselves.
-        chunk_bytes: heads only: bytes of logits and their gradient held at any time, and at
-            least a token's. Default 512 MiB on a CPU, 2 GiB on a GPU, of whose memory at most 1/32.
+        chunk_bytes: heads only: bytes of logits and their gradient held at any time, the latter
+            perhaps until the backward; at least a token's. Default 512 MiB on a CPU, 2 GiB on a
+            GPU, or 1/32 of its memory where that is less.
         group: vocabulary-parallel: each of its ranks has some columns of the logits (rows of the
             heads' weights), in the order of ranks, and all have the same tokens and labels. Loss,
             metrics and gradients are those of one process; the gradient of a head's hidden states

@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedkd.backends import CustomRows
 from fusedkd.kernels import Part, RowCall, Rows
 from fusedkd.kernels.pieces import merge
+from fusedkd.kernels.tokens import Factors, TokenCall, merged
 
 
 class GroupRows(CustomRows):
@@ -49,6 +50,17 @@ class GroupRows(CustomRows):
         while live:
             live = _advanced(live)
         return results
+
+    def token_statistics(self, call: TokenCall) -> Tensor:
+        """Of whole rows."""
+        piece = self.inner.token_statistics(call._replace(part=self.part))
+        return merged(self._gather(piece).wait())
+
+    def token_gradient(
+        self, call: TokenCall, statistics: Tensor, factors: Factors, out: Tensor
+    ) -> None:
+        """Of the columns here."""
+        self.inner.token_gradient(call._replace(part=self.part), statistics, factors, out)
 
     def _block(self, call: RowCall, results: Rows, rows: slice | Tensor) -> Iterator[None]:
         """Compute some rows, and stop wherever the other ranks have to be waited for."""

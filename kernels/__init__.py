@@ -45,6 +45,8 @@ which each piece sees ``call.part``; what is merged is the same for all pieces, 
 
 ``block_rows(call, widest, budget)``: how many rows of so many columns such verbs take at a time.
 
+**Single tokens**, without a teacher, have two verbs of their own: :mod:`fusedkd.kernels.tokens`.
+
 **A call in one operation** a backend may have for contiguous logits, where a small call's many
 steps cost more than its rows: ``reduced(spec)``, of a ``spec`` whose vocabulary is all columns,
 gives

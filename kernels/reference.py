@@ -15,7 +15,7 @@ from torch import Tensor, empty
 from torch.nn import functional as F
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.kernels import RowCall, Rows, pieces
+from fusedkd.kernels import RowCall, Rows, pieces, tokens
 from fusedkd.kernels.pieces import block_rows, metric_rows, transform
 from fusedkd.spec import LossSpec
 
@@ -29,12 +29,16 @@ __all__ = [
     "observe",
     "rows",
     "scale_",
+    "token_gradient",
+    "token_statistics",
     "unavailable",
 ]
 
 observe = functools.partial(pieces.observe, dtype=torch.float64)
 compare = functools.partial(pieces.compare, dtype=torch.float64)
 finish = functools.partial(pieces.finish, dtype=torch.float64)
+token_statistics = functools.partial(tokens.token_statistics, dtype=torch.float64)
+token_gradient = functools.partial(tokens.token_gradient, dtype=torch.float64)
 
 
 def unavailable() -> str | None:

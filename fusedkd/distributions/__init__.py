@@ -9,12 +9,24 @@ from fusedkd.distributions.head import LMHead, head_side
 from fusedkd.distributions.side import NOTHING, Side
 from fusedkd.distributions.sparse import TAILS, SparseTeacher, sparse_side
 
-__all__ = ["TAILS", "LMHead", "SparseTeacher", "student_side", "teacher_side"]
+__all__ = ["TAILS", "LMHead", "SparseTeacher", "lone_side", "student_side", "teacher_side"]
 
 
 def student_side(value: Tensor | LMHead, fewest: int = 1) -> Side:
     """The student's tensors, checked; of no fewer columns than ``fewest``."""
     return _side("student", value, fewest)
+
+
+def lone_side(name: str, value: Tensor | LMHead, fewest: int = 1) -> Side:
+    """Logits or a head that nothing is compared with, as ``name``."""
+    if isinstance(value, Tensor):
+        return dense_side(name, value, fewest)
+    if isinstance(value, LMHead):
+        return head_side(name, value, fewest)
+    raise TypeError(
+        f"{name} is a {type(value).__name__}: expected logits (a Tensor) or LMHead(hidden, "
+        "weight). A transformers output has its logits in `.logits`."
+    )
 
 
 def teacher_side(value: Tensor | LMHead | SparseTeacher | None, fewest: int = 1) -> Side:

@@ -40,7 +40,7 @@ class LMHead:
 def head_side(name: str, head: LMHead, fewest: int) -> Side:
     """The head as the side called ``name``, checked, of no fewer columns than ``fewest``."""
     _check_head(name, head, fewest)
-    if name == "student":
+    if name != "teacher":
         check_synchronised(head.weight)
     transform = Transform(float(head.logit_scale), float(head.softcap or 0.0))
     return Side(name, head.hidden, head.weight.shape[0], head.weight, head.bias, transform)

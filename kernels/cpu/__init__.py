@@ -22,6 +22,7 @@ from torch import Tensor
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
+from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, put_tokens, row_factors
 from fusedkd.spec import LossSpec
 from fusedkd.tape import Tape
 
@@ -39,6 +40,8 @@ __all__ = [
     "reduced",
     "rows",
     "scale_",
+    "token_gradient",
+    "token_statistics",
     "unavailable",
 ]
 
@@ -71,7 +74,7 @@ def unavailable() -> str | None:
 
 def _register_fakes() -> None:
     """For tensors without memory: what the operators write to is all that they give."""
-    for name in ("rows", "scale_", "matmul"):
+    for name in ("rows", "scale_", "matmul", "token_statistics", "token_gradient"):
         torch.library.register_fake(f"fusedkd_cpu::{name}", lambda *_: None)
 
 
@@ -262,3 +265,21 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
 
 def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
     _ops().scale_.default(grad if out is None else out, grad, factor)
+
+
+def token_statistics(call: TokenCall) -> Tensor:
+    n, k = call.tokens.shape
+    statistics = call.logits.new_empty((n, len(FIELDS) + k), dtype=torch.float64)
+    _ops().token_statistics.default(*_of_tokens(call), call.entropy, statistics)
+    return statistics
+
+
+def token_gradient(call: TokenCall, statistics: Tensor, factors: Factors, out: Tensor) -> None:
+    constant, linear = row_factors(call, factors)
+    _ops().token_gradient.default(*_of_tokens(call), statistics, constant, linear, out)
+    put_tokens(call, statistics, factors, out)
+
+
+def _of_tokens(call: TokenCall) -> tuple[Any, ...]:
+    numbers = [call.temperature, *call.how]
+    return call.logits, call.counts, call.tokens, numbers, [call.part.offset, call.part.columns]

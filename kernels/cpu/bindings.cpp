@@ -22,10 +22,6 @@
 namespace fusedkd {
 namespace {
 
-// Gradients of at least this many bytes are written past the caches: they would not stay there
-// anyhow.
-constexpr int64_t kStreamBytes = 16 << 20;
-
 const InstructionSet& pick() {
   const char* asked = std::getenv("FUSEDKD_CPU_ISA");
   const std::string name = asked ? asked : "";
@@ -89,13 +85,6 @@ int64_t l2_bytes() {
 #else
   return 0;  // unknown
 #endif
-}
-
-Logits logits_of(const Tensor& t, double scale, double softcap) {
-  STD_TORCH_CHECK(
-      t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
-      "fusedkd_cpu: expected (batch, tokens, columns) with unit stride in the last dimension");
-  return {pointer(t), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
 }
 
 // `numbers`: as in Numbers, the divergence's parameters behind them as far as it has any.

@@ -151,6 +151,24 @@ struct ScaleCall {
   DType dtype, out_dtype;
 };
 
+// Of softmax.h, in the order of fusedkd.kernels.tokens: largest logit, sum of exponentials beside
+// it, mean gap to it. The logits at single tokens follow.
+constexpr int64_t kSoftmaxFields = 3;
+
+struct SoftmaxCall {
+  Logits logits;
+  Logits grad;  // data null: the statistics are wanted
+  int64_t batch, tokens, offset, columns, grad_columns;
+  const bool* counts;  // (rows,) or null: all do
+  const int64_t* ids;  // (rows, entries); below 0: none
+  int64_t entries;
+  double temperature;
+  bool entropy;                     // whether the mean gap is wanted
+  double* statistics;               // (rows, kSoftmaxFields + entries)
+  const double *constant, *linear;  // (rows,) of q (constant + linear (z / T - its mean)), or null
+  bool stream;
+};
+
 struct InstructionSet {
   const char* name;
   int (*find)(const char* divergence);  // -1: not in pointwise.h
@@ -158,6 +176,7 @@ struct InstructionSet {
   bool (*keeps)(int divergence);  // whether its gradients wait in Workspace::kept for their sum
   void (*row)(const RowsCall&, const Workspace&, int64_t row);
   void (*scale)(const ScaleCall&, int64_t row);
+  void (*softmax)(const SoftmaxCall&, int64_t row);
 };
 
 const InstructionSet& base_set();

@@ -6,6 +6,9 @@
 
 #include "dense.h"
 #include "scale.h"
+#if !defined(FUSEDKD_POINTWISE)
+#include "softmax.h"
+#endif
 
 namespace fusedkd {
 namespace FUSEDKD_ISA {
@@ -316,7 +319,13 @@ inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
   row_of<float>(call, work, n);
 }
 
-constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale};
+#if defined(FUSEDKD_POINTWISE)  // a library of one divergence has no other rows
+constexpr InstructionSet kSet = {
+    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, nullptr};
+#else
+constexpr InstructionSet kSet = {
+    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, softmax_row};
+#endif
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

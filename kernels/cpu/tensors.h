@@ -33,6 +33,17 @@ inline DType dtype_of(const Tensor& t) {
   return DType::f32;
 }
 
+inline Logits logits_of(const Tensor& t, double scale, double softcap) {
+  STD_TORCH_CHECK(
+      t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1),
+      "fusedkd_cpu: expected (batch, tokens, columns) with unit stride in the last dimension");
+  return {pointer(t), t.stride(0), t.stride(1), dtype_of(t), scale, softcap};
+}
+
+// Gradients of at least this many bytes are written past the caches: they would not stay there
+// anyhow.
+constexpr int64_t kStreamBytes = 16 << 20;
+
 // Of the machine, or as FUSEDKD_CPU_ISA has it.
 const InstructionSet& instructions();
 

@@ -13,6 +13,7 @@ from torch import Tensor, empty
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, observe
+from fusedkd.kernels.tokens import token_gradient, token_statistics
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "reduced",
     "rows",
     "scale_",
+    "token_gradient",
+    "token_statistics",
     "unavailable",
 ]
 

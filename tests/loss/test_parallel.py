@@ -43,6 +43,12 @@ def test_everything_else(world: int, results: dict[int, list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_tokens(world: int, results: dict[int, list[Any]]) -> None:
+    wrong = {name: x for rank in results[world] for name, x in rank["tokens"].items() if x}
+    assert not wrong, f"{list(wrong)}\n{next(iter(wrong.values()))}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_dtensors(world: int, results: dict[int, list[Any]]) -> None:
     wrong = {name: x for rank in results[world] for name, x in rank["dtensors"].items() if x}
     assert not wrong, f"{list(wrong)}\n{next(iter(wrong.values()))}"

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fusedkd import LMHead, SparseTeacher, divergences, fp16, kd_loss_and_metrics
+from fusedkd import (
+    LMHead,
+    SparseTeacher,
+    divergences,
+    fp16,
+    kd_loss_and_metrics,
+    sampled_kd_loss_and_metrics,
+    token_log_probs,
+)
 
 fp16.SCRATCH_BYTES["cpu"] = 600  # so that these few rows are several chunks
 
@@ -230,6 +238,60 @@ def dtensors(rank: int) -> dict[str, str | None]:
     return failures(lambda name: compare(cases()[name], local, whole, None), DTENSOR_CASES)
 
 
+TOKEN_CASES = (
+    "dense",
+    "several dense",
+    "head",
+    "frozen",
+    "several head",
+    "sampled",
+    "sampled head",
+)
+
+
+def tokens(rank: int) -> dict[str, str | None]:
+    """Log-probabilities and sampled losses, of the columns here and of all."""
+    sizes, world = SPLITS[dist.get_world_size()], dist.group.WORLD
+
+    def call(name: str, x: dict[str, Tensor], group: Any, backend: str) -> tuple[Any, Any]:
+        dense = "dense" in name or name == "sampled"
+        leaves = [x[n] for n in (["s"] if dense else ["hs", "ws", "bs"])]
+        trained = leaves[:1] if name == "frozen" else leaves
+        for leaf in trained:
+            leaf.requires_grad_()
+        side = leaves[0] if dense else LMHead(*leaves, softcap=4.0)
+        options: dict[str, Any] = {"chunk_bytes": 5000, "vocab_size": V - 4, "temperature": 1.5}
+        options |= {"group": group, "backend": backend}
+        ids = x["labels"].clamp(max=V - 5)
+        if "sampled" in name:
+            t = -x["weights"] * 5
+            results: Any = sampled_kd_loss_and_metrics(side, t, ids, **options)
+            return results, torch.autograd.grad(results[0], trained, torch.tensor(1.5).to(t))
+        if "several" in name:
+            ids = torch.stack([ids, ids.flip(0), ids], -1)
+        results = token_log_probs(side, ids, entropy=True, **options)
+        ups = [torch.linspace(0.5, 2.0, r.numel(), dtype=r.dtype).view(r.shape) for r in results]
+        return results, torch.autograd.grad(results, trained, ups)
+
+    def one(case: str) -> None:
+        backend, name = case.split(" ", 1)
+        x = tensors()
+        names = ["s"] if "dense" in name or name == "sampled" else ["hs", "ws", "bs"]
+        want = call(name, {n: t.clone() for n, t in x.items()}, None, backend)
+        got = call(name, {n: mine(n, t, rank, sizes) for n, t in x.items()}, world, backend)
+        torch.testing.assert_close(
+            [y.detach() for y in _flat(got[0])], [y.detach() for y in _flat(want[0])]
+        )
+        for n, grad, whole in zip(names, got[1], want[1], strict=False):
+            torch.testing.assert_close(grad[..., : whole.shape[-1]], mine(n, whole, rank, sizes))
+
+    return failures(one, [f"{b} {name}" for b in ("reference", "cpu") for name in TOKEN_CASES])
+
+
+def _flat(results: Any) -> list[Tensor]:
+    return [y for x in results for y in (x if isinstance(x, tuple) else (x,))]
+
+
 def messages(rank: int) -> dict[str, str]:
     """What the errors say; every rank raises, none waits for another."""
     x, group, world = tensors(), dist.group.WORLD, dist.get_world_size()
@@ -266,6 +328,7 @@ def messages(rank: int) -> dict[str, str]:
 
 def everything(rank: int) -> dict[str, Any]:
     values: dict[str, Any] = {"plain": plain(rank), "dtensors": dtensors(rank)}
+    values["tokens"] = tokens(rank)
     if dist.get_world_size() == 2:
         values["messages"] = messages(rank)
     return values
