@@ -51,7 +51,7 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     cut, blocks = cut_rows(student, teacher, grads, plan, index, wanted.any_gradient)
     if debug.ENABLED:
         debug.show(inputs, spec, plan, backend, cut, blocks)
-    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None):
+    for part, s, grad in grads.chunks(cut, blocks, scale if masked else None, plan.late):
         rows = backend.rows(
             RowCall(
                 student=s,

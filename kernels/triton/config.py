@@ -55,6 +55,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fusedkd.divergences import recorded_tape
+
 from . import launches, lean, pointwise
 from .launches import Launch
 from .numerics import INTERPRETED as _INTERPRETED
@@ -106,7 +108,7 @@ class Plan(Tiling):
     nvidia: bool  # its approximate instructions are there
     careful: Any  # the divergence's function in pointwise.py
     form: lean.Lean
-    exact: bool  # fp64, entry by entry
+    exact: bool  # entry by entry: fp64, and divergences of somebody's own
     closed: bool  # the statistics give the divergence, ...
     kls: bool  # ... as a mix of KL(p || q) and KL(q || p)
     forward: bool  # they hold the gaps weighted by p
@@ -188,13 +190,14 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         named["grad"] = variant.grad
     lead = min(named, key=lambda name: named[name].itemsize)
     item = named[lead].itemsize
-    form = lean.FORMS[variant.divergence]
-    exact = torch.float64 in (variant.student, variant.teacher)
+    wide = torch.float64 in (variant.student, variant.teacher)
+    form = lean.FORMS.get(variant.divergence, lean.NONE)
+    exact = wide or form is lean.NONE
     kls, powers = variant.divergence in pointwise.KLS, 0 if exact else form.powers
     # with twice the lines these spill (benchmarks/resources.py)
     unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
     return Plan(
-        acc=tl.float64 if exact else tl.float32,
+        acc=tl.float64 if wide else tl.float32,
         lanes=_threads(launch, target),
         unroll=unroll,
         width=16 // item,
@@ -273,11 +276,15 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
 
 def function(divergence: str) -> Any:
     """The pointwise function of a divergence."""
+    if (tape := recorded_tape(divergence)) is not None:
+        from . import emit
+
+        return emit.function(tape)
     found = getattr(pointwise, divergence, None)
     if found is None or divergence.startswith("_"):
         raise NotImplementedError(
             f"the divergence {divergence!r} has no Triton function. It is described once per "
             "language, under the same name: fusedkd/divergences.py, kernels/triton/pointwise.py "
-            "and kernels/cpu/pointwise.h."
+            "and kernels/cpu/pointwise.h; one of your own, @divergences.custom makes."
         )
     return found

@@ -438,6 +438,7 @@ def _power_slope(at, by, pair, plan: tl.constexpr):
     return by[0], rest
 
 
+NONE = Lean(_reverse_factors, _reverse_slope)  # of a divergence that has none: none is called
 FORMS = {
     "forward_kl": Lean(_forward_factors, _forward_slope, _forward_closed, forward=True, rest=True),
     "reverse_kl": Lean(_reverse_factors, _reverse_slope, _reverse_closed, reverse=True),

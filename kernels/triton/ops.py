@@ -70,7 +70,7 @@ def _variant(call: RowCall) -> config.Variant:
         student=call.student.dtype,
         teacher=call.teacher_logits.dtype,
         grad=None if call.grad is None else call.grad.dtype,
-        divergence=spec.divergence.name,
+        divergence=spec.divergence.key or spec.divergence.name,
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
