@@ -50,41 +50,13 @@ struct Numbers {
 };
 
 // A divergence as operations, in the order of fusedkd.kernels.cpu.emit.STEPS.
+// clang-format off
 enum class TapeOp : int {
-  lp,
-  lq,
-  p,
-  q,
-  gap,
-  constant,
-  parameter,
-  neg,
-  abs,
-  sign,
-  exp,
-  expm1,
-  log,
-  log1p,
-  sqrt,
-  tanh,
-  sigmoid,
-  detach,
-  add,
-  sub,
-  mul,
-  div,
-  pow,
-  minimum,
-  maximum,
-  logaddexp,
-  where,
-  eq,
-  lt,
-  le,
-  both,
-  either,
-  no
+  lp, lq, p, q, gap, constant, parameter, neg, abs, sign, exp, expm1, log, log1p, sqrt, tanh,
+  sigmoid, detach, add, sub, mul, div, pow, minimum, maximum, logaddexp, where, eq, lt, le, both,
+  either, no
 };
+// clang-format on
 struct TapeStep {
   TapeOp op;
   int inputs[3];

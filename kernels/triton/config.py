@@ -68,6 +68,7 @@ WARP = {"cuda": 32, "hip": 64}
 MOST_REGISTERS = 128  # per thread, on NVIDIA
 # Statistics that the programs of a row hand on (programs.py, sparse.py), and sums after them.
 PARTIALS, SPARSE_PARTIALS, SUMS = 17, 7, 2
+AT_ONCE = ("whole", "joint")  # the stages that do all of a row
 
 
 def _threads(launch: Launch, target: str) -> int:
@@ -116,6 +117,7 @@ class Plan(Tiling):
     terms: bool  # there is a sweep for the divergence's value
     unroll_terms: int  # its lines of a lane
     late: bool  # it is that of the gradient
+    sharp: bool  # rows of one sharp peak have a gradient of their own
     mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
     teacher: bool  # it has a say
     kd: bool  # in the loss too
@@ -176,6 +178,8 @@ def stages(variant: Variant, launch: Launch) -> tuple[str, ...]:
     """The launches of one call, in order."""
     # A closed divergence has a middle stage too: its programs return at once unless their row
     # turned out to hold masks, which only the device knows.
+    if launch.joint and not INTERPRETED:
+        return ("joint",)
     return ("whole",) if launch.pieces == 1 else ("statistics", "middle", "gradient")
 
 
@@ -213,8 +217,9 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         reverse=form.reverse,
         powers=powers,
         terms=form.terms is not None,
-        unroll_terms=1 if form.heavy else unroll,
-        late=powers > 0 and variant.kd and variant.grad is not None and stage == "whole",
+        unroll_terms=1 if form.heavy or stage == "joint" else unroll,
+        sharp=form.sharp is not None and variant.kd and not exact,
+        late=powers > 0 and variant.kd and variant.grad is not None and stage in AT_ONCE,
         mixes=variant.divergence in pointwise.MIXTURES,
         teacher=variant.kd or variant.metrics,
         kd=variant.kd,
