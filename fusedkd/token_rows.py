@@ -16,7 +16,7 @@ from fusedkd.counted import chosen, counted
 from fusedkd.gradients import Gradients
 from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.kernels import Part
-from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, log_probs
+from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, Top, log_probs
 from fusedkd.spec import IDENTITY, Transform
 
 Rows = Tensor | slice  # some of all N
@@ -130,6 +130,11 @@ def judged(inputs: TokenInputs, spec: TokenSpec, wanted: Wanted, judge: Judged) 
     return [known, *visit.visited(known, upstream, observe=True)]
 
 
+def top(inputs: TokenInputs, spec: TokenSpec, k: int) -> Top:
+    """Of all rows; their tokens are to be among the columns."""
+    return _Rows(inputs, spec, Wanted(False, False, False, False)).top(k)
+
+
 def _some(factors: Factors, rows: Rows) -> Factors:
     entropy = None if factors.entropy is None else factors.entropy[rows]
     return Factors(factors.tokens[rows], entropy)
@@ -173,6 +178,20 @@ class _Rows:
                 memory[rows] = self._of_states(call, found, units[i], over=i + 1 == keep)
         shape = self.inputs.student.shape
         return [known, *(x.view(shape) for x in kept)]
+
+    def top(self, k: int) -> Top:
+        if self.side.weight is None:
+            found: Top = self.backend.top(self.call(self.side.rows, slice(None)), k)
+            return found
+        known = self.nothing()
+        values = known.new_zeros((len(known), k))
+        whole = Top(values, torch.full_like(values, -1, dtype=torch.int64), known)
+        for rows, logits, _ in self._chunks(None):
+            for field, part in zip(
+                whole, self.backend.top(self.call(logits, rows), k), strict=True
+            ):
+                field[rows] = part
+        return whole
 
     def of_logits(self, known: Tensor, factors: Factors) -> Tensor:
         out: Tensor = self.backend.empty(
