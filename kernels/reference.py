@@ -32,6 +32,7 @@ __all__ = [
     "scale_",
     "token_gradient",
     "token_statistics",
+    "top",
     "unavailable",
 ]
 
@@ -39,6 +40,7 @@ observe = functools.partial(pieces.observe, dtype=torch.float64)
 compare = functools.partial(pieces.compare, dtype=torch.float64)
 finish = functools.partial(pieces.finish, dtype=torch.float64)
 token_statistics = functools.partial(tokens.token_statistics, dtype=torch.float64)
+top = functools.partial(tokens.top, dtype=torch.float64)
 token_gradient = functools.partial(tokens.token_gradient, dtype=torch.float64)
 
 

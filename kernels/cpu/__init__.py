@@ -22,7 +22,7 @@ from torch import Tensor
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
-from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, put_tokens, row_factors
+from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, Top, put_tokens, row_factors
 from fusedkd.spec import LossSpec
 from fusedkd.tape import Tape
 
@@ -42,6 +42,7 @@ __all__ = [
     "scale_",
     "token_gradient",
     "token_statistics",
+    "top",
     "unavailable",
 ]
 
@@ -74,7 +75,7 @@ def unavailable() -> str | None:
 
 def _register_fakes() -> None:
     """For tensors without memory: what the operators write to is all that they give."""
-    for name in ("rows", "scale_", "matmul", "token_statistics", "token_gradient"):
+    for name in ("rows", "scale_", "matmul", "token_statistics", "token_gradient", "top"):
         torch.library.register_fake(f"fusedkd_cpu::{name}", lambda *_: None)
 
 
@@ -285,6 +286,18 @@ def token_gradient(call: TokenCall, statistics: Tensor, factors: Factors, out: T
     constant, linear = row_factors(call, factors)
     _ops().token_gradient.default(*_of_tokens(call), statistics, constant, linear, out)
     put_tokens(call, statistics, factors, out)
+
+
+def top(call: TokenCall, k: int) -> Top:
+    n, entries = call.tokens.shape
+    values = call.logits.new_empty((n, k), dtype=torch.float64)
+    found = Top(
+        values,
+        torch.empty_like(values, dtype=torch.int64),
+        values.new_empty((n, len(FIELDS) + entries)),
+    )
+    _ops().top.default(*_of_tokens(call), found.statistics, found.values, found.ids)
+    return found
 
 
 def _of_tokens(call: TokenCall) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, empty
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import Part, RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, merge, observe
-from fusedkd.kernels.tokens import token_gradient, token_statistics
+from fusedkd.kernels.tokens import token_gradient, token_statistics, top
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "scale_",
     "token_gradient",
     "token_statistics",
+    "top",
     "unavailable",
 ]
 
