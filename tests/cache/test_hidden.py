@@ -208,7 +208,8 @@ def test_a_head_of_somebody_else(tmp_path: Path) -> None:
     weight = good["weight"]
     for named in (
         {"weight": weight[:, :-1].clone()}, {"weight": weight[:-1].clone()}, {"bias": weight[0]},
-        {"weight": weight.int()}, {**good, "bias": weight[0].clone()}, {**good, "more": weight.clone()},
+        {"weight": weight.int()}, {**good, "bias": weight[0].clone()},
+        {**good, "more": weight.clone()},
     ):  # fmt: skip
         say(safetensors.torch.save(named))
         with pytest.raises(Damaged, match=r"head\.safetensors is damaged"):
