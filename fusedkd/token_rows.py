@@ -205,7 +205,7 @@ class _Rows:
         self, known: Tensor, upstream: Callable[[Tensor, Rows], Factors], observe: bool = False
     ) -> list[Tensor]:
         """The gradients of a head; ``observe``: and ``known`` filled."""
-        grads = Gradients(self.full, self.side, self.backend, self.wanted, False, self.some)
+        grads = Gradients(self.full, self.side, self.backend, self.wanted, self.some)
         for rows, logits, grad in self._chunks(grads):
             call = self.call(logits, rows)
             if observe:
@@ -220,7 +220,7 @@ class _Rows:
         to be written, if it is wanted, before the next one is asked for."""
         index, masked = self.index, self.masked
         grads = grads or Gradients(
-            self.full, self.side, self.backend, Wanted(False, False, False, False), False, self.some
+            self.full, self.side, self.backend, Wanted(False, False, False, False), self.some
         )
         # cut as where there are gradients, whether there are or not: the logits are the same bits
         cut, blocks = cut_rows(self.side, None, grads, self.plan, index, any_gradient=True)
