@@ -63,7 +63,8 @@ def same(one: Path, other: Path, apart: float) -> None:
         gaps = x[:, :1] - x
         span = gaps.max(1, keepdims=True) + 0.25
         steps = 2 * (np.sqrt(gaps * span) / 255 + span / 255**2)
-        assert (np.abs(x - y) <= apart * (steps + 1e-3)).all()
+        most = steps.max(1, keepdims=True)  # by which the normaliser may move
+        assert (np.abs(x - y) <= apart * (steps + most + 1e-3)).all()
 
 
 def losses(folder: str) -> list[float]:
