@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import torch
 
@@ -217,6 +218,28 @@ def test_a_wheel_beside_the_checkout_is_a_peer(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert out.stdout == "42\n"
+
+
+def test_trl_s_kernels_need_no_transformers() -> None:
+    pytest.importorskip("trl")
+    children.python("""
+import sys
+import torch
+sys.modules["transformers"] = None  # as where it is not installed
+from fusedkd.benchmarks.device import lone_trl
+from fusedkd.benchmarks.device.peers import step_of
+from fusedkd.benchmarks.race.case import Case, make_problem
+from fusedkd.benchmarks.race.providers import PROVIDERS
+
+head = {"form": "head", "hidden_student": 16, "hidden_teacher": 8, "ce_weight": 0.0}
+case = Case(n=6, vocab=300, dtype="fp32", **head)
+lone_trl.prepare()
+assert "transformers" not in sys.modules
+assert PROVIDERS["trl"].reason_missing(case) is None
+problem = make_problem(case)
+ours, theirs = (step_of(name, case, problem)()[0] for name in ("fusedkd", "trl"))
+torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+""")
 
 
 NCU = """==PROF== Connected
