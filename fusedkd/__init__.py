@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from fusedkd.distributions import LMHead, SparseTeacher
     from fusedkd.log_probs import TokenLogProbs, token_log_probs
     from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
+    from fusedkd.routed import Routed
     from fusedkd.sampled import SampledMetrics, sampled_kd_loss, sampled_kd_loss_and_metrics
 
 __all__ = [
     "KDLoss",
     "KDMetrics",
     "LMHead",
+    "Routed",
     "SampledMetrics",
     "SparseTeacher",
     "TokenLogProbs",
@@ -29,6 +31,7 @@ __all__ = [
 # torch takes a second to import, which `fusedkd --help` should not
 _HOMES = dict.fromkeys(__all__, "fusedkd.loss")
 _HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "fusedkd.distributions")
+_HOMES["Routed"] = "fusedkd.routed"
 _HOMES |= dict.fromkeys(("TokenLogProbs", "token_log_probs"), "fusedkd.log_probs")
 _HOMES |= dict.fromkeys(
     ("SampledMetrics", "sampled_kd_loss", "sampled_kd_loss_and_metrics"), "fusedkd.sampled"
