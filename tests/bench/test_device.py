@@ -335,8 +335,8 @@ def test_one_command_publishes_a_report(tmp_path: Path, checkout: Path) -> None:
     text = (checkout / "README.md").read_text()
     assert "Counted, not measured" not in text and "one Made-up H200" in text
     for row in (
-        "| `alpha` | 2.00 | 91 % | 82 % |",
-        "| `jsd` | 2.00 | 91 % | - |",
+        "| `alpha` | 2.00 | 91 % | 82 % | 91 % | - |",
+        "| `jsd` | 2.00 | 91 % | - | 91 % | - |",
         "| JSD, of the copy bandwidth | ≥ 65 % | 91 % | met |",
         "| 50,257 entries, of the speed at 50,304 | ≥ 80 % | 100 % | met |",
         "| head, JSD, times its bare products | ≤ 1.15 | 1.25 | **missed** |",
