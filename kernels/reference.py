@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows, pieces, tokens
-from fusedkd.kernels.pieces import block_rows, metric_rows, transform
+from fusedkd.kernels.pieces import block_rows, merge, metric_rows, transform
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "empty",
     "finish",
     "head_dtypes",
+    "merge",
     "mm_",
     "observe",
     "rows",

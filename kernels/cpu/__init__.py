@@ -35,6 +35,7 @@ __all__ = [
     "finish",
     "head_dtypes",
     "instruction_set",
+    "merge",
     "mm_",
     "observe",
     "reduced",
@@ -51,7 +52,7 @@ LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocat
 # Of rows in pieces, both sides in bf16; by whether d D / d log q is kept from one verb to the next,
 # which takes as much again. A block should stay in the last cache meanwhile, and every one costs
 # Python and a gather.
-BLOCK_BYTES = {False: 64 << 20, True: 16 << 20}
+BLOCK_BYTES = {False: 128 << 20, True: 32 << 20}
 LONGEST_TILE, PARAMETERS = 4096, 8  # of kernel.h
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
@@ -181,6 +182,12 @@ def observe(call: RowCall) -> Tensor:
     statistics = call.row_scale.new_empty(shape, dtype=torch.float64)
     _piece(OBSERVE, call, statistics)
     return statistics
+
+
+def merge(pieces: Sequence[Tensor]) -> Tensor:
+    merged = torch.empty_like(pieces[0])
+    _ops().merge.default(list(pieces), merged)
+    return merged
 
 
 def compare(call: RowCall, statistics: Tensor) -> Comparison | None:

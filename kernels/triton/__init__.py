@@ -12,7 +12,7 @@ from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
-from fusedkd.kernels.pieces import block_rows, compare, finish, observe
+from fusedkd.kernels.pieces import block_rows, compare, finish, merge, observe
 from fusedkd.kernels.tokens import token_gradient, token_statistics
 from fusedkd.spec import LossSpec
 
@@ -22,6 +22,7 @@ __all__ = [
     "empty",
     "finish",
     "head_dtypes",
+    "merge",
     "mm_",
     "observe",
     "reduced",
