@@ -18,7 +18,7 @@ from fusedkd import divergences
 from fusedkd.benchmarks import machine_code, readme, resources, sass
 from fusedkd.benchmarks.kernel_jobs import DTYPES, Job
 from fusedkd.benchmarks.roofline import GPUS, VOCAB, Counts, share
-from fusedkd.kernels.triton import config, pointwise
+from fusedkd.kernels.triton import config
 
 ROWS, TARGET = 8192, "sm_90"
 
@@ -35,7 +35,8 @@ def counts(divergence: str, dtype: str = "bf16", tail: str = "") -> Counts:
     student, teacher, grad = DTYPES[dtype]
     read = student.itemsize + (0 if tail else teacher.itemsize)
     every = sass.sweeps(sass.listing(machine_code.sass(kernel)), read, grad.itemsize)
-    two = tail == "bucket" or divergence in pointwise.CLOSED
+    plan = resources.plan_of(job(divergence, dtype))
+    two = tail == "bucket" or (plan is not None and plan.closed)
     report = resources.read(kernel, chosen)
     return Counts(
         sass.ordinary(every, 2 if two else 3),
@@ -53,17 +54,19 @@ class Bound(NamedTuple):
     special: float
     dtype: str = "bf16"
     tail: str = ""
+    spilled: int = 0  # bytes
 
 
+# 1 to 2 % above what Triton 3.7.1 gives (2026-11-28); 3.6.0 was within 1 % of it.
 BOUNDS = (
-    Bound("forward_kl", 52.0, 4.6),
-    Bound("reverse_kl", 67.0, 3.6),
-    Bound("jsd", 171.0, 7.6),
-    Bound("total_variation", 90.0, 6.6),
-    Bound("alpha", 201.0, 9.0),
-    Bound("forward_kl", 50.0, 5.0, "fp32"),
-    Bound("jsd", 166.0, 7.6, "head"),
-    Bound("forward_kl", 38.0, 2.4, "bf16", "bucket"),
+    Bound("forward_kl", 30.8, 4.2),
+    Bound("reverse_kl", 29.8, 3.2),
+    Bound("jsd", 69.5, 8.2),
+    Bound("total_variation", 52.5, 5.2),
+    Bound("alpha", 52.9, 6.4),
+    Bound("forward_kl", 30.2, 4.3, "fp32"),
+    Bound("jsd", 64.9, 8.2, "head", spilled=24),  # 128 registers are not enough
+    Bound("forward_kl", 37.1, 2.3, "bf16", "bucket"),
 )
 
 

@@ -2,11 +2,13 @@
 
 The gradient is made in the forward, while logits are at hand, so a head costs four matrix products
 (two forward, two for the gradients) and never keeps a logit. The backward only multiplies by the
-upstream gradient, and rounds what a half-precision head has kept in fp32. Two cases differ:
+upstream gradient, and rounds what a half-precision head has kept in fp32. Three cases differ:
 
 * ``reduction="none"`` with a student head that is trained: the upstream gradient is per token, and
   enters the weight gradient's sum over tokens, so the chunks are computed again in the backward (6
   products). With a frozen head each token's gradient is only multiplied;
+* a half-precision head whose logits' gradient is one block, and smaller than dW in fp32: it is kept
+  instead, and dW is made in the backward, rounded piece by piece. The same four products;
 * dense logits in fp16: each row's gradient is kept at a power of two of its own, which the backward
   takes out again (:mod:`fusedkd.fp16`).
 
@@ -28,6 +30,7 @@ from torch.autograd.function import _functions
 from fusedkd import backends
 from fusedkd.call import Call
 from fusedkd.chunks import in_place, run
+from fusedkd.gradients import weight_gradient
 from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.modes import in_functorch, stand_in
 from fusedkd.spec import LossSpec
@@ -151,11 +154,15 @@ class _FusedLoss(torch.autograd.Function):
             grads = list(ctx.saved_tensors)
             if ctx.spec.reduction == "none":  # what comes for tokens that do not count may be NaN
                 upstream = upstream.masked_fill((grads.pop() == 0).view(upstream.shape), 0.0)
-            if len(grads) > len(kept):  # the powers of dense fp16 rows
-                upstream = upstream / grads.pop().view(upstream.shape if upstream.dim() else (-1,))
+            grads, rest = grads[: len(kept)], grads[len(kept) :]
+            late = bool(rest) and wanted.weight
+            if rest and not late:  # the powers of dense fp16 rows
+                upstream = upstream / rest[0].view(upstream.shape if upstream.dim() else (-1,))
             results = [
-                scaled(x, upstream, dtype, ctx.plan.backend)
-                for x, dtype in zip(grads, kept, strict=True)
+                _multiplied(x, rest, upstream, dtype, ctx.plan.backend)
+                if late and i == wanted.hidden
+                else scaled(x, upstream, dtype, ctx.plan.backend)
+                for i, (x, dtype) in enumerate(zip(grads, kept, strict=True))
             ]
         made = iter(results)
         grads_of = [next(made) if want else None for want in wanted[:3]]
@@ -169,7 +176,10 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, spec, plan = arguments
-        output = tuple(run(Inputs(*tensors), spec, _in_forward(spec, plan)))
+        how = _in_forward(spec, plan)
+        if how.wanted.weight:
+            how = how._replace(late=True)
+        output = tuple(run(Inputs(*tensors), spec, how))
         _FusedLoss.setup_context(ctx, arguments, output)
         return output[: 1 + plan.wanted.metrics]
 
@@ -203,6 +213,18 @@ def _in_forward(spec: LossSpec, plan: Plan) -> Plan:
 def _deferred(spec: LossSpec, wanted: Wanted) -> bool:
     """Whether a sum over tokens is wanted of which each has an upstream gradient of its own."""
     return spec.reduction == "none" and (wanted.weight or wanted.bias)
+
+
+def _multiplied(
+    grad: Tensor, rest: list[Tensor], factor: Tensor, dtype: torch.dtype, backend: Any
+) -> Tensor:
+    """dW of its factors (see :meth:`fusedkd.gradients.Gradients.results`), times ``factor``."""
+    states, *powers = rest
+    for power in powers:
+        factor = factor / power
+    if stand_in(grad, states, factor):
+        return (grad.T.to(factor.dtype) @ states.to(factor.dtype) * factor).to(dtype)
+    return weight_gradient(grad, states, factor, dtype, backends.resolve(backend, grad.device))
 
 
 def scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:

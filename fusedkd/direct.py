@@ -1,6 +1,6 @@
 """Plain logits in one operation of the backend, where it has one: what a small call costs is its
 steps (8 x 1,000 on a CPU: 43 us, of which an empty autograd function takes 17, for 160 the general
-way; AMD Zen 5, 2026-11-28).
+way; on the host of a GPU whose driver launches nothing 67 for 150; AMD Zen 5, 2026-11-28).
 
 Whatever is out of the ordinary, mistakes among it, takes the general way, and is told there.
 """
@@ -39,21 +39,21 @@ def direct_loss(given: Arguments) -> Tensor | None:
     ):
         return None
     try:
-        reduced = _reduced(*given[3:])
+        reduced = _reduced(student.device, *given[3:])
     except (TypeError, ValueError):  # not to be remembered, or not to be had
         return None
     wanted = torch.is_grad_enabled() and student.requires_grad
     made = reduced(student.detach(), teacher, labels, wanted) if reduced else None
     if made is None or not wanted:
         return made and made[0]
-    loss: Tensor = _Direct.apply(student, made)
+    loss: Tensor = _Direct.apply(student, made, given.backend)
     return loss
 
 
 def _plain_logits(student: Tensor, teacher: Tensor) -> bool:
     return (
-        _is_plain(student)
-        and _is_plain(teacher)
+        _is_plain(student, student.device)
+        and _is_plain(teacher, student.device)
         and student.dtype in DTYPES
         and teacher.dtype in DTYPES
         and student.dtype is not torch.float16  # whose gradients have powers of their own
@@ -66,16 +66,22 @@ def _plain_logits(student: Tensor, teacher: Tensor) -> bool:
 
 def _plain_labels(student: Tensor, labels: Tensor) -> bool:
     right = labels.dtype is torch.int64 and labels.shape == student.shape[:-1]
-    return right and _is_plain(labels)
+    return right and _is_plain(labels, student.device)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether its numbers lie in the host's memory, in order."""
-    return x.is_cpu and x.layout is torch.strided and not x.is_nested and x.is_contiguous()
+def _is_plain(x: Tensor, device: torch.device) -> bool:
+    """Whether its numbers lie in the device's memory, in order."""
+    return (
+        (x.is_cpu or x.is_cuda)
+        and x.device == device
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.is_contiguous()
+    )
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # of each argument: True is no 1
-def _reduced(*rest: Any) -> Reduced | None:
+def _reduced(device: torch.device, *rest: Any) -> Reduced | None:
     """The operation for all that is given beside the tensors, once that is checked.
 
     Raises:
@@ -95,7 +101,7 @@ def _reduced(*rest: Any) -> Reduced | None:
             for heat in (spec.temperature, spec.teacher_temperature)
         )
     )
-    backend = backends.resolve(plan.backend, torch.device("cpu"))
+    backend = backends.resolve(plan.backend, device)
     has: Callable[[Any], Reduced] | None = getattr(backend, "reduced", None)
     return has(spec) if has and usual else None
 
@@ -104,14 +110,15 @@ class _Direct(torch.autograd.Function):
     """Of the student's logits, and of the loss and the gradient that were made of them."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(ctx: Any, student: Tensor, made: tuple[Tensor, Tensor], backend: Any) -> Tensor:
         loss, grad = made
+        ctx.backend = backend
         ctx.roots = roots(student)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return scaled(grad, upstream, grad.dtype, None), None
+        return scaled(grad, upstream, grad.dtype, ctx.backend), None, None

@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     backend: Any = None  # as fusedkd.backends.resolve takes it
     tail: str | None = None  # what a SparseTeacher's remaining mass becomes; None: another teacher
     inplace: bool = False
+    late: bool = False  # the backward may make dW of the gradient of the logits
     chunk_bytes: int | None = None
     chunk_columns: int | None = None  # that a chunk's bytes are counted with; None: what is here
     num_counted: int | None = None  # tokens that count, where the caller knows

@@ -14,6 +14,7 @@ from fusedkd.checks import check_whole
 from fusedkd.direct import direct_loss
 from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.divergences import Divergence
+from fusedkd.routed import Routed, routed_loss, together
 from fusedkd.spec import METRIC_COLUMNS, OF_TEACHER
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class KDMetrics(NamedTuple):
     the raw cross-entropy at T = 1 (with ``label_smoothing``). The entropies are those of the two
     distributions the divergence compares, in nats. ``ce`` and the accuracies are NaN without
     labels, and without a teacher all that needs one is. With nothing counted all are 0.
+    ``student_mass`` and ``teacher_mass`` are the probabilities of a :class:`SparseTeacher`'s ids,
+    q's at its temperature and the teacher's as given; None with another teacher.
     """
 
     kd: Tensor
@@ -38,11 +41,13 @@ class KDMetrics(NamedTuple):
     student_accuracy: Tensor
     teacher_accuracy: Tensor
     num_tokens: Tensor
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
 
 
 def kd_loss(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher | None,
+    teacher: Tensor | LMHead | SparseTeacher | Routed | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -68,7 +73,8 @@ def kd_loss(
     p is the teacher's softmax, q the student's, over the vocabulary; D is ``divergence``. With
     forward KL this is the loss of Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), sec. 2. Either
     side may be logits or an :class:`LMHead`; with a head the logits never exist in full. The
-    teacher may also be a :class:`SparseTeacher`, K entries per token.
+    teacher may also be a :class:`SparseTeacher`, K entries per token, or several teachers,
+    :class:`Routed`.
 
     Args:
         student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. Has the gradient.
@@ -104,8 +110,9 @@ def kd_loss(
         inplace: dense student logits only: write their gradient into their own memory, which no
             other tensor of the call may share. The logits are then gone. Has no effect under
             torch.compile and torch.func, which plan memory themselves.
-        chunk_bytes: heads only: bytes of logits and their gradient held at any time, and at
-            least a token's. Default 512 MiB on a CPU, 2 GiB on a GPU, of whose memory at most 1/32.
+        chunk_bytes: heads only: bytes of logits and their gradient held at any time, the latter
+            perhaps until the backward; at least a token's. Default 512 MiB on a CPU, 2 GiB on a
+            GPU, or 1/32 of its memory where that is less.
         group: vocabulary-parallel: each of its ranks has some columns of the logits (rows of the
             heads' weights), in the order of ranks, and all have the same tokens and labels. Loss,
             metrics and gradients are those of one process; the gradient of a head's hidden states
@@ -155,7 +162,7 @@ DEFAULTS: dict[str, Any] = dict(kd_loss.__kwdefaults__ or {})  # one signature, 
 
 def kd_loss_and_metrics(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher | None,
+    teacher: Tensor | LMHead | SparseTeacher | Routed | None,
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, KDMetrics]:
@@ -195,7 +202,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: Tensor | LMHead,
-        teacher: Tensor | LMHead | SparseTeacher | None,
+        teacher: Tensor | LMHead | SparseTeacher | Routed | None,
         labels: Tensor | None = None,
         **overrides: Any,
     ) -> Tensor:
@@ -209,7 +216,18 @@ class KDLoss(nn.Module):
 # ----------------------------------------------------------------------------------------------
 
 
+def losses_by_teacher(
+    student: Tensor | LMHead, teacher: Routed, labels: Tensor | None = None, **keywords: Any
+) -> tuple[Tensor, dict[str, KDMetrics]]:
+    """:func:`kd_loss` of several teachers, and the metrics of each one's rows."""
+    keywords = _with_defaults("losses_by_teacher", keywords)
+    return routed_loss(Arguments(student, teacher, labels, **keywords), teacher, True, _compute)
+
+
 def _compute(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
+    if isinstance(arguments.teacher, Routed):
+        total, parts = routed_loss(arguments, arguments.teacher, metrics, _compute)
+        return total, together(list(parts.values())) if metrics else None
     if not metrics and (loss := direct_loss(arguments)) is not None:
         return loss, None
     student, teacher = arguments.student, arguments.teacher
@@ -221,8 +239,9 @@ def _compute(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | N
 @torch._disable_dynamo  # collectives whose number depends on the data's sizes
 def _compute_sharded(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
     """The same for the part of the vocabulary that lies here."""
+    teacher: Any = arguments.teacher
     # for their errors; a rank may have no columns
-    student_side(arguments.student, 0), teacher_side(arguments.teacher, 0)
+    student_side(arguments.student, 0), teacher_side(teacher, 0)
     vocab_size, chunk_bytes = arguments.vocab_size, arguments.chunk_bytes
     for name, value in (("vocab_size", vocab_size), ("chunk_bytes", chunk_bytes)):
         if value is not None:
@@ -260,6 +279,11 @@ def _metrics(sums: Tensor, call: Call) -> KDMetrics:
     counted = call.weights != 0
     count = counted.sum()
     means = sums / count.clamp(min=1)
+
+    def mean(rows: Tensor) -> Tensor:
+        rows = rows.reshape(-1).to(means.dtype).masked_fill(~counted, 0.0)
+        return rows.sum() / count.clamp(min=1)
+
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
     # of a side that is NaN there is no favourite token, though the kernels name one
     student, other = 0.0 * named["student_entropy"], 0.0 * named["teacher_entropy"]
@@ -267,9 +291,12 @@ def _metrics(sums: Tensor, call: Call) -> KDMetrics:
     named["student_accuracy"] = named["student_accuracy"] + student
     named["teacher_accuracy"] = named["teacher_accuracy"] + other
     if call.teacher_entropy is not None:
-        entropy = call.teacher_entropy.detach().reshape(-1).to(means.dtype)
-        known = entropy.masked_fill(~counted, 0.0).sum() / count.clamp(min=1)
-        named["teacher_entropy"] = known + 0.0 * named["teacher_entropy"]
-    if call.inputs.teacher is None:
+        entropy = mean(call.teacher_entropy.detach())
+        named["teacher_entropy"] = entropy + 0.0 * named["teacher_entropy"]
+    teacher, ids, mass = call.inputs.teacher, call.inputs.teacher_indices, named.pop("student_mass")
+    if teacher is None:
         named |= {name: named[name] * math.nan for name in OF_TEACHER}
+    elif ids is not None:
+        p = teacher.detach().to(means.dtype).exp().masked_fill(ids < 0, 0.0).sum(-1)
+        return KDMetrics(**named, num_tokens=count, student_mass=mass, teacher_mass=mean(p))
     return KDMetrics(**named, num_tokens=count)

@@ -54,7 +54,8 @@ gives
     ``compute(student, teacher, labels, gradient) -> (loss, grad or None) | None``
 
 with one loss, reduced by "mean" or "sum" over the rows whose label is not ``ignore_index``. None
-where one of their labels is out of range.
+where one of their labels is out of range (on a GPU that is an assertion: nothing waits for it), or
+in place of ``compute``, for what the backend has no such operation.
 
 Beside rows a backend has what a head's chunks are made with:
 
@@ -174,6 +175,8 @@ class Statistics(NamedTuple):
     outside_max: Tensor
     outside_exponent: Tensor
     outside_sum: Tensor  # of exp(s / T) where a sparse teacher has no id
+    inside_exponent: Tensor
+    inside_sum: Tensor  # and where it has one
     forward: Tensor  # sums of gaps t - s, weighted by either side's exponentials, over the columns
     reverse: Tensor  # where the gap is finite; in whatever units the backend likes
     teacher_absent: Tensor  # sum of the teacher's exponentials where the student has -inf

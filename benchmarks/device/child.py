@@ -26,23 +26,23 @@ INNER = {
 
 def main(orders: Orders) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    name = INNER.get(orders.what, orders.what)
-    if orders.what in STEPS and STEPS[name].starts:
-        journal = Journal(orders.journal, orders.deadline)
-        _faults(journal, orders)
-        _module(name).run(journal, orders)
-        return
-    card = _card(orders)
     if orders.what in INNER:
-        getattr(_module(name), orders.what)(orders, card)
+        card = None if orders.what == "counted" else _card(orders)
+        getattr(_module(INNER[orders.what]), orders.what)(orders, card)
         return
-    from .plans import sizes
-
-    journal = Journal(orders.journal, orders.deadline, card.free)
-    _faults(journal, orders)
+    journal = Journal(orders.journal, orders.deadline)
     try:
-        _module(name).run(journal, card, sizes(orders.device))
-    except Exception as error:  # between the items
+        if STEPS[orders.what].starts:
+            _faults(journal, orders)
+            _module(orders.what).run(journal, orders)
+            return
+        card = _card(orders)
+        from .plans import sizes
+
+        journal.free = card.free
+        _faults(journal, orders)
+        _module(orders.what).run(journal, card, sizes(orders.device))
+    except Exception as error:  # between the items: no GPU, for example
         journal.write({"name": "the step itself", "error": one_line(error)})
         raise
 

@@ -66,19 +66,32 @@ class Supervisor:
         """Everything; the exit code is 1 if anything failed or was left out."""
         wanted = [name for name in self.args.steps if name not in self.report["steps"]]
         for group in sorted({STEPS[name].group for name in wanted}):
-            self._group([name for name in wanted if STEPS[name].group == group])
+            names = [name for name in wanted if STEPS[name].group == group]
+            if self.left() < LEAST:
+                self._leave_out(names, NO_TIME)
+            elif self._nothing_runs():
+                self._leave_out(names, "nothing runs")
+            else:
+                self._group(names)
         self.save()
         lines = table(self.report)
         (self.out / "table.txt").write_text("\n".join(lines) + "\n")
         say(*lines)
         return 1 if any(failed(step) for step in self.report["steps"].values()) else 0
 
+    def _nothing_runs(self) -> bool:
+        """No GPU, or no backend on it: "facts" says why."""
+        items = self.report["steps"].get("facts", {}).get("items", [])
+        package = [item for item in items if item["name"] in ("package", "the step itself")]
+        return any(flaw(item) for item in package)
+
+    def _leave_out(self, names: list[str], why: str) -> None:
+        for name in names:
+            step = {"status": why, "seconds": 0, "starts": 0, "items": []}
+            self.report["steps"][name] = step
+            say(*headline(name, step))
+
     def _group(self, names: list[str]) -> None:
-        if self.left() < LEAST:
-            for name in names:
-                self.report["steps"][name] = {"status": NO_TIME, "seconds": 0, "items": []}
-                say(f"{name}: no time left")
-            return
         self.running = [Run(self, name) for name in names]
         while self.running:
             time.sleep(0.1)

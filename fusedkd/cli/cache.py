@@ -105,7 +105,7 @@ def _build(argv: list[str]) -> int:
     return 0
 
 
-NOT_CACHED = ("data_streaming", "mlm_probability", "mlm_smoothing")
+NOT_CACHED = ("data_streaming", "teacher_column", "mlm_probability", "mlm_smoothing")
 _TEACHER_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "folder or hub name (default: the teacher's)"},
     "teacher_dtype": {"default": "auto", "help": "float32, bfloat16, float16 or auto: as saved"},

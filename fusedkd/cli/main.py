@@ -127,6 +127,7 @@ def _distill(argv: list[str]) -> int:
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
 
+        from fusedkd.cli.teachers import joined
         from fusedkd.data.arguments import DataArguments
         from fusedkd.models.arguments import ModelArguments
         from fusedkd.train.arguments import DistillationArguments
@@ -153,7 +154,7 @@ def _distill(argv: list[str]) -> int:
     given = [] if path is None else flags_of(path, recipe, flags)
     if path is not None:
         check_code(path, given, rest)
-    words = [*given, *rest]
+    words = joined([*given, *rest])
     try:
         with as_user_error():
             models, data, args, report, _, unknown = parser.parse_args_into_dataclasses(

@@ -18,7 +18,8 @@ class ModelArguments(ServedArguments):
         default=None,
         metadata={
             "help": "Folder or hub name of the teacher, or where it is served: "
-            "http://a:8000,http://b:8000 (vLLM, SGLang)."
+            "http://a:8000,http://b:8000 (vLLM, SGLang). Several: --teacher NAME=SOURCE for each, "
+            "SOURCE one of these or a cache, and --teacher_column."
         },
     )
     teacher_cache: str | None = field(

@@ -22,7 +22,7 @@ from torch import Tensor
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
-from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, put_tokens, row_factors
+from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, Top, put_tokens, row_factors
 from fusedkd.spec import LossSpec
 from fusedkd.tape import Tape
 
@@ -43,6 +43,7 @@ __all__ = [
     "scale_",
     "token_gradient",
     "token_statistics",
+    "top",
     "unavailable",
 ]
 
@@ -50,9 +51,10 @@ CPU = torch.device("cpu")
 LARGE_BYTES = 8 << 20  # a few huge pages of 2 MB: less is reused by the allocator, or soon touched
 
 # Of rows in pieces, both sides in bf16; by whether d D / d log q is kept from one verb to the next,
-# which takes as much again. A block should stay in the last cache meanwhile, and every one costs
-# Python and a gather.
-BLOCK_BYTES = {False: 128 << 20, True: 32 << 20}
+# which takes as much again. Every block costs Python and a gather, and that the block before is
+# still in the last cache gains nothing: JSD of 256 rows in 16, 32 and 64 MiB takes a process 27, 24
+# and 22 ms of its time (half of 151,936 columns, busy AMD Zen 5, 2026-11-28).
+BLOCK_BYTES = {False: 128 << 20, True: 64 << 20}
 LONGEST_TILE, PARAMETERS = 4096, 8  # of kernel.h
 
 SISTER_FILES = "fusedkd/divergences.py, kernels/triton/pointwise.py and kernels/cpu/pointwise.h"
@@ -75,7 +77,7 @@ def unavailable() -> str | None:
 
 def _register_fakes() -> None:
     """For tensors without memory: what the operators write to is all that they give."""
-    for name in ("rows", "scale_", "matmul", "token_statistics", "token_gradient"):
+    for name in ("rows", "scale_", "matmul", "token_statistics", "token_gradient", "top"):
         torch.library.register_fake(f"fusedkd_cpu::{name}", lambda *_: None)
 
 
@@ -173,6 +175,9 @@ def rows(call: RowCall) -> Rows:
     return results
 
 
+# Of a sparse teacher, as kernel.h numbers them; with all others p is 0 outside the ids.
+TAILS = {"bucket": 1, "generalized": 2, "conditional": 3}
+
 # The verbs on pieces, in the order of kernel.h.
 OBSERVE, COMPARE, FINISH = 1, 2, 3
 
@@ -198,7 +203,7 @@ def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
         return None
     assert part is not None
     n, kept = call.row_scale.numel(), None
-    if entrywise and call.grad is not None and spec.kd_scale and not _buckets(call):
+    if call.grad is not None and spec.kd_scale and _keeps(call):
         wide = part.exact or call.row_scale.dtype == torch.float64
         lines = -(-(part.columns + LONGEST_TILE) // 16)
         size = lines * 16 * (8 if wide else 4)
@@ -224,12 +229,15 @@ def _piece(verb: int, call: RowCall, statistics: Tensor, *results: Tensor | None
 
 
 def block_rows(call: RowCall, widest: int, budget: int) -> int:
-    keeps = _ops().keeps(_listed(call.spec.divergence)[0]) and not _buckets(call)
-    return max(1, BLOCK_BYTES[keeps] // (4 * widest))  # by nothing that the ranks may differ in
+    # by nothing that the ranks may differ in
+    return max(1, BLOCK_BYTES[_keeps(call)] // (4 * widest))
 
 
-def _buckets(call: RowCall) -> bool:
-    return isinstance(call.teacher, SparseRows) and call.teacher.tail == "bucket"
+def _keeps(call: RowCall) -> bool:
+    """Whether d D / d log q, entry by entry, goes from one verb to the next."""
+    teacher = call.teacher
+    everywhere = not isinstance(teacher, SparseRows) or teacher.tail not in TAILS
+    return everywhere and _ops().keeps(_listed(call.spec.divergence)[0])
 
 
 def _arguments(call: RowCall) -> tuple[Any, ...]:
@@ -237,9 +245,10 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
     spec, teacher = call.spec, call.teacher
     if isinstance(teacher, SparseRows):
         side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
+        tail = TAILS.get(teacher.tail, 0)
     else:
-        side, indices, rounding = call.teacher_logits, None, 0.0
-    head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
+        side, indices, rounding, tail = call.teacher_logits, None, 0.0, 0
+    head = call.student, side, indices, tail, call.labels, call.row_scale
     return *head, *_settings(spec, rounding), spec.vocab_size
 
 
@@ -285,6 +294,18 @@ def token_gradient(call: TokenCall, statistics: Tensor, factors: Factors, out: T
     constant, linear = row_factors(call, factors)
     _ops().token_gradient.default(*_of_tokens(call), statistics, constant, linear, out)
     put_tokens(call, statistics, factors, out)
+
+
+def top(call: TokenCall, k: int) -> Top:
+    n, entries = call.tokens.shape
+    values = call.logits.new_empty((n, k), dtype=torch.float64)
+    found = Top(
+        values,
+        torch.empty_like(values, dtype=torch.int64),
+        values.new_empty((n, len(FIELDS) + entries)),
+    )
+    _ops().top.default(*_of_tokens(call), found.statistics, found.values, found.ids)
+    return found
 
 
 def _of_tokens(call: TokenCall) -> tuple[Any, ...]:

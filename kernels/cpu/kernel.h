@@ -19,7 +19,7 @@ constexpr int64_t kEntryFields = 5, kEntryStep = 8;
 // One row's, in the order of fusedkd.kernels.METRICS.
 struct Metrics {
   double kd, ce, teacher_entropy, student_entropy, top1_agreement, student_accuracy,
-      teacher_accuracy;
+      teacher_accuracy, student_mass;
 };
 constexpr int kMetrics = sizeof(Metrics) / sizeof(double);
 
@@ -27,7 +27,7 @@ constexpr int kMetrics = sizeof(Metrics) / sizeof(double);
 struct Statistics {
   double student_max, student_exponent, student_sum, unit_exponent, unit_sum;
   double teacher_max, teacher_exponent, teacher_sum;
-  double outside_max, outside_exponent, outside_sum;
+  double outside_max, outside_exponent, outside_sum, inside_exponent, inside_sum;
   double forward, reverse, teacher_absent, student_absent, only_teacher, only_student;
   double student_expected, teacher_expected, mean, label;
   double student_top, teacher_top, teacher_at_top;
@@ -37,6 +37,9 @@ struct Comparison {  // in the order of fusedkd.kernels.COMPARED
   double value, slope;
 };
 enum class Verb : int { rows, observe, compare, finish };
+// What the entries outside a sparse teacher's ids are: of p = 0; one category; of no account, where
+// two measures are compared on the ids, or two distributions given that it is one of them.
+enum class Tail : int { absent, bucket, generalized, conditional };
 
 // In the order of Numbers in __init__.py.
 struct Numbers {
@@ -47,41 +50,13 @@ struct Numbers {
 };
 
 // A divergence as operations, in the order of fusedkd.kernels.cpu.emit.STEPS.
+// clang-format off
 enum class TapeOp : int {
-  lp,
-  lq,
-  p,
-  q,
-  gap,
-  constant,
-  parameter,
-  neg,
-  abs,
-  sign,
-  exp,
-  expm1,
-  log,
-  log1p,
-  sqrt,
-  tanh,
-  sigmoid,
-  detach,
-  add,
-  sub,
-  mul,
-  div,
-  pow,
-  minimum,
-  maximum,
-  logaddexp,
-  where,
-  eq,
-  lt,
-  le,
-  both,
-  either,
-  no
+  lp, lq, p, q, gap, constant, parameter, neg, abs, sign, exp, expm1, log, log1p, sqrt, tanh,
+  sigmoid, detach, add, sub, mul, div, pow, minimum, maximum, logaddexp, where, eq, lt, le, both,
+  either, no
 };
+// clang-format on
 struct TapeStep {
   TapeOp op;
   int inputs[3];
@@ -123,7 +98,7 @@ struct RowsCall : Numbers {
   const int32_t* indices;   // (rows, entries), ascending, padding of kPadding behind
   const double* log_probs;  // (rows, entries + 1), the last one the tail's
   int64_t entries;
-  bool bucket;  // whether the entries outside are one category; else they have p = 0
+  Tail tail;
   bool wide;    // accumulate in fp64
   bool stream;  // write the gradient past the caches
   int divergence;
@@ -169,6 +144,13 @@ struct SoftmaxCall {
   bool stream;
 };
 
+// `ids` are to be among the columns; the third of the statistics is the mass of all others.
+struct TopCall : SoftmaxCall {
+  int64_t k;
+  double* top_values;  // (rows, k) z / T, the largest first; -inf where there is no more
+  int64_t* top_ids;    // (rows, k), -1 there
+};
+
 struct InstructionSet {
   const char* name;
   int (*find)(const char* divergence);  // -1: not in pointwise.h
@@ -177,6 +159,7 @@ struct InstructionSet {
   void (*row)(const RowsCall&, const Workspace&, int64_t row);
   void (*scale)(const ScaleCall&, int64_t row);
   void (*softmax)(const SoftmaxCall&, int64_t row);
+  void (*top)(const TopCall&, int64_t row);
 };
 
 const InstructionSet& base_set();

@@ -19,7 +19,8 @@ using S = Statistics;
 const Unit kUnits[] = {{&S::student_exponent, {&S::student_sum, &S::reverse, &S::student_absent}},
                        {&S::teacher_exponent, {&S::teacher_sum, &S::forward, &S::teacher_absent}},
                        {&S::unit_exponent, {&S::unit_sum}},
-                       {&S::outside_exponent, {&S::outside_sum}}};
+                       {&S::outside_exponent, {&S::outside_sum}},
+                       {&S::inside_exponent, {&S::inside_sum}}};
 const Field kMaxima[] = {&S::student_max, &S::teacher_max, &S::outside_max, &S::only_teacher,
                          &S::only_student};
 const Field kMinima[] = {&S::student_min, &S::teacher_min};
@@ -35,7 +36,11 @@ struct Top {  // what belongs to the first piece with the largest `of`
 };
 const Top kTops[] = {{&S::student_max, {&S::student_top, &S::teacher_at_top}},
                      {&S::teacher_max, {&S::teacher_top}}};
-static_assert(sizeof(S) == 26 * sizeof(double), "each field has a place above");
+static_assert(sizeof(S) == 28 * sizeof(double), "each field has a place above");
+
+double scaled(double exponent, double largest) {
+  return std::exp2(exponent - (largest == -INFINITY ? 0 : largest));  // -inf: of nothing anywhere
+}
 
 Statistics merged(const std::vector<const Statistics*>& pieces, int64_t row) {
   Statistics all{};
@@ -52,11 +57,11 @@ Statistics merged(const std::vector<const Statistics*>& pieces, int64_t row) {
   for (const Statistics* piece : pieces) {
     const Statistics& one = piece[row];
     for (const Unit& unit : kUnits) {
-      const double factor = std::exp2(one.*unit.exponent - all.*unit.exponent);
+      const double factor = scaled(one.*unit.exponent, all.*unit.exponent);
       for (Field f : unit.sums) all.*f += one.*f * factor;
     }
     for (const Mean& of : kMeans)
-      all.*of.mean += one.*of.mean * (one.*of.sum * std::exp2(one.*of.exponent - all.*of.exponent));
+      all.*of.mean += one.*of.mean * (one.*of.sum * scaled(one.*of.exponent, all.*of.exponent));
     for (Field f : kSums) all.*f += one.*f;
   }
   for (const Mean& of : kMeans) all.*of.mean /= all.*of.sum;

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.kernels import RowCall, Rows
+from fusedkd.kernels import Part, RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, merge, observe
-from fusedkd.kernels.tokens import token_gradient, token_statistics
+from fusedkd.kernels.tokens import token_gradient, token_statistics, top
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "scale_",
     "token_gradient",
     "token_statistics",
+    "top",
     "unavailable",
 ]
 
@@ -47,10 +48,16 @@ def rows(call: RowCall, *fields: Any) -> Rows:
     0.1, which goes with release 0.3)."""
     call = RowCall(call, *fields) if fields else call  # type: ignore[arg-type]
     ops, sparse_ops = _launchers()
-    return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)
+    if not isinstance(call.teacher, SparseRows):
+        return ops.rows(call)  # type: ignore[no-any-return]
+    if call.teacher.tail in ("generalized", "conditional"):  # sparse.py does not know them yet
+        whole = call._replace(part=Part(0, call.spec.vocab_size))
+        statistics = merge([observe(whole)])
+        return finish(whole, statistics, compare(whole, statistics))[0]
+    return sparse_ops.rows(call)  # type: ignore[no-any-return]
 
 
-def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
+def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:
     from . import tally
 
     return tally.reduced(spec)

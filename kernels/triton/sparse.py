@@ -157,13 +157,13 @@ def _compare(
     log_probs, log_tail, held, known, bend, norm, a_b, least,
     DIVERGENCE: tl.constexpr, BUCKET: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
-    """Over all slots: value, sum of grad, the tail's grad, sum p log p, the ids' sum q log q, and
-    the teacher's first choice; the sums in fp64."""
+    """Over all slots: value, sum of grad, the tail's grad, sum p log p, the ids' sum q log q, the
+    teacher's first choice, and the ids' sum q; the sums in fp64."""
     value = tl.full([], 0, tl.float64)
-    slope, of_tail, own_t, own_s = value, value, value, value
+    slope, of_tail, own_t, own_s, mass = value, value, value, value, value
     most, top = tl.full([], -INFINITY, plan.acc), tl.full([], -1, tl.int32)
     for start in range(0, known[1] + 1, BLOCK):
-        id, _, _, lp, lq, _, v, g = _points(start, log_probs, log_tail, held, known, bend, norm,
+        id, _, _, lp, lq, q, v, g = _points(start, log_probs, log_tail, held, known, bend, norm,
                                             a_b, least, DIVERGENCE, BUCKET, plan)  # fmt: skip
         value += _add(v)
         slope += _add(g)
@@ -172,12 +172,13 @@ def _compare(
         if plan.metrics:
             own_t += _weighted(lp)
             own_s += _weighted(tl.where(last, -INFINITY, lq))
+            mass += _add(tl.where(last, 0.0, q))
             lp = tl.where(last, -INFINITY, lp)
             here = tl.max(lp, axis=0)
             first = tl.min(tl.where(lp == here, id, NO_COLUMN), axis=0)
             top = tl.where(here > most, first, top)
             most = tl.maximum(here, most)
-    return value, slope, of_tail, own_t, own_s, top
+    return value, slope, of_tail, own_t, own_s, top, mass
 
 
 @triton.jit
@@ -227,7 +228,7 @@ def _write(loss, metrics, n, state, norm, found, value, ce, label, weights, plan
     ce_term = tl.where(ce_weight == 0, 0.0, ce_weight * ce)
     tl.store(loss + n, scale * (kd_term + ce_term))
     if metrics is not None:
-        out = metrics + n.to(tl.int64) * 7
+        out = metrics + n.to(tl.int64) * 8
         # sum q log q outside the ids: q = 2^a share, log q = a ln 2 + log share
         share = tl.exp2(norm[6] * norm[1] * LOG2E) * norm[3]
         log_share = norm[6] * norm[1] - norm[2]
@@ -241,6 +242,7 @@ def _write(loss, metrics, n, state, norm, found, value, ce, label, weights, plan
         unknown = scalar(float("nan"), plan.acc)
         tl.store(out + 5, (state[6] == label).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (found[5] == label).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 7, found[6].to(plan.acc))
 
 
 @triton.jit
@@ -281,7 +283,7 @@ def _outside(student, known, sums, n, piece, shape, span, bend, norm, a_b,
 def sparse_kernel(
     student, grad,  # (B, T, C), the same or None
     indices, log_probs,  # (N, K) int32, (N, K + 1) fp64; N = B T
-    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None
+    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 8) or None
     held,  # (N, K + 1) of the student's dtype: scratch
     partial, sums,  # fp64 (N, 7, pieces), (N, 2, pieces), or None in the stage "whole"
     entries: tl.int32, rounding: tl.float64,

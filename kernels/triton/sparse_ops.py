@@ -70,7 +70,7 @@ def _variant(call: RowCall) -> config.Variant:
         student=student.dtype,
         teacher=torch.float64 if wide else student.dtype,  # decides the accumulation type only
         grad=None if grad is None else grad.dtype,
-        divergence=call.spec.divergence.name,
+        divergence=call.spec.divergence.key or call.spec.divergence.name,
         aligned=config.aligned([student] if grad is None else [student, grad]),
         ce=call.labels is not None and (call.spec.ce_weight != 0 or call.metrics),
         metrics=call.metrics,

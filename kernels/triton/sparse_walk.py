@@ -144,7 +144,7 @@ def _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan: tl.
         if metrics is not None:
             field = tl.arange(0, 8)
             nothing = tl.full([8], 0, plan.acc)
-            tl.store(metrics + n.to(tl.int64) * 7 + field, nothing, mask=field < 7)
+            tl.store(metrics + n.to(tl.int64) * 8 + field, nothing)
     if grad is not None:
         zeros(grad, shape, span, vocab if leader else columns, columns, plan)
 

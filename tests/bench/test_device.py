@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is for Linux")
 if "FUSEDKD_TEST_BACKEND" in os.environ:
@@ -120,6 +121,15 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
     code, _, report = visit(tmp_path, "--budget", "1")
     assert code == 1
     assert {step["status"] for step in report["steps"].values()} == {"no time"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_nothing_runs_nothing_is_waited_for(tmp_path: Path) -> None:
+    """The first step says that there is no GPU, and the others are left out."""
+    code, text, report = visit(tmp_path, "--device", "cuda")
+    assert code == 1 and "! the step itself: " in text
+    statuses = [step["status"] for step in report["steps"].values()]
+    assert statuses[0] != "ok" and set(statuses[1:]) == {"nothing runs"}
 
 
 def test_what_there_is_is_kept_when_somebody_ends_it(tmp_path: Path) -> None:

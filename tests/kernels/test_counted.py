@@ -22,14 +22,15 @@ from fusedkd.benchmarks.roofline import Counts, Gpu
 from fusedkd.benchmarks.sass import Sweep
 
 
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda b: "-".join(filter(None, (b[0], *b[3:]))))
+@pytest.mark.parametrize(
+    "bound", BOUNDS, ids=lambda b: "-".join(filter(None, (b.divergence, b.dtype, b.tail)))
+)
 def test_within_bounds(bound: Bound) -> None:
     """Where a kernel costs less by now, its bound is lowered with it."""
     counts = counted.counts(bound.divergence, bound.dtype, bound.tail)
-    assert not counts.spilled
-    for what in ("instructions", "special"):
+    for what in ("instructions", "special", "spilled"):
         value, limit = getattr(counts, what), getattr(bound, what)
-        assert value <= limit, f"{what} an entry: {value:.1f}, at most {limit}: {counts}"
+        assert value <= limit, f"{what}: {value:.1f}, at most {limit}: {counts}"
 
 
 # ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracle import Case
 
-from fusedkd import LMHead, backends, divergences, kd_loss, kd_loss_and_metrics
+from fusedkd import LMHead, backends, divergences, kd_loss, kd_loss_and_metrics, loss
 
 if reason := backends.load("triton").unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -89,6 +89,13 @@ def test_a_row_in_pieces(use, device: torch.device, name: str) -> None:
         labels = {"ce_weight": 0.0} if n == 1 else {}
         dtype = (BF16, FP16, FP32)[NAMES.index(name) % 3]
         check(budget.plain_case(v, device, n, v, dtype, divergence=name, **labels), metrics=n == 1)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "alpha"])
+def test_programs_that_wait_for_one_another(use, device: torch.device, name: str) -> None:
+    """On a GPU in one launch; in the interpreter, where nothing runs at once, in three."""
+    use(config.Launch(pieces=2, warps=1, unroll=2, joint=True))
+    check(budget.plain_case(1, device, 3, 3 * 512 + 13, BF16, divergence=name), metrics=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -313,3 +320,26 @@ def test_a_wrong_label_is_left_to_the_general_way(label: int) -> None:
     student, teacher = torch.randn(2, 2, 5)
     spec = LossSpec(divergences.make("forward_kl"), 1, ignore_index=-1)
     assert tally.reduced(spec)(student, teacher, torch.tensor([-1, label]), True) is None
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP32, FP16), (FP64, FP32)])
+def test_plain_logits_take_the_short_way(
+    dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = (torch.randn(2, 3, 301, device=device).to(dtype) for dtype in dtypes)
+    labels = torch.arange(6, device=device).view(2, 3)
+
+    def answer() -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = student.detach().requires_grad_()
+        keywords = {"ce_weight": 0.5, "ignore_index": 4, "temperature": 2.0, "backend": "triton"}
+        value = kd_loss(leaf, teacher, labels, **keywords)
+        return value.detach(), torch.autograd.grad(1.7 * value, leaf)[0]
+
+    with monkeypatch.context() as patched:  # the general way starts there
+        patched.setattr(loss.Call, "of", None)
+        short = answer()
+    monkeypatch.setattr(loss, "direct_loss", lambda given: None)
+    general = answer()
+    eps = torch.finfo(general[0].dtype).eps
+    torch.testing.assert_close(short[0], general[0], rtol=2 * eps, atol=0)
+    torch.testing.assert_close(short[1].double(), general[1].double(), rtol=4 * eps, atol=0)

@@ -16,7 +16,7 @@ from oracle import Case
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fusedkd import LMHead, SparseTeacher, kd_loss
+from fusedkd import LMHead, SparseTeacher, gradients, kd_loss
 from fusedkd import backends as all_backends
 from fusedkd.backends import CustomRows
 from fusedkd.chunks import run
@@ -58,6 +58,7 @@ class OnPaper(CustomRows):
         self.held = Held(columns, torch.empty)
         self.empty = self.held.empty
         self.products: Counter[tuple[int, ...]] = Counter()
+        self.results: list[Tensor] = []
 
     def head_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         return self.dtypes
@@ -75,7 +76,12 @@ class OnPaper(CustomRows):
 
 
 def on_paper(
-    n: int, dtype: torch.dtype, logits: torch.dtype, wanted: Wanted, chunk_bytes: int = 2 * GIB
+    n: int,
+    dtype: torch.dtype,
+    logits: torch.dtype,
+    wanted: Wanted,
+    chunk_bytes: int = 2 * GIB,
+    late: bool = False,
 ) -> OnPaper:
     """n tokens x (4,096 + 2,048) x 151,936, all of which count."""
 
@@ -84,8 +90,8 @@ def on_paper(
 
     paper = OnPaper(QWEN, logits, dtype)
     inputs = Inputs(*head(4096), *head(2048), None, None, torch.ones(n))
-    plan = Plan(wanted, backend=paper, chunk_bytes=chunk_bytes, num_counted=n)
-    run(inputs, LossSpec(forward_kl(), QWEN), plan)
+    plan = Plan(wanted, backend=paper, chunk_bytes=chunk_bytes, num_counted=n, late=late)
+    paper.results = run(inputs, LossSpec(forward_kl(), QWEN), plan)[1:]
     return paper
 
 
@@ -112,6 +118,52 @@ def test_a_gradient_that_fits_is_one_product() -> None:
     paper = on_paper(4096, torch.bfloat16, torch.float32, Wanted(True, True, False, False))
     assert paper.products[4096, QWEN, 4096, False] == paper.products[QWEN, 4096, 4096, False] == 1
     assert not any(accumulate for *_, accumulate in paper.products)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_that_fits_is_kept_instead_of_fp32_sums(dtype: torch.dtype) -> None:
+    """The backward makes dW of it, piece by piece, where that takes no more memory."""
+    wanted = Wanted(True, True, False, False)
+    paper = on_paper(4096, dtype, torch.float32, wanted, late=True)
+    assert not any(rows == QWEN for rows, *_ in paper.products)
+    shapes = [tuple(x.shape) for x in paper.results]
+    powers = [()] if dtype == torch.float16 else []
+    assert shapes == [(4096, 4096), (4096, QWEN), (4096, 4096), *powers]
+    for n, logits in ((8192, torch.float32), (4096, dtype)):  # two blocks; dW needs no other dtype
+        paper = on_paper(n, dtype, logits, wanted, late=True)
+        assert [tuple(x.shape) for x in paper.results] == [(n, 4096), (QWEN, 4096)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dw_in_pieces(
+    backend: str, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded once, with any upstream gradient; as often as it is asked for."""
+    module = all_backends.load(backend)
+    monkeypatch.setattr(gradients, "PIECE_BYTES", {"cpu": 7 * H * 4, "cuda": 7 * H * 4})
+    made, empty = [], module.empty
+
+    def spy(shape: tuple[int, ...], **options: Any) -> Tensor:
+        made.append((tuple(shape), options["dtype"]))
+        return empty(shape, **options)
+
+    student, teacher = leaves(12, dtype, device)
+    names, options = ["weight"], {"ce_weight": 0.5, "reduction": "mean"}
+    upstream = torch.tensor(0.3, device=device)
+    heads = LMHead(student[0].detach(), *student[1:]), LMHead(*teacher)
+    labels = torch.arange(12, device=device) - 1
+    case = Case(*heads, labels.masked_fill(labels < 0, -100), options, upstream, names)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "empty", spy)
+        budget.check(case, backend)
+    logits, kept = module.head_dtypes(dtype)
+    wide = any(((V, H), x) in made for x in (torch.float32, torch.float64))
+    assert wide == (kept == logits)
+    loss = kd_loss(*heads, case.labels, **options, backend=backend)
+    several = [
+        torch.autograd.grad(loss, student[1], upstream, retain_graph=i < 2)[0] for i in range(3)
+    ]
+    assert torch.equal(several[0], several[1]) and torch.equal(several[1], several[2])
 
 
 @pytest.mark.parametrize("wanted", [Wanted(True, True, False, False), Wanted(*(False,) * 4)])
