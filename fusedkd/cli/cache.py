@@ -114,6 +114,10 @@ NOT_CACHED = ("data_streaming", "teacher_column", "mlm_probability", "mlm_smooth
 _TEACHER_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "folder or hub name (default: the teacher's)"},
     "teacher_dtype": {"default": "auto", "help": "float32, bfloat16, float16 or auto: as saved"},
+    "teacher_device_map": {"help": "over devices, memory and disk: auto, ... or JSON"},
+    "teacher_load_in_4bit": {"action": "store_true", "help": "its weights in NF4 (bitsandbytes)"},
+    "teacher_load_in_8bit": {"action": "store_true", "help": "its weights in 8 bits"},
+    "teacher_tp": {"action": "store_true", "help": "split it over torchrun's processes"},
     "vocab_size": {"type": int, "help": "true vocabulary (default: the tokenizer's)"},
 }
 
