@@ -281,8 +281,8 @@ def _metrics(sums: Tensor, call: Call) -> KDMetrics:
     means = sums / count.clamp(min=1)
 
     def mean(rows: Tensor) -> Tensor:
-        rows = rows.reshape(-1).to(means.dtype).masked_fill(~counted, 0.0)
-        return rows.sum() / count.clamp(min=1)
+        total = rows.reshape(-1).masked_fill(~counted, 0.0).sum(dtype=torch.float64)
+        return (total / count.clamp(min=1)).to(means.dtype)
 
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
     # of a side that is NaN there is no favourite token, though the kernels name one

@@ -103,9 +103,17 @@ def routed_loss(
 def together(parts: list[Any]) -> Any:
     """The metrics of all rows, which are means over tokens: of some that count nowhere, 0."""
     counts = torch.stack([part.num_tokens for part in parts])
-    means = torch.stack([torch.stack(part[:-1]) for part in parts])
-    sums = torch.where(counts[:, None] > 0, means * counts[:, None], 0.0).sum(0)
-    return type(parts[0])(*(sums / counts.sum().clamp(min=1)).unbind(), counts.sum())
+    every = counts.sum()
+
+    def mean(*means: Tensor | None) -> Tensor | None:
+        there = [x for x in means if x is not None]
+        if len(there) < len(means):  # of a sparse teacher only
+            return None
+        sums = torch.where(counts > 0, torch.stack(there) * counts, 0.0).sum()
+        return sums / every.clamp(min=1)
+
+    made = type(parts[0])(*map(mean, *parts))
+    return made._replace(num_tokens=every)
 
 
 def _taken(value: Any, rows: list[int]) -> Any:
