@@ -28,12 +28,16 @@ What is kept of each token, one of:
   --top-p 0.98    of those, as many as reach 98 % together: fewer bytes where the teacher is sure
   --sample 50     50 ids drawn from the teacher (arXiv 2503.16870): fewer bytes, and unbiased for
                   forward KL, so better where the teacher is unsure; refused for divergences that
-                  draws would bias"""
+                  draws would bias
+  --hidden bf16   the hidden states before the head, H numbers, and the head once: exact for every
+                  divergence and temperature; --hidden int8 takes half the bytes"""
 
 EXAMPLES = """\
 examples:
   For runs at T = 1 and at T = 2:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --temperatures 1,2
+  For every divergence and temperature, from the teacher's hidden states:
+    fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --hidden int8
   As small as it gets:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --sample 50
   From a teacher that is served (vLLM, SGLang), asked in token ids:
@@ -83,6 +87,7 @@ def _build(argv: list[str]) -> int:
     add("--top-k", type=int, metavar="K", help="entries per token (default: 64)")
     add("--top-p", type=float, metavar="P", help="no more of them than reach this probability")
     add("--sample", type=int, metavar="N", help="draws per token, instead of the top entries")
+    add("--hidden", choices=("bf16", "int8"), help="hidden states, instead of entries")
     add("--temperatures", type=_numbers, default=(1.0,), metavar="T,...", help="to serve; 1")
     add_fields(parser, DataArguments, NOT_CACHED)
     add_fields(parser, ServedArguments)
@@ -99,7 +104,7 @@ def _build(argv: list[str]) -> int:
         from fusedkd.cli.make_cache import CacheArguments, make_cache
     data, served = of_fields(DataArguments, args), of_fields(ServedArguments, args)
     values = {**vars(args), "data": data, "served": served, "policy": _policy(args)}
-    for name in ("top_k", "top_p", "sample"):
+    for name in ("top_k", "top_p", "sample", "hidden"):
         del values[name]
     make_cache(CacheArguments(**values))
     return 0
@@ -116,6 +121,14 @@ _TEACHER_FLAGS: dict[str, dict[str, Any]] = {
 def _policy(args: argparse.Namespace) -> Any:
     from fusedkd.cache.policy import Policy
 
+    if args.hidden is not None:
+        others = [args.top_k, args.top_p, args.sample]
+        if any(x is not None for x in others) or args.temperatures != (1.0,):
+            raise UserError(
+                "--hidden keeps what every entry and every temperature can be made of: expected no "
+                "--top-k, --top-p, --sample or --temperatures."
+            )
+        return Policy(args.hidden, 1)  # how many numbers they are, the teacher tells
     if args.sample is None:
         return Policy("top", 64 if args.top_k is None else args.top_k, args.top_p)
     if args.top_k is not None:
@@ -166,7 +179,8 @@ def _info(argv: list[str]) -> int:
     except Damaged as error:
         damaged = True
         print(error)
-    size = sum(file.bytes for file in (found.index, *found.shards))
+    files = [found.index, *found.shards, *([] if found.head is None else [found.head])]
+    size = sum(file.bytes for file in files)
     table = Table(show_header=False, title=str(args.folder))
     state = "" if found.complete else f" of {found.number_of_shards}: incomplete"
     for name, value in {
@@ -177,7 +191,9 @@ def _info(argv: list[str]) -> int:
         "vocabulary": f"{found.vocab_size:,} (logits have {found.padded_vocab_size:,} columns)",
         "kept": str(found.policy),
         "not kept": _outside(found.temperatures, tails),
-        "temperatures": ", ".join(f"{t:g}" for t in found.temperatures),
+        "temperatures": "all"
+        if found.policy.hidden
+        else ", ".join(f"{t:g}" for t in found.temperatures),
         "sequences": f"{found.sequences:,}",
         "tokens": f"{found.tokens:,}",
         "shards": f"{len(found.shards)}{state}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fusedkd.cache.build import Job, build
+from fusedkd.cache.build import NO_HEAD, Job, build
+from fusedkd.cache.hidden import layout_of
 from fusedkd.cache.keys import tokenizer_hash, weight_hash
-from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
+from fusedkd.distributions import LMHead
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.loading import load_tokenizer, required
@@ -132,9 +133,9 @@ def _run(args: CacheArguments, console: Console) -> None:
     tokenizer = load_tokenizer(args.tokenizer, teacher=saved)
     rows = _rows(args, tokenizer)
     model = saved.load(task.loader(saved.config()))
-    job = _job(args, name, model, tokenizer, _Sequences(rows.train, rows.test))
-    _say(console, job)
     run = LiveTeacher(model.eval().requires_grad_(False).to(device))
+    job = _job(args, name, run, tokenizer, _Sequences(rows.train, rows.test))
+    _say(console, job)
     with _bar(console) as bar:
         shown = bar.add_task("tokens", total=sum(map(len, job.sequences)))
         build(
@@ -159,7 +160,10 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Sequences) -> Job:
+def _job(
+    args: CacheArguments, name: str, run: LiveTeacher, tokenizer: Any, sequences: _Sequences
+) -> Job:
+    model: Any = run.model
     columns = vocabulary_size(model)
     size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
     if not 2 <= size <= columns:
@@ -173,13 +177,30 @@ def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences:
         "padded_vocab_size": columns,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    layout = Layout(args.policy, size, args.temperatures)
-    return Job(sequences, layout, facts, args.batch_size, int(args.shard_mb * 2**20))
+    policy, head = args.policy, None
+    if policy.hidden:
+        head = _head(run)
+        policy = replace(policy, k=head.weight.shape[1])
+        facts["padded_vocab_size"] = head.weight.shape[0]
+    layout = layout_of(policy, size, args.temperatures)
+    return Job(sequences, layout, facts, args.batch_size, int(args.shard_mb * 2**20), head)
+
+
+def _head(run: LiveTeacher) -> LMHead:
+    """
+    Raises:
+        UserError: it has none that is plain.
+    """
+    device = next(run.model.parameters()).device
+    answers = run({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
+    if not isinstance(answers, LMHead):
+        raise UserError(NO_HEAD)
+    return answers
 
 
 def _say(console: Console, job: Job) -> None:
     tokens, size = sum(map(len, job.sequences)), job.layout.most_bytes_per_token
-    fixed = job.layout.policy.kind == "top" and job.layout.policy.top_p is None
+    fixed = job.layout.policy.kind != "sample" and job.layout.policy.top_p is None
     console.print(
         f"{len(job.sequences):,} sequences, {tokens:,} tokens, {job.layout.policy}: "
         f"{'about' if fixed else 'at most'} {size:.1f} bytes per token, "

@@ -13,7 +13,7 @@ from torch import Tensor, empty
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import Part, RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, merge, observe
-from fusedkd.kernels.tokens import token_gradient, token_statistics
+from fusedkd.kernels.tokens import token_gradient, token_statistics, top
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "empty",
     "finish",
     "head_dtypes",
+    "merge",
     "mm_",
     "observe",
     "reduced",
@@ -29,6 +30,7 @@ __all__ = [
     "scale_",
     "token_gradient",
     "token_statistics",
+    "top",
     "unavailable",
 ]
 
