@@ -118,12 +118,13 @@ def counted(orders: Orders, card: Any) -> None:
     part, count = map(int, orders.part.split("/"))
     names = divergences.names()[: 1 if orders.device == "cpu" else None]
     journal = Journal(orders.journal, orders.deadline)
-    for name in names[part::count]:
-        journal.item(f"counted {name}", _count, name)
+    kernels = [(name, joint) for name in names for joint in (False, True)]
+    for name, joint in kernels[part::count]:
+        journal.item(f"counted {name}{' joint' * joint}", _count, name, joint)
 
 
-def _count(name: str) -> Item:
+def _count(name: str, joint: bool) -> Item:
     from .. import counted
 
-    counts = counted.counts(name)
+    counts = counted.counts(name, joint=joint)
     return counts._asdict() | {"sweeps": [sweep._asdict() for sweep in counts.sweeps]}
