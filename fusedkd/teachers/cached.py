@@ -59,6 +59,7 @@ class CachedTeacher:
                 "which stand for the whole vocabulary: expected none."
             )
         self.tail = "drop" if cache.sampled else tail
+        self.resident = True  # whether a head stays on the device, or is copied there for each call
         self._head: LMHead | None = None
 
     def __call__(self, inputs: dict[str, Any]) -> SparseTeacher | LMHead:
@@ -78,10 +79,11 @@ class CachedTeacher:
     def _of_states(self, states: Tensor) -> LMHead:
         """With the head, which is read and sent to the device once, in its dtype."""
         assert isinstance(self.cache, TeacherCache)
-        if self._head is None or self._head.weight.device != states.device:
+        device = states.device if self.resident else torch.device("cpu")
+        if self._head is None or self._head.weight.device != device:
             read = self.cache.head()
-            bias = None if read.bias is None else read.bias.to(states.device)
-            self._head = replace(read, weight=read.weight.to(states.device), bias=bias)
+            bias = None if read.bias is None else read.bias.to(device)
+            self._head = replace(read, weight=read.weight.to(device), bias=bias)
         return replace(self._head, hidden=states.to(self._head.weight.dtype))
 
     def collator(self, collate: Callable[..., Any]) -> Callable[..., Any]:
