@@ -281,8 +281,9 @@ def _metrics(sums: Tensor, call: Call) -> KDMetrics:
     means = sums / count.clamp(min=1)
 
     def mean(rows: Tensor) -> Tensor:
-        total = rows.reshape(-1).masked_fill(~counted, 0.0).sum(dtype=torch.float64)
-        return (total / count.clamp(min=1)).to(means.dtype)
+        rows = rows.reshape(-1).to(means.dtype).masked_fill(~counted, 0.0)
+        # in fp64, so that rows of 0 between others change nothing
+        return (rows.sum(dtype=torch.float64) / count.clamp(min=1)).to(means.dtype)
 
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
     # of a side that is NaN there is no favourite token, though the kernels name one

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fusedkd.backends import CustomRows
 from fusedkd.kernels import Part, RowCall, Rows
-from fusedkd.kernels.pieces import merge
 from fusedkd.kernels.tokens import Factors, TokenCall, Top, merged, merged_top
 
 
@@ -73,7 +72,7 @@ class GroupRows(CustomRows):
         """Compute some rows, and stop wherever the other ranks have to be waited for."""
         backend, pieces = self.inner, self._gather(self.inner.observe(call))
         yield
-        statistics = merge(pieces.wait())
+        statistics = backend.merge(pieces.wait())
         comparison = backend.compare(call, statistics)
         if comparison is not None:
             shares = self._gather(comparison.sums)

@@ -101,19 +101,17 @@ def routed_loss(
 
 
 def together(parts: list[Any]) -> Any:
-    """The metrics of all rows, which are means over tokens: of some that count nowhere, 0."""
+    """The metrics of all rows, which are means over tokens; None where some rows have none."""
     counts = torch.stack([part.num_tokens for part in parts])
-    every = counts.sum()
-
-    def mean(*means: Tensor | None) -> Tensor | None:
-        there = [x for x in means if x is not None]
-        if len(there) < len(means):  # of a sparse teacher only
-            return None
-        sums = torch.where(counts > 0, torch.stack(there) * counts, 0.0).sum()
-        return sums / every.clamp(min=1)
-
-    made = type(parts[0])(*map(mean, *parts))
-    return made._replace(num_tokens=every)
+    total = counts.sum()
+    found: dict[str, Tensor | None] = {"num_tokens": total}
+    for name in parts[0]._fields:
+        values = [getattr(part, name) for part in parts]
+        if name == "num_tokens" or any(value is None for value in values):
+            continue
+        sums = torch.where(counts > 0, torch.stack(values) * counts, 0.0)  # NaN of no tokens is 0
+        found[name] = sums.sum() / total.clamp(min=1)
+    return type(parts[0])(**found)
 
 
 def _taken(value: Any, rows: list[int]) -> Any:

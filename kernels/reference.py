@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import measure_term
 from fusedkd.kernels import RowCall, Rows, pieces, tokens
-from fusedkd.kernels.pieces import block_rows, metric_rows, transform
+from fusedkd.kernels.pieces import block_rows, merge, metric_rows, transform
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "empty",
     "finish",
     "head_dtypes",
+    "merge",
     "mm_",
     "observe",
     "rows",

@@ -17,6 +17,7 @@ from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
+from fusedkd.models.columns import spans
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.teachers.served import ServedTeacher
 
@@ -58,6 +59,7 @@ class CachedTeacher:
                 "which stand for the whole vocabulary: expected none."
             )
         self.tail = "drop" if cache.sampled else tail
+        self.resident = True  # whether a head stays on the device, or is copied there for each call
         self._head: LMHead | None = None
 
     def __call__(self, inputs: dict[str, Any]) -> SparseTeacher | LMHead:
@@ -77,10 +79,11 @@ class CachedTeacher:
     def _of_states(self, states: Tensor) -> LMHead:
         """With the head, which is read and sent to the device once, in its dtype."""
         assert isinstance(self.cache, TeacherCache)
-        if self._head is None or self._head.weight.device != states.device:
+        device = states.device if self.resident else torch.device("cpu")
+        if self._head is None or self._head.weight.device != device:
             read = self.cache.head()
-            bias = None if read.bias is None else read.bias.to(states.device)
-            self._head = replace(read, weight=read.weight.to(states.device), bias=bias)
+            bias = None if read.bias is None else read.bias.to(device)
+            self._head = replace(read, weight=read.weight.to(device), bias=bias)
         return replace(self._head, hidden=states.to(self._head.weight.dtype))
 
     def collator(self, collate: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +142,7 @@ def _sequences(data: Dataset) -> Iterator[np.ndarray]:
     names = ("input_ids", "attention_mask", "position_ids")
     rows = data.select_columns([name for name in names if name in data.column_names])
     for row in rows.with_format("torch"):
-        for span in _spans({name: values[None] for name, values in row.items()}, 0):
+        for span in spans({name: values[None] for name, values in row.items()}, 0):
             yield row["input_ids"][span].numpy()
 
 
@@ -152,11 +155,11 @@ class _Collator:
     def __call__(self, features: Any) -> Any:
         batch = self.collate(features)
         ids = batch["input_ids"].numpy()
-        pieces = [(row, span) for row in range(len(ids)) for span in _spans(batch, row)]
+        pieces = [(row, span.numpy()) for row in range(len(ids)) for span in spans(batch, row)]
         if isinstance(self.cache, TeacherCache) and self.cache.hidden:
             states = torch.zeros(*ids.shape, self.cache.layout.k, dtype=torch.bfloat16)
             for row, span in pieces:
-                states[row, torch.from_numpy(span)] = self.cache.states(ids[row, span])
+                states[row, span] = self.cache.states(ids[row, span])
             batch[_STATES] = states
             return batch
         found = self.cache.get_many([ids[row, span] for row, span in pieces], self.temperature)
@@ -173,16 +176,3 @@ class _Collator:
         if self.temperature == 1 and not np.isnan(entropy).any():
             batch[_ENTROPY] = torch.from_numpy(entropy)
         return batch
-
-
-def _spans(batch: Any, row: int) -> list[np.ndarray]:
-    """The positions of each sequence in a row: without padding, and apart where several were
-    packed into one row, which their position ids tell."""
-    mask = batch.get("attention_mask")
-    length = batch["input_ids"].shape[1]
-    there = np.arange(length) if mask is None else mask[row].numpy().nonzero()[0]
-    positions = batch.get("position_ids")
-    if positions is None:
-        return [there]
-    starts = (positions[row].numpy()[there] == 0).nonzero()[0]
-    return [part for part in np.split(there, starts) if len(part)]

@@ -62,6 +62,9 @@ class RoutedSide:
 
     def __init__(self, column: str, sides: Mapping[str, Side]) -> None:
         self.column, self.sides = column, dict(sides)
+        for side in self.sides.values():
+            if isinstance(side, CachedTeacher):
+                side.resident = False  # Routed copies the head of the teacher whose turn it is
 
     def __call__(self, inputs: dict[str, Any]) -> Routed:
         """Ask each teacher about its rows."""

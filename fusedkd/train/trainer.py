@@ -22,6 +22,7 @@ from fusedkd.cache.reader import TeacherCache
 from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
 from fusedkd.teachers import CachedTeacher, LiveTeacher, RoutedTeachers, ServedTeacher
 from fusedkd.teachers.routed import RoutedSide, Side
+from fusedkd.teachers.spread import SpreadTeacher, is_spread
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.base import FromHeads
 from fusedkd.train.checkpoints import staged
@@ -163,7 +164,13 @@ class DistillationTrainer(FromHeads, Trainer):
         if isinstance(teacher, nn.Module):
             model = frozen(teacher, self.model, self.args.device)
             task = self._task
-            return LiveTeacher(model, self.accelerator.autocast, task.logits, task.over_tokens)
+            kind = SpreadTeacher if is_spread(model) else LiveTeacher
+            if self.terms and kind is SpreadTeacher:
+                raise ValueError(
+                    "terms: a teacher that is split over processes runs their batches one after "
+                    "the other, whose states would be mixed: expected none."
+                )
+            return kind(model, self.accelerator.autocast, task.logits, task.over_tokens)
         self.args.check_for_cache(asks=isinstance(teacher, ServedTeacher))
         if self._task.no_cache:
             raise ValueError(self._task.no_cache)

@@ -22,6 +22,7 @@ __all__ = [
     "empty",
     "finish",
     "head_dtypes",
+    "merge",
     "mm_",
     "observe",
     "reduced",

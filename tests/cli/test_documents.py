@@ -61,6 +61,7 @@ SMALL = {
     "python -m benchmarks.counted": "--divergences forward_kl",
     "python -m benchmarks.resources": "",
     "python -m fusedkd.benchmarks.cache": "--only size",
+    "python -m fusedkd.benchmarks.estimators": "--samples 2000",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",

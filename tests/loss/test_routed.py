@@ -61,6 +61,9 @@ def test_it_is_the_loss_of_the_rows(options: dict[str, Any], labelled: bool, bac
     ):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
     for name, one, other in zip(told._fields, told, wanted, strict=True):
+        if name.endswith("_mass"):  # of a SparseTeacher, which one of the three is
+            assert one is other is None
+            continue
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, equal_nan=True, msg=name)
 
 
