@@ -116,9 +116,9 @@ def warm(orders: Orders, card: Any) -> None:
 def counted(orders: Orders, card: Any) -> None:
     """What the model says of the dense kernels that are timed."""
     part, count = map(int, orders.part.split("/"))
-    names = divergences.names()[: 1 if orders.device == "cpu" else None]
+    kernels = [(name, joint) for name in divergences.names() for joint in (False, True)]
+    kernels = kernels[: 1 if orders.device == "cpu" else None]
     journal = Journal(orders.journal, orders.deadline)
-    kernels = [(name, joint) for name in names for joint in (False, True)]
     for name, joint in kernels[part::count]:
         journal.item(f"counted {name}{' joint' * joint}", _count, name, joint)
 

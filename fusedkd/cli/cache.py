@@ -61,7 +61,12 @@ A cache from answers that were collected elsewhere.
 .jsonl lines with prompt_logprobs are vLLM's (prompt_token_ids must be there too). Anything else is
 a data set (.parquet, .jsonl, a folder of save_to_disk, or a hub name) with input_ids and, per
 token, a list of ids and a list of natural log-probabilities of the next token. An entry of -inf,
-which vLLM writes for what was masked, has probability 0 and is left out."""
+which vLLM writes for what was masked, has probability 0 and is left out.
+
+--from vllm-hidden DIR --head MODEL: what vLLM's extract_hidden_states wrote, .safetensors files
+with token_ids and hidden_states (L, layers, H). Which layer it is, and whether the final norm is
+still to be applied, is found by comparing 100 tokens with the model; where none fits, nothing is
+written."""
 
 
 def main(argv: list[str]) -> int:
@@ -227,7 +232,10 @@ def _import(argv: list[str]) -> int:
     add("--output", type=Path, required=True, metavar="DIR", help="where the cache goes")
     add("--tokenizer", required=True, help="folder or hub name of the teacher's tokenizer")
     add("--teacher", default="unknown", help="its name, for the record")
-    add("--format", choices=("auto", "vllm", "columns"), default="auto")
+    kinds = ("auto", "vllm", "columns", "vllm-hidden")
+    add("--format", "--from", dest="format", choices=kinds, default="auto")
+    add("--head", help="with vllm-hidden: folder or hub name of the model, for its norm and head")
+    add("--hidden", choices=("bf16", "int8"), help="with vllm-hidden: how they are kept; bf16")
     add("--split", default="train", help="of a data set on the hub; train")
     add("--ids-column", help="lists of ids (default: the usual names)")
     add("--logprobs-column", help="lists of log-probabilities (default: the usual names)")
@@ -239,5 +247,6 @@ def _import(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
         from fusedkd.cli.import_cache import import_cache
-    import_cache(args)
+        from fusedkd.cli.import_hidden import import_hidden
+    (import_hidden if args.format == "vllm-hidden" else import_cache)(args)
     return 0

@@ -10,6 +10,7 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
+from fusedkd.cli.named import joined
 from fusedkd.errors import UserError, as_user_error, of_the_machine
 from fusedkd.parser import OneSentence, Parser, number, printable
 
@@ -127,7 +128,6 @@ def _distill(argv: list[str]) -> int:
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
 
-        from fusedkd.cli.teachers import joined
         from fusedkd.data.arguments import DataArguments
         from fusedkd.models.arguments import ModelArguments
         from fusedkd.train.arguments import DistillationArguments

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.manifest import NAME
 from fusedkd.cache.reader import TeacherCache
+from fusedkd.cli.named import NAMED
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.tokenizers import check_same
@@ -18,27 +17,6 @@ from fusedkd.teachers import RoutedTeachers, ServedTeacher, Service
 from fusedkd.teachers.service import is_url
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.tasks import Task
-
-_NAMED = re.compile(r"([A-Za-z_][\w-]*)=(\S+)")
-
-
-def joined(words: Sequence[str]) -> list[str]:
-    """The words of a command line, of which ``--teacher NAME=SOURCE`` given several times is one
-    flag. As of any other flag, the last of those without a name counts."""
-    kept: list[str] = []
-    named: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag != "--teacher":
-            kept.append(word)
-            continue
-        value = value if equals else next(rest, "")
-        if _NAMED.fullmatch(value):
-            named.append(value)
-        else:
-            kept += [flag, value]
-    return [*kept, "--teacher", " ".join(named)] if named else kept
 
 
 @dataclass
@@ -58,7 +36,7 @@ class Source:
 
     def __post_init__(self) -> None:
         text = self.models.teacher or ""
-        pairs = _NAMED.findall(text)
+        pairs = NAMED.findall(text)
         several = bool(pairs) and " ".join(f"{a}={b}" for a, b in pairs) == " ".join(text.split())
         self.named: dict[str, str] = dict(pairs) if several else {}
         if several and len(self.named) < len(pairs):
