@@ -61,6 +61,9 @@ SMALL = {
     "python -m benchmarks.counted": "--divergences forward_kl",
     "python -m benchmarks.resources": "",
     "python -m fusedkd.benchmarks.cache": "--only size",
+    "python -m fusedkd.benchmarks.tokens": "--tokens 64 --vocab 300 --hidden 16 --rounds 1",
+    "python -m fusedkd.benchmarks.on_policy": "--smoke --teacher-steps 2 --student-steps 2 "
+    "--steps 2 --new-tokens 4",
     "python -m fusedkd.benchmarks.estimators": "--samples 2000",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
