@@ -111,7 +111,7 @@ def stages_of(
 ) -> tuple[str, ...]:
     variant = _variant(dtype, divergence, flags, tail)
     if tail:
-        return sparse_ops.stages(variant, launch, tail == "bucket")
+        return sparse_ops.stages(variant, launch, sparse_ops.tail_of(tail))
     return config.stages(variant, launch)
 
 
@@ -131,7 +131,7 @@ def source(job: Job) -> ASTSource:
     acc = "fp64" if plan.acc == tl.float64 else "fp32"
     pointers = dict.fromkeys(("row_scale", "loss", "metrics"), f"*{acc}") | {"log_probs": "*fp64"}
     pointers |= {"labels": "*i64", "indices": "*i32", "partial": "*fp64", "sums": "*fp64"}
-    pointers["held"] = f"*{NAMES[variant.student]}"
+    pointers["id_logits"] = f"*{NAMES[variant.student]}"
     for name in ("student", "teacher", "grad"):
         pointers[name] = f"*{NAMES[getattr(variant, name)]}"
     signature = {}
@@ -145,7 +145,7 @@ def source(job: Job) -> ASTSource:
 def _kernel(job: Job, variant: config.Variant) -> tuple[Any, dict[str, Any]]:
     """The kernel and its constants, as the launchers have them."""
     if job.tail:
-        of = (variant, job.launch, job.stage, job.tail == "bucket", job.backend)
+        of = (variant, job.launch, job.stage, sparse_ops.tail_of(job.tail), job.backend)
         return sparse.sparse_kernel, sparse_ops.constants(*of)
     return programs.row_kernel, {"plan": plan_of(job)}
 

@@ -129,6 +129,13 @@ class Plan(Tiling):
         return " ".join((self._text, self.careful.cache_key, self.form.cache_key))
 
 
+@dataclass(frozen=True, repr=False)
+class SparsePlan(Plan):
+    """Of a kernel that walks the student alone."""
+
+    outside: bool  # entries that are no ids have a say of their own
+
+
 @lru_cache(maxsize=1024)
 def choose(rows: int, vocab: int, processors: int) -> Launch:
     """The launch for so many rows of so many columns on a GPU with so many SMs (AMD: CUs)."""
