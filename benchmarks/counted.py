@@ -66,7 +66,7 @@ BOUNDS = (
     Bound("alpha", 52.9, 6.4),
     Bound("forward_kl", 30.2, 4.3, "fp32"),
     Bound("jsd", 64.9, 8.2, "head", spilled=24),  # 128 registers are not enough
-    Bound("forward_kl", 37.1, 2.3, "bf16", "bucket"),
+    Bound("forward_kl", 17.1, 2.2, "bf16", "bucket"),
 )
 
 

@@ -288,6 +288,41 @@ def resolve(divergence: str | Divergence) -> Divergence:
 
 
 # ----------------------------------------------------------------------------------------------
+# between measures
+
+
+@functools.cache
+def measure_term(divergence: Divergence) -> float:
+    """c such that f(log p, log q) + c (q - p) is the divergence between two *measures*: 0 where p =
+    q and positive elsewhere, whatever they sum to (for forward KL it is 1: Minka 2005,
+    MSR-TR-2005-173, sec. 2).
+
+    It takes away the slope that f has at p = q, -c q.
+
+    Raises:
+        ValueError: a divergence of one's own that has no such form.
+    """
+    lp, lq = torch.meshgrid(*[_GRID.clone(), _GRID.clone()], indexing="ij")
+    with torch.inference_mode(False), torch.enable_grad():
+        lq = lq.clone().requires_grad_()
+        value = divergence.value(lp, lq)
+        (slope,) = torch.autograd.grad(value.sum(), lq)
+    c = -float(slope[-1, -1])  # where both are 1
+    if not divergence.builtin:
+        gap = value.detach() + c * (lq.detach().exp() - lp.exp())
+        flat = torch.stack([gap.diagonal(), slope.diagonal() + c * _GRID.exp()])
+        if not (gap > -1e-9).all() or not (flat.abs() < 1e-9).all():
+            raise ValueError(
+                f"divergence={divergence.name!r} is none between measures, and tail='generalized' "
+                "compares such: with c (q - p) added it would have to be 0 at p = q and nowhere "
+                "negative. Use tail='bucket' or 'conditional'."
+            )
+    return c
+
+
+_GRID = torch.linspace(-12.0, 0.0, 25, dtype=torch.float64, device="cpu")
+
+# ----------------------------------------------------------------------------------------------
 # helpers of the formulas
 
 

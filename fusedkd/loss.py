@@ -28,6 +28,8 @@ class KDMetrics(NamedTuple):
     the raw cross-entropy at T = 1 (with ``label_smoothing``). The entropies are those of the two
     distributions the divergence compares, in nats. ``ce`` and the accuracies are NaN without
     labels, and without a teacher all that needs one is. With nothing counted all are 0.
+    ``student_mass`` and ``teacher_mass`` are the probabilities of a :class:`SparseTeacher`'s ids,
+    q's at its temperature and the teacher's as given; None with another teacher.
     """
 
     kd: Tensor
@@ -38,6 +40,8 @@ class KDMetrics(NamedTuple):
     student_accuracy: Tensor
     teacher_accuracy: Tensor
     num_tokens: Tensor
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
 
 
 def kd_loss(
@@ -261,6 +265,11 @@ def _metrics(sums: Tensor, call: Call) -> KDMetrics:
     counted = call.weights != 0
     count = counted.sum()
     means = sums / count.clamp(min=1)
+
+    def mean(rows: Tensor) -> Tensor:
+        rows = rows.reshape(-1).to(means.dtype).masked_fill(~counted, 0.0)
+        return rows.sum() / count.clamp(min=1)
+
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
     # of a side that is NaN there is no favourite token, though the kernels name one
     student, other = 0.0 * named["student_entropy"], 0.0 * named["teacher_entropy"]
@@ -268,9 +277,12 @@ def _metrics(sums: Tensor, call: Call) -> KDMetrics:
     named["student_accuracy"] = named["student_accuracy"] + student
     named["teacher_accuracy"] = named["teacher_accuracy"] + other
     if call.teacher_entropy is not None:
-        entropy = call.teacher_entropy.detach().reshape(-1).to(means.dtype)
-        known = entropy.masked_fill(~counted, 0.0).sum() / count.clamp(min=1)
-        named["teacher_entropy"] = known + 0.0 * named["teacher_entropy"]
-    if call.inputs.teacher is None:
+        entropy = mean(call.teacher_entropy.detach())
+        named["teacher_entropy"] = entropy + 0.0 * named["teacher_entropy"]
+    teacher, ids, mass = call.inputs.teacher, call.inputs.teacher_indices, named.pop("student_mass")
+    if teacher is None:
         named |= {name: named[name] * math.nan for name in OF_TEACHER}
+    elif ids is not None:
+        p = teacher.detach().to(means.dtype).exp().masked_fill(ids < 0, 0.0).sum(-1)
+        return KDMetrics(**named, num_tokens=count, student_mass=mass, teacher_mass=mean(p))
     return KDMetrics(**named, num_tokens=count)

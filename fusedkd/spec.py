@@ -16,6 +16,7 @@ METRIC_COLUMNS = (
     "top1_agreement",
     "student_accuracy",
     "teacher_accuracy",
+    "student_mass",
 )
 
 # Of these, what only a teacher can tell.

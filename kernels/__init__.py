@@ -175,6 +175,8 @@ class Statistics(NamedTuple):
     outside_max: Tensor
     outside_exponent: Tensor
     outside_sum: Tensor  # of exp(s / T) where a sparse teacher has no id
+    inside_exponent: Tensor
+    inside_sum: Tensor  # and where it has one
     forward: Tensor  # sums of gaps t - s, weighted by either side's exponentials, over the columns
     reverse: Tensor  # where the gap is finite; in whatever units the backend likes
     teacher_absent: Tensor  # sum of the teacher's exponentials where the student has -inf

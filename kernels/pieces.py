@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.divergences import Divergence
+from fusedkd.divergences import Divergence, measure_term
 from fusedkd.kernels import METRICS, Comparison, RowCall, Rows, Statistics
 from fusedkd.spec import Transform
 
@@ -30,7 +30,8 @@ def merge(pieces: Sequence[Tensor]) -> Tensor:
     of = _Tables.on(each.device)
     exponents = each[..., of.exponents]
     largest = exponents.amax(0)
-    factors = F.pad(torch.exp2(exponents - largest), (0, 1), value=1.0)[..., of.unit]
+    shift = largest.masked_fill(largest == -INF, 0.0)  # of nothing anywhere
+    factors = F.pad(torch.exp2(exponents - shift), (0, 1), value=1.0)[..., of.unit]
     expected = each[..., of.expected] * (each * factors)[..., of.sums]
     merged = (each * factors).sum(0)
     merged[:, of.maxima] = each[..., of.maxima].amax(0)
@@ -56,7 +57,8 @@ class _Tables(NamedTuple):
     @staticmethod
     @functools.cache
     def on(device: torch.device) -> _Tables:
-        exponents = ("student_exponent", "unit_exponent", "teacher_exponent", "outside_exponent")
+        sums = ("student", "unit", "teacher", "outside", "inside")
+        exponents = tuple(f"{x}_exponent" for x in sums)
         units = dict.fromkeys(Statistics._fields, len(exponents))
         units |= {x.replace("exponent", "sum"): i for i, x in enumerate(exponents)}
         units |= {"reverse": 0, "student_absent": 0, "forward": 2, "teacher_absent": 2}
@@ -135,8 +137,9 @@ def observe(call: RowCall, dtype: torch.dtype | None = None) -> Tensor:
         named |= _softmax("teacher", piece.t, spec.teacher_temperature)
         named["teacher_top"] = piece.t.argmax(1) + call.part.offset
     if piece.inside is not None:
-        outside = _softmax("outside", s.masked_fill(piece.inside, -INF), spec.temperature)
-        named |= {x: y for x, y in outside.items() if x in named}
+        for side, others in (("outside", piece.inside), ("inside", ~piece.inside)):
+            found = _softmax(side, s.masked_fill(others, -INF), spec.temperature)
+            named |= {x: y for x, y in found.items() if x in named}
     if call.labels is not None:
         owned, label = _label(call, s)
         named["label"] = torch.where(owned, s.gather(1, label), 0.0)[:, 0]
@@ -173,6 +176,11 @@ class _Normalised(NamedTuple):
     log_p: Tensor  # (N, C)
     log_q: Tensor
     log_q_tail: Tensor  # (N, 1), of all that is no id
+    log_q_ids: Tensor  # (N, 1), of all that is one
+
+    def compared(self, tail: str | None) -> Tensor:
+        """(N, C) log q as the divergence takes it."""
+        return self.log_q - self.log_q_ids if tail == "conditional" else self.log_q
 
 
 def _normalised(call: RowCall, piece: _Piece, of: Statistics) -> _Normalised:
@@ -186,9 +194,18 @@ def _normalised(call: RowCall, piece: _Piece, of: Statistics) -> _Normalised:
         log_p = _log_softmax(piece.t, *statistics, spec.teacher_temperature)
     assert log_p is not None
     total = of.student_exponent * math.log(2) + of.student_sum.log()
-    outside = of.outside_exponent * math.log(2) + of.outside_sum.log()
-    tail = torch.where(of.outside_sum == 0, -INF, outside - total)
-    return _Normalised(log_p, log_q, tail[:, None].to(piece.s.dtype))
+    tail, ids = (
+        torch.where(found == 0, -INF, exponent * math.log(2) + found.log() - total)[:, None]
+        for exponent, found in (
+            (of.outside_exponent, of.outside_sum),
+            (of.inside_exponent, of.inside_sum),
+        )
+    )
+    return _Normalised(log_p, log_q, tail.to(piece.s.dtype), ids.to(piece.s.dtype))
+
+
+def _tail(call: RowCall) -> str | None:
+    return call.teacher.tail if isinstance(call.teacher, SparseRows) else None
 
 
 def _log_softmax(
@@ -206,9 +223,13 @@ def compare(
         return None
     piece = _piece(call, dtype)
     known = _normalised(call, piece, Statistics(*statistics.unbind(-1)))
-    value, slope = _pointwise(call.spec.divergence, known.log_p, known.log_q)
-    if isinstance(call.teacher, SparseRows) and call.teacher.tail == "bucket":
-        assert piece.inside is not None
+    tail, divergence = _tail(call), call.spec.divergence
+    log_q = known.compared(tail)
+    value, slope = _pointwise(divergence, known.log_p, log_q)
+    if tail == "generalized":
+        q = measure_term(divergence) * log_q.exp()
+        value, slope = value + q - measure_term(divergence) * known.log_p.exp(), slope + q
+    if piece.inside is not None and tail in ("bucket", "generalized", "conditional"):
         value, slope = (x.where(piece.inside, 0.0) for x in (value, slope))
     sums = torch.stack([x.sum(1, dtype=torch.float64) for x in (value, slope)], -1)
     return Comparison(sums, slope)
@@ -242,6 +263,8 @@ def finish(
             spec.divergence, _log_p_tail(teacher, known), known.log_q_tail
         )
         kd, slope_sum = kd + value[:, 0], slope_sum + tail_slope[:, 0]
+    if _tail(call) == "generalized":
+        kd = kd.clamp(min=0)  # rounding
     ce = _cross_entropy(call, of)
     loss = torch.zeros_like(kd)
     if spec.kd_scale:
@@ -256,7 +279,9 @@ def finish(
     if call.grad is not None:
         slopes = None
         if spec.kd_scale and comparison is not None and comparison.kept is not None:
-            slopes = _slopes(piece, known, comparison.kept, slope_sum, tail_slope)
+            q = known.compared(_tail(call)).exp()
+            slopes = comparison.kept - q * slope_sum[:, None].to(q.dtype)
+            slopes = _outside(slopes, _tail(call), piece, known, tail_slope)
         _write_gradient(call, piece, of, slopes)
     return results, None
 
@@ -276,16 +301,19 @@ def _cross_entropy(call: RowCall, of: Statistics) -> Tensor:
     return ce - smoothing * of.mean if smoothing else ce  # the mean of a masked row is -inf
 
 
-def _slopes(
-    piece: _Piece, known: _Normalised, slope: Tensor, slope_sum: Tensor, tail: Tensor | None
+def _outside(
+    slopes: Tensor, tail: str | None, piece: _Piece, known: _Normalised, tail_slope: Tensor | None
 ) -> Tensor:
-    """(N, C) d D / d (s / T): grad_v - q_v * sum_u grad_u. The tail's goes to all that is no id."""
-    gap = slope - known.log_q.exp() * slope_sum[:, None].to(slope.dtype)
-    if tail is None:
-        return gap
+    """(N, C) d D / d (s / T), from grad_v - q_v * sum_u grad_u: the bucket's slope goes to all that
+    is no id, and with "conditional" that has none."""
+    if tail == "conditional":
+        assert piece.inside is not None
+        return slopes.where(piece.inside, 0.0)
+    if tail_slope is None:
+        return slopes
     assert piece.inside is not None
-    share = tail * (known.log_q - known.log_q_tail).exp()
-    return gap + torch.where(piece.inside, 0.0, share)
+    share = tail_slope * (known.log_q - known.log_q_tail).exp()
+    return slopes + torch.where(piece.inside, 0.0, share)
 
 
 def _write_gradient(call: RowCall, piece: _Piece, of: Statistics, slopes: Tensor | None) -> None:
@@ -329,15 +357,16 @@ def _metrics(call: RowCall, of: Statistics, known: _Normalised, kd: Tensor, ce: 
         heat = spec.teacher_temperature
         p = entropy(of.teacher_exponent, of.teacher_sum, of.teacher_expected, heat)
         teacher_top = of.teacher_top
-    return metric_rows(kd, ce, p, q, (of.student_top, teacher_top), call.labels)
+    mass = known.log_q_ids[:, 0].exp() if isinstance(teacher, SparseRows) else None
+    return metric_rows(kd, ce, (p, q), (of.student_top, teacher_top), mass, call.labels)
 
 
 def metric_rows(
     kd: Tensor,
     ce: Tensor,
-    teacher_entropy: Tensor,
-    student_entropy: Tensor,
+    entropies: tuple[Tensor, Tensor],  # the teacher's and the student's
     tops: tuple[Tensor, Tensor],  # the student's and the teacher's most probable ids
+    student_mass: Tensor | None,  # q's on a sparse teacher's ids
     labels: Tensor | None,
 ) -> Tensor:
     """(N, len(METRICS)) of columns (N,)."""
@@ -348,10 +377,11 @@ def metric_rows(
     named = {
         "kd": kd,
         "ce": ce,
-        "teacher_entropy": teacher_entropy,
-        "student_entropy": student_entropy,
+        "teacher_entropy": entropies[0],
+        "student_entropy": entropies[1],
         "top1_agreement": (tops[0] == tops[1]).to(kd.dtype),
         "student_accuracy": student_right,
         "teacher_accuracy": teacher_right,
+        "student_mass": unknown if student_mass is None else student_mass,
     }
     return torch.stack([named[name] for name in METRICS], dim=-1)

@@ -15,6 +15,7 @@ from torch import Tensor, empty
 from torch.nn import functional as F
 
 from fusedkd.distributions.sparse import SparseRows
+from fusedkd.divergences import measure_term
 from fusedkd.kernels import RowCall, Rows, pieces, tokens
 from fusedkd.kernels.pieces import block_rows, metric_rows, transform
 from fusedkd.spec import LossSpec
@@ -53,9 +54,15 @@ def rows(call: RowCall) -> Rows:
         raw.requires_grad_(call.grad is not None)
         s = transform(raw, spec.student_transform)
         s = torch.where(s == -math.inf, s.detach(), s)  # a masked entry gets no gradient
-        log_q = F.log_softmax(s / spec.temperature, dim=-1)
-        pair = (_sparse if isinstance(call.teacher, SparseRows) else _dense)(call, counted, log_q)
+        scaled = s / spec.temperature
+        log_q = F.log_softmax(scaled, dim=-1)
+        sparse = isinstance(call.teacher, SparseRows)
+        pair = _sparse(call, counted, scaled) if sparse else _dense(call, counted, log_q)
         kd = spec.divergence.value(pair.log_p, pair.log_q).sum(-1)
+        if pair.measures:
+            excess = (pair.log_q.exp() - pair.log_p.exp()).sum(-1)
+            kd = kd + measure_term(spec.divergence) * excess
+            kd = kd - kd.detach().clamp(max=0)  # rounding
         ce = _cross_entropy(s, labels, spec)
         loss = torch.zeros_like(kd)
         if spec.kd_scale:
@@ -69,7 +76,8 @@ def rows(call: RowCall) -> Rows:
     results.loss.zero_()[counted] = loss.detach().to(results.loss.dtype)
     if results.metrics is not None:
         tops = (s.argmax(-1), pair.teacher_top)
-        columns = metric_rows(kd, ce, _entropy(pair.log_p), _entropy(log_q), tops, labels)
+        entropies = _entropy(pair.log_p), _entropy(log_q)
+        columns = metric_rows(kd, ce, entropies, tops, pair.student_mass, labels)
         results.metrics.zero_()[counted] = columns.detach().to(results.loss.dtype)
     return results
 
@@ -80,6 +88,8 @@ class _Pair(NamedTuple):
     log_p: Tensor  # (n, categories)
     log_q: Tensor
     teacher_top: Tensor  # (n,) the teacher's most probable id, -1: none
+    student_mass: Tensor | None = None  # (n,) of a sparse teacher's ids
+    measures: bool = False  # which need not sum to 1
 
 
 def _dense(call: RowCall, counted: Tensor, log_q: Tensor) -> _Pair:
@@ -88,7 +98,7 @@ def _dense(call: RowCall, counted: Tensor, log_q: Tensor) -> _Pair:
     return _Pair(F.log_softmax(t / call.spec.teacher_temperature, dim=-1), log_q, t.argmax(-1))
 
 
-def _sparse(call: RowCall, counted: Tensor, log_q: Tensor) -> _Pair:
+def _sparse(call: RowCall, counted: Tensor, scaled: Tensor) -> _Pair:
     """Unlike the kernels it spreads the entries over the vocabulary."""
     teacher, vocabulary = call.teacher, call.spec.vocab_size
     assert isinstance(teacher, SparseRows)
@@ -98,15 +108,23 @@ def _sparse(call: RowCall, counted: Tensor, log_q: Tensor) -> _Pair:
     spread = nothing.scatter(-1, columns, lp[:, :-1])[:, :-1]
     inside = nothing.scatter(-1, columns, 0.0)[:, :-1] == 0
     top = torch.where((spread > -math.inf).any(-1), spread.argmax(-1), -1)
-    if teacher.tail != "bucket":
-        return _Pair(spread, log_q, top)
+    log_q = F.log_softmax(scaled, dim=-1)
+    mass = torch.where(inside, log_q.detach(), -math.inf).logsumexp(-1).exp()
+    if teacher.tail in ("drop", "renormalize"):
+        return _Pair(spread, log_q, top, mass)
+    if teacher.tail == "conditional":  # a NaN elsewhere is one here too
+        known = torch.cat([scaled, nothing[:, :1]], -1).gather(-1, columns)
+        known = (known * (1 + mass - mass)[:, None]).log_softmax(-1)
+        return _Pair(lp[:, :-1], known, top, mass)
     known = torch.cat([log_q, nothing[:, :1]], -1).gather(-1, columns)
+    if teacher.tail == "generalized":
+        return _Pair(lp[:, :-1], known, top, mass, measures=True)
     rest = torch.where(inside, -math.inf, log_q)
     empty = (rest == -math.inf).all(-1, keepdim=True)  # where logsumexp has no derivative
     tail = torch.where(empty, -math.inf, torch.where(empty, log_q, rest).logsumexp(-1, True))
     noise = empty & (lp[:, -1:].exp() <= teacher.rounding)
     last = torch.where(noise, -math.inf, lp[:, -1:])
-    return _Pair(torch.cat([lp[:, :-1], last], -1), torch.cat([known, tail], -1), top)
+    return _Pair(torch.cat([lp[:, :-1], last], -1), torch.cat([known, tail], -1), top, mass)
 
 
 def _write_gradient(grad: Tensor, loss: Tensor, raw: Tensor, counted: Tensor) -> None:

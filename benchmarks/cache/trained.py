@@ -21,6 +21,7 @@ from fusedkd.cache import Job, Layout, Policy, TeacherCache, build, verify
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.demo.corpus import corpus
 from fusedkd.demo.run import LOSSES, Demo, Setting
+from fusedkd.distributions.sparse import TAILS
 from fusedkd.teachers import LiveTeacher
 
 
@@ -123,7 +124,7 @@ class OnDemo:
         outside = self.cache(Policy("top", 50), (1.0, 2.0)).tail_masses()
         self.console.print("the teacher's mass outside its top 50 at T = 1 and 2:", *outside)
         rows: list[tuple[Any, ...]] = [("kept", "tail", "bytes per token", "rms error", "relative")]
-        for policy, tails in ((Policy("top", 50), ("bucket", "renormalize", "drop")),
+        for policy, tails in ((Policy("top", 50), TAILS),
                               (Policy("sample", 100), ("drop",)),
                               (Policy("sample", 50), ("drop",))):  # fmt: skip
             cache = self.cache(policy)

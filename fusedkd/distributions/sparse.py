@@ -15,7 +15,7 @@ from fusedkd.distributions.side import Side
 from fusedkd.divergences import Divergence
 from fusedkd.spec import LossSpec
 
-TAILS = ("bucket", "renormalize", "drop")
+TAILS = ("bucket", "renormalize", "drop", "generalized", "conditional")
 PADDING = 2**31 - 1  # sorts behind every id
 INF = float("inf")
 # How far above 1 probabilities may sum, besides the rounding of log_probs: what softmaxes in half
@@ -39,12 +39,19 @@ class SparseTeacher:
     * ``"renormalize"``: the K entries scaled to sum to 1; everything else has p = 0.
     * ``"drop"``: the entries as they are, also where they sum to less than 1; everything else has p
       = 0. Forward KL is then sum_I p log(p / q), with gradient (q sum_I p - p) / T.
+    * ``"generalized"``: two measures on I, which sum to what they do: sum_I f + c (q - p), with the
+      c that makes it 0 at q = p and positive elsewhere: forward KL sum_I p log(p / q) - p + q
+      (Minka 2005, MSR-TR-2005-173, sec. 2), reverse KL sum_I q log(q
+      / p) - q + p, skewed ones likewise; c is 0 for all others. What lies outside I counts only
+      through q's normaliser. For supports that are not the teacher's top k, such as the student's.
+    * ``"conditional"``: both sides given that the token is in I: two softmaxes over K entries.
+      Nothing tells the student how much I has together, and no gradient reaches what is outside.
 
-    The last two leave p = 0 < q outside I, so a divergence that is infinite there (reverse KL and
-    whatever contains it) raises ValueError. With the bucket none is refused; one that is infinite
-    at p = 0 < q is so where an id has log-probability -inf, or where p_* is 0: if the entries sum
-    to 1 up to rounding, p_* is taken to be what fp32 may have lost of it (sum_I p abs(log p) /
-    2^24), which is 0 for a one-hot teacher only.
+    ``"renormalize"`` and ``"drop"`` leave p = 0 < q outside I, so a divergence that is infinite
+    there (reverse KL and whatever contains it) raises ValueError. With the others none is refused;
+    one that is infinite at p = 0 < q is so where an id has log-probability -inf, or where p_* is 0:
+    if the entries sum to 1 up to rounding, p_* is taken to be what fp32 may have lost of it (sum_I
+    p abs(log p) / 2^24), which is 0 for a one-hot teacher only.
 
     Where the student has nothing outside the ids (they cover the vocabulary, or the rest is
     masked), a p_* within the rounding of ``log_probs`` counts as 0: with K = V the result is that
@@ -53,16 +60,17 @@ class SparseTeacher:
     Args:
         indices: (..., K) int64 or int32 vocabulary ids in any order, none twice in a token; -1 is
             padding, so tokens may have different numbers of entries (0 is fine, except with
-            ``"renormalize"``). K may be 0.
+            ``"renormalize"`` and ``"conditional"``, and has no divergence with ``"generalized"``).
         log_probs: (..., K) fp64, fp32, bf16 or fp16 natural-log probabilities, made at
             ``teacher_temperature``: nothing here can change their temperature. Constants; ignored
             at padding. Their rounding is the teacher's rounding, so prefer fp32.
-        tail: "bucket", "renormalize" or "drop".
+        tail: "bucket", "renormalize", "drop", "generalized" or "conditional".
         entropy: (...,) nats, of the whole teacher at ``teacher_temperature``, for the metric; None:
             unknown.
 
-    Metrics: ``teacher_entropy`` is ``entropy`` where it is given, else that of the K or K + 1
-    categories, not of the teacher that was cut; ``student_entropy`` that of q over the whole
+    Metrics: ``student_mass`` and ``teacher_mass`` are what q and the entries have on I, before
+    either is scaled; ``teacher_entropy`` is ``entropy`` where it is given, else that of the K or K
+    + 1 categories, not of the teacher that was cut; ``student_entropy`` that of q over the whole
     vocabulary; the teacher's top-1 is its most probable id (smallest id at a tie), even where the
     tail holds more.
     """
@@ -115,7 +123,7 @@ class SparseRows(NamedTuple):
     indices: Tensor  # (N, K) int32, ascending; PADDING behind all others
     log_probs: Tensor  # (N, K + 1) fp64; the last one is the tail's
     rounding: float  # a tail below this counts as 0 where the student has none
-    tail: str  # "bucket", "renormalize" or "drop"; of the latter two nothing is left but the ids
+    tail: str  # one of TAILS; beside "bucket" nothing is left but the ids
 
     def part(self, rows: slice | Tensor) -> SparseRows:
         return self._replace(indices=self.indices[rows], log_probs=self.log_probs[rows])
@@ -150,14 +158,15 @@ def canonical(
     p = lp.exp()
     total, spread = p.sum(-1), torch.linalg.vecdot(p, lp.clamp(min=-1e3)).abs()  # 0 log 0 is 0
     excess = total > 1 + EXCESS + torch.finfo(log_probs.dtype).eps * spread
-    empty = (total == 0) & (row_scale != 0) if tail == "renormalize" else total < 0
-    _check(outside, twice, excess, empty, raw, ids, total, spec)
+    scaled = tail in ("renormalize", "conditional")
+    empty = (total == 0) & (row_scale != 0) if scaled else total < 0
+    _check(outside, twice, excess, empty, raw, ids, total, spec, tail)
 
     last = torch.full_like(total, -INF)
     if tail == "bucket":
         lost = spread * torch.finfo(row_scale.dtype).eps / 2
         last = torch.where(total < 1, 1 - total, lost).log()
-    elif tail == "renormalize":
+    elif scaled:
         lp = torch.where(lp == -INF, lp, lp - total.log()[:, None])
     # The sum's rounding is at most eps / 2 * spread, and spread <= log V < 16.
     rounding = 8 * torch.finfo(log_probs.dtype).eps
@@ -184,14 +193,15 @@ def _check(
     ids: Tensor,
     total: Tensor,
     spec: LossSpec,
+    tail: str,
 ) -> None:
     if raw.device.type != "cpu":
         wrong = (outside.any(-1) | twice.any(-1) | excess | empty).any()
         torch._assert_async(
             ~wrong,
             f"SparseTeacher: expected distinct indices from 0 to {spec.vocab_size - 1} (or -1: "
-            "padding) whose probabilities sum to at most 1, and with tail='renormalize' more than "
-            "0, in every token that counts",
+            "padding) whose probabilities sum to at most 1, and with tail='renormalize' or "
+            "'conditional' more than 0, in every token that counts",
         )
     elif outside.any():
         raise ValueError(
@@ -212,8 +222,8 @@ def _check(
     elif empty.any():
         raise ValueError(
             f"teacher has no entry with a probability above 0 for token {int(empty.nonzero()[0])}: "
-            "tail='renormalize' has nothing to scale there. Leave the token out (ignore_index, or "
-            "token_weights 0), or use tail='bucket' or 'drop'."
+            f"tail={tail!r} has nothing to scale there. Leave the token out (ignore_index, or "
+            "token_weights 0), or use tail='bucket', 'generalized' or 'drop'."
         )
 
 
@@ -223,13 +233,15 @@ def _check_tail(divergence: Divergence, tail: str) -> None:
 
     Every f of :mod:`fusedkd.divergences` is finite there for all q or for none.
     """
-    if tail == "bucket" or _finite_without(divergence):
+    if tail == "generalized":
+        divergences.measure_term(divergence)
+    if tail not in ("renormalize", "drop") or _finite_without(divergence):
         return
     fine = [name for name in divergences.names() if _finite_without(divergences.make(name))]
     raise ValueError(
         f"divergence={divergence.name!r} is infinite where the teacher has no probability, and "
-        f"tail={tail!r} leaves it none outside its entries: expected tail='bucket', or a "
-        f"divergence that is finite there, such as {', '.join(fine)}."
+        f"tail={tail!r} leaves it none outside its entries: expected tail='bucket', 'generalized' "
+        f"or 'conditional', or a divergence that is finite there, such as {', '.join(fine)}."
     )
 
 

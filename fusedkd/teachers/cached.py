@@ -38,6 +38,7 @@ class CachedTeacher:
 
     Raises:
         CacheError: the cache cannot serve this loss.
+        ValueError: a tail is given, and the cache has draws.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class CachedTeacher:
     ) -> None:
         cache.check_loss(divergence, temperature)
         self.cache, self.temperature = cache, temperature
+        if cache.sampled and tail not in ("bucket", "drop"):  # the default, and what it is
+            raise ValueError(
+                f"teacher_tail={tail!r}: the cache {cache.folder} has draws, which stand for the "
+                "whole vocabulary: expected none."
+            )
         self.tail = "drop" if cache.sampled else tail
 
     def __call__(self, inputs: dict[str, Any]) -> SparseTeacher:

@@ -58,7 +58,8 @@ class DistillationArguments(TrainingArguments):
         default="bucket",
         metadata={
             "help": "With a teacher cache, mass that it does not spell out: bucket (compared as "
-            "one more entry), renormalize or drop."
+            "one more entry), renormalize, drop, generalized (measures on its ids) or conditional "
+            "(both sides given its ids)."
         },
     )
     kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})

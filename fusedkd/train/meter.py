@@ -28,9 +28,9 @@ Measured = Mapping[str, Mean]
 
 def measured(metrics: KDMetrics) -> dict[str, Mean]:
     """The metrics of one call of the loss, each with the number of tokens behind it."""
-    *means, tokens = metrics
-    names = KDMetrics._fields
-    return {name: Mean(mean, tokens) for name, mean in zip(names, means, strict=False)}
+    means = metrics._asdict()
+    tokens = means.pop("num_tokens")
+    return {name: Mean(mean, tokens) for name, mean in means.items() if mean is not None}
 
 
 class Meter:

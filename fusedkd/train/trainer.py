@@ -59,8 +59,9 @@ class DistillationTrainer(FromHeads, Trainer):
     Logged beside ``loss``: ``kd`` (the raw divergence), ``ce``, ``teacher_entropy``,
     ``student_entropy`` (nats per token), ``top1_agreement``, ``student_accuracy`` and
     ``teacher_accuracy``, token-weighted means since the last log, over the steps that
-    ``args.metrics`` says. Evaluation reports the student's
-    cross-entropy as ``eval_loss``, ``eval_perplexity``, and the same metrics.
+    ``args.metrics`` says; with a cache also ``student_mass`` and ``teacher_mass``, the probability
+    of its entries. Evaluation reports the student's cross-entropy as ``eval_loss``,
+    ``eval_perplexity``, and the same metrics.
 
     Args:
         model: the student, a transformers model with a language-modelling head.

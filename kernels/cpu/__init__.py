@@ -172,6 +172,9 @@ def rows(call: RowCall) -> Rows:
     return results
 
 
+# Of a sparse teacher, as kernel.h numbers them; with all others p is 0 outside the ids.
+TAILS = {"bucket": 1, "generalized": 2, "conditional": 3}
+
 # The verbs on pieces, in the order of kernel.h.
 OBSERVE, COMPARE, FINISH = 1, 2, 3
 
@@ -191,7 +194,7 @@ def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
         return None
     assert part is not None
     n, kept = call.row_scale.numel(), None
-    if entrywise and call.grad is not None and spec.kd_scale and not _buckets(call):
+    if call.grad is not None and spec.kd_scale and _keeps(call):
         wide = part.exact or call.row_scale.dtype == torch.float64
         lines = -(-(part.columns + LONGEST_TILE) // 16)
         size = lines * 16 * (8 if wide else 4)
@@ -217,12 +220,15 @@ def _piece(verb: int, call: RowCall, statistics: Tensor, *results: Tensor | None
 
 
 def block_rows(call: RowCall, widest: int, budget: int) -> int:
-    keeps = _ops().keeps(_listed(call.spec.divergence)[0]) and not _buckets(call)
-    return max(1, BLOCK_BYTES[keeps] // (4 * widest))  # by nothing that the ranks may differ in
+    # by nothing that the ranks may differ in
+    return max(1, BLOCK_BYTES[_keeps(call)] // (4 * widest))
 
 
-def _buckets(call: RowCall) -> bool:
-    return isinstance(call.teacher, SparseRows) and call.teacher.tail == "bucket"
+def _keeps(call: RowCall) -> bool:
+    """Whether d D / d log q, entry by entry, goes from one verb to the next."""
+    teacher = call.teacher
+    everywhere = not isinstance(teacher, SparseRows) or teacher.tail not in TAILS
+    return everywhere and _ops().keeps(_listed(call.spec.divergence)[0])
 
 
 def _arguments(call: RowCall) -> tuple[Any, ...]:
@@ -230,9 +236,10 @@ def _arguments(call: RowCall) -> tuple[Any, ...]:
     spec, teacher = call.spec, call.teacher
     if isinstance(teacher, SparseRows):
         side, indices, rounding = teacher.log_probs, teacher.indices, teacher.rounding
+        tail = TAILS.get(teacher.tail, 0)
     else:
-        side, indices, rounding = call.teacher_logits, None, 0.0
-    head = call.student, side, indices, _buckets(call), call.labels, call.row_scale
+        side, indices, rounding, tail = call.teacher_logits, None, 0.0, 0
+    head = call.student, side, indices, tail, call.labels, call.row_scale
     return *head, *_settings(spec, rounding), spec.vocab_size
 
 

@@ -102,7 +102,7 @@ RowsCall call_of(const Listing& listing, const std::vector<double>& numbers) {
 }
 
 RowsCall call_of(const Listing& listing, const Tensor& student, const Tensor& teacher,
-                 const std::optional<Tensor>& indices, bool bucket,
+                 const std::optional<Tensor>& indices, int64_t tail,
                  const std::optional<Tensor>& labels, const Tensor& row_scale,
                  const std::vector<double>& numbers, int64_t vocabulary,
                  const std::vector<int64_t>& part) {
@@ -125,7 +125,7 @@ RowsCall call_of(const Listing& listing, const Tensor& student, const Tensor& te
                     "fusedkd_cpu: shapes of student and teacher do not match");
     return call;
   }
-  call.teacher = call.student, call.bucket = bucket, call.entries = indices->size(1);
+  call.teacher = call.student, call.tail = static_cast<Tail>(tail), call.entries = indices->size(1);
   STD_TORCH_CHECK(
       indices->scalar_type() == ScalarType::Int && indices->is_contiguous() &&
           teacher.is_contiguous() && dtype_of(teacher) == DType::f64 && indices->size(0) == count &&
@@ -164,8 +164,8 @@ void for_each_row(const InstructionSet& set, const RowsCall& call) {
   const size_t lane = sizeof(double);  // some rows of fp32 are computed in fp64
   const bool fits =
       2 * call.columns * (size_of(call.student.dtype) + size_of(call.teacher.dtype)) <= l2_bytes();
-  const bool keeps =
-      call.grad.data && call.kd_scale != 0 && !call.bucket && set.keeps(call.divergence);
+  const bool keeps = call.grad.data && call.kd_scale != 0 && call.tail == Tail::absent &&
+                     set.keeps(call.divergence);
   const size_t kept_bytes = keeps ? (call.columns + kLongestTile) * lane : 0;
   const size_t minima = (call.columns / kShortestTile + 4) * 2 * lane;
   const size_t entries =
@@ -183,13 +183,13 @@ void for_each_row(const InstructionSet& set, const RowsCall& call) {
   });
 }
 
-void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, bool bucket,
+void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, int64_t tail,
           std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
           std::vector<double> numbers, int64_t vocabulary, Tensor loss, std::optional<Tensor> grad,
           std::optional<Tensor> metrics) {
   const Listing listing = find(divergence);
-  RowsCall call = call_of(listing, student, teacher, indices, bucket, labels, row_scale, numbers,
-                          vocabulary, {});
+  RowsCall call =
+      call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers, vocabulary, {});
   call.measures = metrics.has_value();
   write_to(call, loss, metrics);
   if (grad) write_to(call, *grad);
@@ -253,14 +253,14 @@ bool reduced(Tensor student, Tensor teacher, std::optional<Tensor> labels, std::
 
 // One verb of fusedkd.kernels on the columns from part[0] on, part[1] in number, in fp64 where
 // part[2] says so.
-void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> indices, bool bucket,
-           std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
+void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> indices,
+           int64_t tail, std::optional<Tensor> labels, Tensor row_scale, std::string divergence,
            std::vector<double> numbers, int64_t vocabulary, std::vector<int64_t> part,
            bool measures, std::optional<Tensor> grad, Tensor statistics, std::optional<Tensor> sums,
            std::optional<Tensor> kept, std::optional<Tensor> loss, std::optional<Tensor> metrics,
            std::optional<Tensor> again) {
   const Listing listing = find(divergence);
-  RowsCall call = call_of(listing, student, teacher, indices, bucket, labels, row_scale, numbers,
+  RowsCall call = call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers,
                           vocabulary, part);
   const int64_t count = call.batch * call.tokens, lane = call.wide || call.exact ? 8 : 4;
   call.verb = static_cast<Verb>(verb), call.measures = measures;
@@ -293,7 +293,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("knows(str divergence) -> bool");
   m.def(
-      "rows(Tensor student, Tensor teacher, Tensor? indices, bool bucket, Tensor? labels, Tensor "
+      "rows(Tensor student, Tensor teacher, Tensor? indices, int tail, Tensor? labels, Tensor "
       "row_scale, "
       "str divergence, float[] numbers, int vocabulary, Tensor(a!) loss, Tensor(b!)? grad, "
       "Tensor(c!)? metrics) -> ()");
@@ -302,7 +302,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
       "int "
       "ignore_index, bool mean, Tensor(a!) loss, Tensor(b!)? grad) -> bool");
   m.def(
-      "piece(int verb, Tensor student, Tensor teacher, Tensor? indices, bool bucket, Tensor? "
+      "piece(int verb, Tensor student, Tensor teacher, Tensor? indices, int tail, Tensor? "
       "labels, Tensor row_scale, "
       "str divergence, float[] numbers, int vocabulary, int[] part, bool measures, Tensor(a!)? "
       "grad, "

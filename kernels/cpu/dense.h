@@ -402,13 +402,14 @@ template <class X> class OneRow {
   double student_entropy() const {
     return log_student_ - row_.student.inverse_temperature() * expected_student_;
   }
-  void put_metrics(double kd, double ce, double teacher_entropy, double student_entropy) const {
+  void put_metrics(double kd, double ce, double teacher_entropy, double student_entropy,
+                   double student_mass = __builtin_nan("")) const {
     const bool agree = top_student_ == top_teacher_;
     const double unknown = __builtin_nan(""), label = (double)(label_ + call_.offset);
     const double student_right = call_.labels ? top_student_ == label : unknown;
     const double teacher_right = call_.labels ? top_teacher_ == label : unknown;
-    put_metrics(
-        {kd, ce, teacher_entropy, student_entropy, (double)agree, student_right, teacher_right});
+    put_metrics({kd, ce, teacher_entropy, student_entropy, (double)agree, student_right,
+                 teacher_right, student_mass});
   }
 
   // Last sweep: d loss / d s = A q + B p + C q_1 + ..., coefficients from the sums.

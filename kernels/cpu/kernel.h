@@ -19,7 +19,7 @@ constexpr int64_t kEntryFields = 5, kEntryStep = 8;
 // One row's, in the order of fusedkd.kernels.METRICS.
 struct Metrics {
   double kd, ce, teacher_entropy, student_entropy, top1_agreement, student_accuracy,
-      teacher_accuracy;
+      teacher_accuracy, student_mass;
 };
 constexpr int kMetrics = sizeof(Metrics) / sizeof(double);
 
@@ -27,7 +27,7 @@ constexpr int kMetrics = sizeof(Metrics) / sizeof(double);
 struct Statistics {
   double student_max, student_exponent, student_sum, unit_exponent, unit_sum;
   double teacher_max, teacher_exponent, teacher_sum;
-  double outside_max, outside_exponent, outside_sum;
+  double outside_max, outside_exponent, outside_sum, inside_exponent, inside_sum;
   double forward, reverse, teacher_absent, student_absent, only_teacher, only_student;
   double student_expected, teacher_expected, mean, label;
   double student_top, teacher_top, teacher_at_top;
@@ -37,6 +37,9 @@ struct Comparison {  // in the order of fusedkd.kernels.COMPARED
   double value, slope;
 };
 enum class Verb : int { rows, observe, compare, finish };
+// What the entries outside a sparse teacher's ids are: of p = 0; one category; of no account, where
+// two measures are compared on the ids, or two distributions given that it is one of them.
+enum class Tail : int { absent, bucket, generalized, conditional };
 
 // In the order of Numbers in __init__.py.
 struct Numbers {
@@ -123,7 +126,7 @@ struct RowsCall : Numbers {
   const int32_t* indices;   // (rows, entries), ascending, padding of kPadding behind
   const double* log_probs;  // (rows, entries + 1), the last one the tail's
   int64_t entries;
-  bool bucket;  // whether the entries outside are one category; else they have p = 0
+  Tail tail;
   bool wide;    // accumulate in fp64
   bool stream;  // write the gradient past the caches
   int divergence;

@@ -44,7 +44,7 @@ template <class X> class SparseRow : public OneRow<X> {
 
   void plan() {
     Dense::plan();
-    outside_ = kind_ == kEntrywise && !call_.bucket;
+    outside_ = kind_ == kEntrywise && call_.tail == Tail::absent;
     gather();
   }
   bool cancels(double) const { return false; }
@@ -129,6 +129,8 @@ template <class X> class SparseRow : public OneRow<X> {
     if (unit_)
       log_unit_ =
           log_sum_exp(log_sum(row_.unit, sums_.unit), row_.unit.inverse_temperature(), z_, padded_);
+    if (call_.measures || conditional())
+      log_inside_ = log_sum_exp(-kInfinity, row_.student.inverse_temperature(), z_, padded_);
   }
   void put_statistics() const {
     fusedkd::Statistics& put = call_.statistics[n_];
@@ -138,6 +140,7 @@ template <class X> class SparseRow : public OneRow<X> {
     if (unit_) put_log_sum(log_unit_, &put.unit_exponent, &put.unit_sum);
     put.outside_max = this->most(row_.student), put.outside_exponent = this->exponent(row_.student);
     put.outside_sum = sums_.student;
+    put_log_sum(log_inside_, &put.inside_exponent, &put.inside_sum);
     this->put_measured(put);
   }
   static void put_log_sum(double x, double* exponent, double* sum) {
@@ -151,6 +154,7 @@ template <class X> class SparseRow : public OneRow<X> {
     log_tail_ = log_sum(row_.student, sums_.student);
     log_student_ = merged.student_exponent * kLn2 + ::log(merged.student_sum);
     log_unit_ = unit_ ? merged.unit_exponent * kLn2 + ::log(merged.unit_sum) : log_student_;
+    log_inside_ = merged.inside_exponent * kLn2 + ::log(merged.inside_sum);
     this->restore_measured(merged);
   }
   void measure() {
@@ -177,16 +181,35 @@ template <class X> class SparseRow : public OneRow<X> {
   // Over the ids and, in a whole row, the tail; else that is added where the pieces' sums are.
   double divergence() {
     const double rate = row_.student.inverse_temperature();
-    const double lq_tail = call_.bucket ? log_tail_ - log_student_ : -kInfinity;
+    const double lq_tail = call_.tail == Tail::bucket ? log_tail_ - log_student_ : -kInfinity;
     lp_tail_ =
         log_tail_ == -kInfinity && ::exp(lp_[count_]) <= call_.rounding ? -kInfinity : lp_[count_];
-    for (int64_t i = 0; i < count_; ++i) lq_[i] = z_[i] * rate - log_student_;
+    log_base_ = log_student_;
+    if (conditional())
+      log_base_ = log_inside_ + (log_student_ - log_student_);  // NaN, if it is one
+    for (int64_t i = 0; i < count_; ++i) lq_[i] = z_[i] * rate - log_base_;
     const bool whole = call_.verb == Verb::rows;
     lp_[count_] = whole ? lp_tail_ : -kInfinity, lq_[count_] = whole ? lq_tail : -kInfinity;
     double sum = categories(lp_, lq_, entry_grad_, padded_);
-    if (call_.verb == Verb::finish) return sum_with_tail(lq_tail);
-    for (int64_t i = 0; i <= count_; ++i) grad_sum_ += entry_grad_[i];
-    return outside_ ? sum + outside() : sum;
+    if (call_.tail == Tail::generalized) sum += measure_term();
+    if (call_.verb == Verb::finish) sum = sum_with_tail(lq_tail);
+    else
+      for (int64_t i = 0; i <= count_; ++i) grad_sum_ += entry_grad_[i];
+    if (call_.tail == Tail::generalized && sum < 0) sum = 0;  // rounding
+    return outside_ && call_.verb != Verb::finish ? sum + outside() : sum;
+  }
+  // c (q - p), which makes of a divergence one of measures: c as in
+  // fusedkd.divergences.measure_term.
+  double measure_term() {
+    double one[kEntryStep], grad[kEntryStep];
+    for (int64_t i = 0; i < kEntryStep; ++i) one[i] = 0;
+    categories(one, one, grad, kEntryStep);
+    double sum = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      const double q = -grad[0] * ::exp(lq_[i]);
+      sum += q + grad[0] * ::exp(lp_[i]), entry_grad_[i] += q;
+    }
+    return sum;
   }
   double sum_with_tail(double lq_tail) {
     double lp[kEntryStep], lq[kEntryStep], grad[kEntryStep];
@@ -231,7 +254,7 @@ template <class X> class SparseRow : public OneRow<X> {
       entropy += entropy_of(log_probs[i]);
       if (log_probs[i] > most) most = log_probs[i], this->top_teacher_ = ids[i];
     }
-    this->put_metrics(kd, ce, entropy, this->student_entropy());
+    this->put_metrics(kd, ce, entropy, this->student_entropy(), ::exp(log_inside_ - log_student_));
   }
   static double entropy_of(double lp) { return lp == -kInfinity ? 0 : -::exp(lp) * lp; }
 
@@ -240,7 +263,9 @@ template <class X> class SparseRow : public OneRow<X> {
     const double soft = weight * call_.kd_scale / call_.temperature;
     const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
     const bool separate = unit_ && hard != 0;
-    double student = soft == 0 ? 0 : -soft * grad_sum_ * ::exp(log_one(row_.student, log_student_));
+    double student = 0;
+    if (soft != 0 && !conditional())
+      student = -soft * grad_sum_ * ::exp(log_one(row_.student, log_student_));
     if (tail() && row_.student.seen) student += soft * entry_grad_[count_] / sums_.student;
     double unit =
         hard == 0 ? 0 : hard * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
@@ -253,10 +278,13 @@ template <class X> class SparseRow : public OneRow<X> {
     } else {
       double slope = 0;
       const bool label_outside = hard != 0 && this->owns_label() && !is_id(label_);
-      const double label = label_outside ? label_outside_gradient(soft, hard, &slope) : 0;
+      const double reaching = conditional() ? 0 : soft;  // what is no id
+      const double label = label_outside ? label_outside_gradient(reaching, hard, &slope) : 0;
       const Kind kind = outside_ && soft != 0 ? kEntrywise : kNone;
       const double reach = c.reach(kind, separate);
-      for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, kind, separate, c, reach);
+      if (reaching == 0 && hard == 0) this->zero(0, call_.columns);
+      else
+        for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, kind, separate, c, reach);
       if (label_outside) put(label_, student_label_, label * slope);
       for (int64_t i = 0; i < count_; ++i)
         put(column(i), z_[i],
@@ -264,7 +292,8 @@ template <class X> class SparseRow : public OneRow<X> {
     }
     this->zero(call_.columns, call_.grad_columns);
   }
-  bool tail() const { return call_.bucket && kind_ != kNone; }
+  bool tail() const { return call_.tail == Tail::bucket && kind_ != kNone; }
+  bool conditional() const { return call_.tail == Tail::conditional && kind_ != kNone; }
   bool is_id(int64_t column) const {
     const int32_t* id = ids_until(indices_, column);
     return id < indices_ + count_ && *id == column + call_.offset;
@@ -274,7 +303,7 @@ template <class X> class SparseRow : public OneRow<X> {
   double at(int64_t column, double z, double own, double soft, double hard) const {
     double g = 0;
     if (soft != 0)
-      g = soft * (own - ::exp(z * row_.student.inverse_temperature() - log_student_) * grad_sum_);
+      g = soft * (own - ::exp(z * row_.student.inverse_temperature() - log_base_) * grad_sum_);
     if (hard == 0) return g;
     const double smoothing = call_.label_smoothing,
                  q = ::exp(z * row_.unit.inverse_temperature() - log_unit_);
@@ -301,7 +330,9 @@ template <class X> class SparseRow : public OneRow<X> {
   int64_t padded_, count_ = 0;
   double *z_, *slopes_, *lp_, *lq_, *entry_grad_;
   double log_tail_, lp_tail_ = -kInfinity;
-  Reference<F> all_;  // the largest logit, ids among them
+  double log_inside_ = -kInfinity;  // of the student's exponentials at the ids, where it is wanted
+  double log_base_ = 0;             // and of those that what is compared are shares of
+  Reference<F> all_;                // the largest logit, ids among them
   bool outside_;
 };
 

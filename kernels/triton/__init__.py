@@ -46,7 +46,7 @@ def rows(call: RowCall, *fields: Any) -> Rows:
     0.1, which goes with release 0.3)."""
     call = RowCall(call, *fields) if fields else call  # type: ignore[arg-type]
     ops, sparse_ops = _launchers()
-    return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)
+    return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)  # type: ignore[no-any-return]
 
 
 def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:

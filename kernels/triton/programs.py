@@ -142,7 +142,7 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         sum_of_terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
     tl.store(loss + n, weights.row * sum_of_terms)
     if plan.metrics:
-        out, unknown = metrics + n.to(tl.int64) * 7, scalar(float("nan"), plan.acc)
+        out, unknown = metrics + n.to(tl.int64) * 8, scalar(float("nan"), plan.acc)
         tl.store(out, value)
         tl.store(out + 1, ce)
         tl.store(out + 2, _entropy(of.teacher, pair.teacher, plan))
@@ -151,6 +151,7 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         tl.store(out + 4, (at_s == at_t).to(plan.acc))
         tl.store(out + 5, (at_s == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (at_t == label.column).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 7, unknown)
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan: tl.c
         if metrics is not None:
             field = tl.arange(0, 8)
             nothing = tl.full([8], 0, plan.acc)
-            tl.store(metrics + n.to(tl.int64) * 7 + field, nothing, mask=field < 7)
+            tl.store(metrics + n.to(tl.int64) * 8 + field, nothing)
     if grad is not None:
         zeros(grad, shape, span, vocab if leader else columns, columns, plan)
 
@@ -361,7 +362,7 @@ def _gradient(label, sides, span, shape, by, compared, plan: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
-    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None; N = B T
+    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 8) or None; N = B T
     partial, sums,  # fp64 (N, PARTIALS, pieces), (N, 2, pieces), or None in the stage "whole"
     length: tl.int32, s_b: tl.int64, s_t: tl.int64, t_b: tl.int64, t_t: tl.int64,
     g_b: tl.int64, g_t: tl.int64, vocab: tl.int32, columns: tl.int32,

@@ -285,7 +285,7 @@ def _report(
         terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
     tl.store(loss + n, weights.row * terms)
     if plan.metrics:
-        out, unknown = metrics + n.to(tl.int64) * 7, scalar(float("nan"), plan.acc)
+        out, unknown = metrics + n.to(tl.int64) * 8, scalar(float("nan"), plan.acc)
         tl.store(out, value)
         tl.store(out + 1, ce)
         tl.store(out + 2, (-found.own_t).to(plan.acc))
@@ -293,6 +293,7 @@ def _report(
         tl.store(out + 4, (seen.at == found.top).to(plan.acc))
         tl.store(out + 5, (seen.at == label).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (found.top == label).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 7, norm.mass)
 
 
 @triton.jit
@@ -387,7 +388,7 @@ def _recall(partial, n, plan: tl.constexpr):
 def sparse_kernel(
     student, grad,  # (B, T, C), the same or None
     indices, log_probs,  # (N, K) int32, (N, K + 1) fp64; N = B T
-    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 7) or None
+    labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 8) or None
     id_logits,  # (N, K + 1) of the student's dtype: scratch
     partial, sums,  # fp64 (N, 7, pieces), (N, 2, pieces), or None in the stage "whole"
     entries: tl.int32, rounding: tl.float64,

@@ -551,11 +551,16 @@ def test_another_schema_is_refused(cache: Path, tmp_path: Path) -> None:
 
 
 def test_training_from_a_cache(disk: Path, cache: Path, sampled: Path, tmp_path: Path) -> None:
-    for folder, more in ((cache, ("--temperature", "2")), (sampled, ("--ce_weight", "0.1"))):
+    measures = ("--teacher_tail", "generalized", "--divergence", "reverse_kl")
+    for folder, more in (
+        (cache, ("--temperature", "2", *measures)),
+        (sampled, ("--ce_weight", "0.1")),
+    ):
         out = tmp_path / folder.name
         assert main(training(disk, folder, out, *more)) == 0
         metrics = json.loads((out / "distillation.json").read_text())
         assert 0 < metrics["eval_kd"] < 10 and metrics["eval_teacher_accuracy"] >= 0
+        assert 0 < metrics["eval_student_mass"] < metrics["eval_teacher_mass"] < 1.001
         AutoModelForCausalLM.from_pretrained(out)
 
 
@@ -621,7 +626,7 @@ def test_workers_read_the_cache_too(disk: Path, cache: Path, tmp_path: Path) -> 
         (("--block_size", "16"), "of the training data are not in the cache"),
         (("--eval_share", "0.5"), "are not in the cache"),
         (("--vocab_size", "99"), "vocab_size=99"),
-        (("--teacher_tail", "cut"), "teacher_tail='cut'"),
+        (("--teacher_tail", "cut"), "teacher_tail='cut': expected one of bucket, renormalize"),
         (("--teacher_cache", "nowhere"), "no teacher cache"),
     ],
 )
@@ -637,6 +642,8 @@ def test_draws_are_refused_where_they_would_bias(
 ) -> None:
     assert main(training(disk, sampled, tmp_path, "--divergence", "jsd")) == 2
     assert "unbiased only" in capsys.readouterr().err
+    assert main(training(disk, sampled, tmp_path, "--teacher_tail", "conditional")) == 2
+    assert "teacher_tail='conditional'" in capsys.readouterr().err
 
 
 def test_other_tokenizers_and_vocabularies_are_refused(

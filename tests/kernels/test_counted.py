@@ -22,7 +22,9 @@ from fusedkd.benchmarks.roofline import Counts, Gpu
 from fusedkd.benchmarks.sass import Sweep
 
 
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda b: "-".join(filter(None, (b[0], *b[3:]))))
+@pytest.mark.parametrize(
+    "bound", BOUNDS, ids=lambda b: "-".join(filter(None, (b.divergence, b.dtype, b.tail)))
+)
 def test_within_bounds(bound: Bound) -> None:
     """Where a kernel costs less by now, its bound is lowered with it."""
     counts = counted.counts(bound.divergence, bound.dtype, bound.tail)

@@ -179,7 +179,30 @@ def test_other_tails(module: ModuleType, name: str, tail: str) -> None:
 
 
 @pytest.mark.parametrize("module", BACKENDS)
-@pytest.mark.parametrize("tail", ["", "bucket"])
+@pytest.mark.parametrize("tail", ["generalized", "conditional"])
+@pytest.mark.parametrize("name", divergences.names())
+def test_supports(module: ModuleType, name: str, tail: str) -> None:
+    for sizes, dtype in zip(SPLITS, DTYPES, strict=True):
+        check(module, make(dtype, name, tail), sizes)
+
+
+@pytest.mark.parametrize("module", BACKENDS)
+def test_ids_are_all_there_is(module: ModuleType) -> None:
+    """Nothing is outside, or in a piece nothing inside."""
+    for tail in ("bucket", "generalized", "conditional"):
+        call = make(torch.float32, "jsd", tail)
+        s = call.student.clone()
+        s[0, :, 50:], s[0, 3, :50] = -INF, s[0, 2, :50]
+        log_probs = torch.randn(N, 50, generator=torch.Generator().manual_seed(2)).log_softmax(-1)
+        ids = torch.arange(50).expand(N, 50)
+        rows = canonical(ids, log_probs, call.row_scale, call.spec, tail)
+        call = call._replace(student=s, teacher=rows, labels=call.labels.clamp(max=49))
+        for sizes in SPLITS[1:]:
+            check(module, call, sizes)
+
+
+@pytest.mark.parametrize("module", BACKENDS)
+@pytest.mark.parametrize("tail", ["", "bucket", "generalized", "conditional"])
 def test_options(module: ModuleType, tail: str) -> None:
     """Softcap and scale, smoothing, T = 1, cross-entropy or divergence alone, no labels."""
     bent = Transform(0.7, 20.0)
@@ -199,7 +222,7 @@ def test_options(module: ModuleType, tail: str) -> None:
     check(module, call._replace(student=student), SPLITS[2])
 
 
-@pytest.mark.parametrize("tail", ["", "bucket", "drop"])
+@pytest.mark.parametrize("tail", ["", "bucket", "drop", "generalized", "conditional"])
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_one_piece_has_the_rows_bits(name: str, tail: str) -> None:
     call = make(torch.bfloat16, name, tail, label_smoothing=0.1)

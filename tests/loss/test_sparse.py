@@ -15,7 +15,8 @@ from fusedkd.spec import LossSpec
 
 INF = math.inf
 NAMES = divergences.names()
-TAILS = ("bucket", "renormalize", "drop")
+TAILS = ("bucket", "renormalize", "drop", "generalized", "conditional")
+SPARED = ("bucket", "generalized", "conditional")  # no divergence is infinite where no id is
 FINITE = [n for n in NAMES if n not in ("reverse_kl", "mixed_kl")]  # where p = 0 < q
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -58,7 +59,7 @@ def both(student: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("name", NAMES)
 def test_all_entries_are_the_dense_teacher(backend, name, tail):
-    if tail != "bucket" and name not in FINITE:
+    if tail not in SPARED and name not in FINITE:
         pytest.skip("refused, see test_infinite_divergences_are_refused")
     student, teacher, sparse, labels = top(k=37, tail=tail)
     options = {"divergence": name, "ce_weight": 0.5, "label_smoothing": 0.1, "backend": backend}
@@ -70,7 +71,9 @@ def test_all_entries_are_the_dense_teacher(backend, name, tail):
     )
     found = kd_loss_and_metrics(student, sparse, labels, **options)[1]
     dense = kd_loss_and_metrics(student, teacher, labels, **options)[1]
-    torch.testing.assert_close(tuple(found), tuple(dense), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(found[:8], dense[:8], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(found[8:], (found.kd.new_ones(()),) * 2)
+    assert dense[8:] == (None, None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +138,8 @@ def test_long_rows(backend, v):
     ids = torch.unique(ids).expand(3, -1)
     sparse = SparseTeacher(ids, teacher.log_softmax(-1).gather(-1, ids))
     labels[0] = ids[0, 3]
-    for tail, name in (("bucket", "forward_kl"), ("drop", "jsd")):
+    for tail, name in (("bucket", "forward_kl"), ("drop", "jsd"), ("generalized", "reverse_kl"),
+                       ("conditional", "forward_kl")):  # fmt: skip
         sparse = SparseTeacher(ids, sparse.log_probs, tail)
         options = {"divergence": name, "temperature": 2.0, "ce_weight": 0.5}
         want = both(student, sparse, labels, backend="reference", **options)
@@ -244,11 +248,160 @@ def test_infinite_where_an_id_is_masked(backend):
 
 
 # ----------------------------------------------------------------------------------------------
+# measures on the ids, and what is given that it is one of them
+
+
+def support(seed: int, noise: float, dtype: torch.dtype = torch.float32):
+    """Random ids, not the teacher's top, and a student that is near by as much as ``noise``."""
+    make = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
+    t = torch.randn(8, 41, generator=make, device="cpu", dtype=torch.float64) * 3
+    s = t + noise * torch.randn(8, 41, generator=make, device="cpu", dtype=torch.float64)
+    ids = torch.rand(8, 41, generator=make, device="cpu").argsort(-1)[:, : 1 + seed % 12]
+    ids[1::3, 1:] = -1
+    lp = t.log_softmax(-1).gather(-1, ids.clamp(min=0))
+    return s.to(device, dtype).requires_grad_(), ids.to(device), lp.to(device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tail", ["generalized", "conditional"])
+def test_a_support_is_never_negative(backend, name, tail):
+    """And 0 where q = p; however near they are, where a sum of terms +-p would round below."""
+    for seed in range(25):
+        for noise in (0.0, 1e-9, 1e-4, 0.1, 3.0):
+            for dtype in (torch.float32, torch.float64):
+                s, ids, lp = support(seed, noise, dtype)
+                loss, grad = both(s, SparseTeacher(ids, lp, tail), divergence=name,
+                                  reduction="none", backend=backend)  # fmt: skip
+                assert loss.min() >= (0 if tail == "generalized" else -1e-12), (seed, noise)
+                if noise <= 1e-9:
+                    tiny = 1e-14 if dtype == torch.float64 else 1e-6
+                    tiny = 1e-7 if name == "total_variation" and noise else tiny
+                    assert loss.max() < max(tiny, noise**2)
+                    if name != "total_variation":
+                        assert grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_measures_have_their_minimum_at_the_teacher(name):
+    """Along any direction in q on the ids; a divergence that takes more than the ids has it
+    elsewhere, and plain reverse KL on them even below 0."""
+    for seed in range(10):
+        s, ids, lp = support(seed, 0.0, torch.float64)
+        make = torch.Generator("cpu").manual_seed(seed)
+        way = torch.randn(s.shape, generator=make, dtype=torch.float64)
+        at = [
+            kd_loss(s + step * way, SparseTeacher(ids, lp, "generalized"), divergence=name,
+                    reduction="none")
+            for step in (-0.3, -0.1, 0.0, 0.1, 0.3)
+        ]  # fmt: skip
+        assert (at[0] >= at[1]).all() and (at[1] >= at[2]).all()
+        assert (at[2] <= at[3]).all() and (at[3] <= at[4]).all() and at[2].max() < 1e-15
+
+
+def test_generalized_by_hand(backend):
+    student, _, sparse, _ = top(tail="generalized")
+    exact = student.detach().double().requires_grad_()
+    lp, lq = sparse.log_probs.double(), exact.log_softmax(-1).gather(-1, sparse.indices)
+    p, q = lp.exp(), lq.exp()
+    for name, want in (
+        ("forward_kl", p * (lp - lq) - p + q),
+        ("reverse_kl", q * (lq - lp) - q + p),
+        ("total_variation", (p - q).abs() / 2),
+    ):
+        loss, grad = both(student, sparse, divergence=name, backend=backend)
+        (slope,) = torch.autograd.grad(want.sum(-1).mean(), exact, retain_graph=True)
+        torch.testing.assert_close(loss.double(), want.sum(-1).mean().detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad.double(), slope, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_conditional_is_the_dense_loss_of_the_ids(backend, name):
+    """No gradient outside, and none for how much the ids have together."""
+    student, _, sparse, labels = top(tail="conditional", noise=2.0)
+    options = {"divergence": name, "temperature": 1.7, "backend": backend}
+    loss, grad = both(student, sparse, **options)
+    few = student.detach().gather(1, sparse.indices).requires_grad_()
+    dense = both(few, sparse.log_probs, teacher_temperature=1.0, **options)
+    torch.testing.assert_close(loss, dense[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.gather(1, sparse.indices), dense[1], rtol=1e-4, atol=1e-6)
+    assert (grad.scatter(1, sparse.indices, 0.0) == 0).all()
+    ce = both(student, sparse, labels, ce_weight=0.5, **options)[1]
+    hard = both(student, None, labels, kd_weight=0.0, ce_weight=0.5, backend=backend)[1]
+    torch.testing.assert_close(ce - grad, hard, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("gap", [30.0, 90.0, 400.0])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_ids_that_the_student_hardly_has(backend, name, gap):
+    """e^-gap of its mass: of all minus what is outside nothing would be left."""
+    student, _, sparse, _ = top(n=3, v=3001, k=8, spread=1.0, tail="conditional")
+    logits = student.detach().scatter_add(1, sparse.indices, torch.full((3, 8), -gap))
+    loss, grad = both(logits.requires_grad_(), sparse, divergence=name, backend=backend)
+    exact = logits.detach().double().requires_grad_()
+    want = both(exact, sparse, divergence=name, backend="reference")
+    torch.testing.assert_close(loss.double(), want[0].double(), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(grad.double(), want[1], rtol=2e-5, atol=1e-7)
+    mass = kd_loss_and_metrics(logits, sparse, backend=backend)[1].student_mass
+    share = exact.softmax(-1).gather(1, sparse.indices).sum(-1).mean()
+    torch.testing.assert_close(mass.double(), share, rtol=1e-4, atol=1e-38)
+
+
+def test_all_ids_masked(backend):
+    """The student has no distribution given those, but a measure of 0."""
+    student, _, sparse, _ = top()
+    logits = student.detach().scatter(1, sparse.indices[:1].expand(4, 5), -INF).requires_grad_()
+    ids = sparse.indices[:1].expand(4, 5)
+    loss, grad = both(logits, SparseTeacher(ids, sparse.log_probs, "conditional"), backend=backend)
+    assert loss.isnan() and (grad == 0).all()
+    measures = SparseTeacher(ids, sparse.log_probs, "generalized")
+    loss, grad = both(logits, measures, divergence="total_variation", backend=backend)
+    torch.testing.assert_close(loss, sparse.log_probs.exp().sum(-1).mean() / 2)
+    assert (grad == 0).all()
+
+
+def test_masses(backend):
+    """Means over the tokens that count, of what is on the ids, whatever the tail makes of it."""
+    student, _, sparse, labels = top(k=6)
+    ids = sparse.indices.clone()
+    ids[0, 3:], labels[1] = -1, -100
+    q = torch.where(ids < 0, 0.0, (student / 2).softmax(-1).gather(1, ids.clamp(min=0))).sum(-1)
+    p = torch.where(ids < 0, 0.0, sparse.log_probs.exp()).sum(-1)
+    kept = torch.tensor([0, 2, 3])
+    for tail in TAILS:
+        teacher = SparseTeacher(ids, sparse.log_probs, tail)
+        found = kd_loss_and_metrics(student, teacher, labels, temperature=2.0, backend=backend)[1]
+        torch.testing.assert_close(found.student_mass, q[kept].mean().detach())
+        torch.testing.assert_close(found.teacher_mass, p[kept].mean())
+    assert (
+        kd_loss_and_metrics(student, None, labels, kd_weight=0, ce_weight=1)[1][8:] == (None,) * 2
+    )
+
+
+def test_a_divergence_of_ones_own_between_measures():
+    """The term that makes it one is found, or it is refused."""
+    student, _, sparse, _ = top(tail="generalized")
+    options = {"backend": "reference"}
+
+    def own(value):
+        return divergences.Divergence("own", (float(id(value)),), value=value)
+
+    mine = own(lambda lp, lq: 2 * lp.exp() * (lp - lq))
+    twice = 2 * kd_loss(student, sparse, divergence="forward_kl", **options)
+    torch.testing.assert_close(kd_loss(student, sparse, divergence=mine, **options), twice)
+    squared = own(lambda lp, lq: (lp.exp() - lq.exp()).square())
+    assert kd_loss(student, sparse, divergence=squared, **options) > 0
+    for value in (lambda lp, lq: -lp.exp() * lq, lambda lp, lq: (lp.exp() - lq.exp()).tanh()):
+        with pytest.raises(ValueError, match=r"'own' is none between measures.*'bucket'"):
+            kd_loss(student, sparse, divergence=own(value), **options)
+
+
+# ----------------------------------------------------------------------------------------------
 # rows without entries, NaN, keywords
 
 
 @pytest.mark.parametrize("k", [0, 5])
-@pytest.mark.parametrize("tail", ["bucket", "drop"])
+@pytest.mark.parametrize("tail", ["bucket", "drop", "generalized"])
 def test_rows_without_entries(backend, tail, k):
     student, _, _, labels = top()
     nothing = SparseTeacher(torch.full((4, k), -1), torch.full((4, k), math.nan), tail)
@@ -256,6 +409,7 @@ def test_rows_without_entries(backend, tail, k):
     (grad,) = torch.autograd.grad(loss, student)
     assert abs(loss) < 1e-6 and grad.abs().max() < 1e-6
     assert metrics.teacher_entropy == metrics.top1_agreement == metrics.teacher_accuracy == 0
+    assert metrics.student_mass == metrics.teacher_mass == 0
     want = kd_loss_and_metrics(student, student.detach(), labels, backend=backend)[1]
     torch.testing.assert_close(metrics.student_entropy, want.student_entropy)
     assert metrics.student_accuracy == want.student_accuracy
@@ -264,7 +418,7 @@ def test_rows_without_entries(backend, tail, k):
 @pytest.mark.parametrize("where", ["log_probs", "id", "outside"])
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_nan_is_hidden_only_where_it_does_not_count(backend, name, where):
-    for tail in ("bucket", "drop"):
+    for tail in ("bucket", "drop", "generalized", "conditional"):
         student, _, sparse, labels = top(tail=tail)
         ids, lp, logits = sparse.indices, sparse.log_probs.clone(), student.detach().clone()
         if where == "log_probs":
@@ -283,12 +437,13 @@ def test_nan_is_hidden_only_where_it_does_not_count(backend, name, where):
         assert loss.isnan() and grad[0].isnan().any() and grad[1:].isfinite().all()
 
 
-def test_what_does_not_count_is_not_looked_at(backend):
-    student, _, sparse, labels = top(tail="renormalize")
+@pytest.mark.parametrize("tail", ["renormalize", "generalized", "conditional"])
+def test_what_does_not_count_is_not_looked_at(backend, tail):
+    student, _, sparse, labels = top(tail=tail)
     ids, lp = sparse.indices.clone(), sparse.log_probs.clone()
     ids[0], lp[1], ids[2] = 99, 5.0, -1
     options = {"token_weights": torch.tensor([0.0, 0.0, 0.0, 1.0]), "backend": backend}
-    loss, grad = both(student, SparseTeacher(ids, lp, "renormalize"), labels, **options)
+    loss, grad = both(student, SparseTeacher(ids, lp, tail), labels, **options)
     want, d = both(student, sparse, labels, **options)
     assert torch.equal(loss, want) and torch.equal(grad, d)
 
@@ -348,7 +503,7 @@ def test_compiles_whole(backend):
 def test_gradcheck(backend, name, tail):
     if backend == "triton":
         pytest.skip("thousands of calls are too slow in the interpreter")
-    if tail != "bucket" and name not in FINITE:
+    if tail not in SPARED and name not in FINITE:
         pytest.skip("refused, see test_infinite_divergences_are_refused")
     student, _, sparse, labels = top(n=2, v=6, k=2, tail=tail, dtype=torch.float64, spread=1.0)
     torch.autograd.gradcheck(
@@ -432,6 +587,9 @@ WRONG = [
     (wrong(tail="rest"), ValueError, r"teacher\.tail='rest'.*'bucket', 'renormalize', 'drop'"),
     (wrong(indices=IDS * 0 - 1, tail="renormalize"), ValueError, r"token 0.*'renormalize'"),
     (wrong(log_probs=LP - INF, tail="renormalize"), ValueError, r"token 0.*token_weights 0"),
+    (wrong(indices=IDS * 0 - 1, tail="conditional"), ValueError, r"token 0.*'conditional'.*'gener"),
+    (wrong(indices=TWICE, tail="generalized"), ValueError, r"twice in one token"),
+    (wrong(log_probs=LP + 1, tail="conditional"), ValueError, r"sum to 2\."),
 ]
 
 

@@ -69,6 +69,25 @@ def formula(divergence: divergences.Divergence) -> Callable[[Tensor, Tensor], Te
     return lambda lp, lq: FORMULAS[divergence.name](lp, lq, *divergence.params)
 
 
+# c of f + c (q - p) between measures, where it is not 0
+EXCESS: dict[str, Callable[..., float]] = {
+    "forward_kl": lambda: 1.0,
+    "reverse_kl": lambda: -1.0,
+    "mixed_kl": lambda w: 2 * w - 1,
+    "skew_forward_kl": lambda lam: 1 - lam,
+    "skew_reverse_kl": lambda lam: lam - 1,
+}
+
+
+def measures(divergence: divergences.Divergence) -> divergences.Divergence:
+    """As one between measures that sum to anything."""
+    own = formula(divergence)
+    c = EXCESS.get(divergence.name, lambda *_: 0.0)(*divergence.params)
+    return divergences.Divergence(
+        "measures", value=lambda lp, lq: own(lp, lq) + c * (lq.exp() - lp.exp())
+    )
+
+
 def table(name: str, params: tuple[float, ...], lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
     """(value, d value / d lq), elementwise, total: -inf log-probabilities are fine. Where the
     value is infinite, the infinite term counts as 0 in the gradient."""
@@ -170,7 +189,7 @@ def _spread(teacher: SparseTeacher, columns: int, dtype: torch.dtype) -> Tensor:
     full = full[:, :-1].nan_to_num(neginf=ABSENT)
     p = full.exp()
     total = p.sum(-1)
-    if teacher.tail == "renormalize":
+    if teacher.tail in ("renormalize", "conditional"):
         full[:, :-1] -= torch.where(full[:, :-1] > ABSENT / 2, total.log()[:, None], 0.0)
     elif teacher.tail == "bucket":
         lost = (p * full).sum(-1).abs() * (2**-53 if dtype == torch.float64 else 2**-24)
@@ -185,9 +204,13 @@ def _compared(
     lq = torch.log_softmax(z / temperature, -1)
     if not isinstance(teacher, SparseTeacher):
         return torch.log_softmax(t / cool, -1), lq
+    listed = t[:, :-1] > ABSENT / 2
+    if teacher.tail == "generalized":
+        return t[:, :-1], torch.where(listed, lq, ABSENT)
+    if teacher.tail == "conditional":
+        return t[:, :-1], torch.where(listed, z / temperature, ABSENT).log_softmax(-1)
     if teacher.tail != "bucket":
         return t[:, :-1], lq
-    listed = t[:, :-1] > ABSENT / 2
     others = torch.where(listed, ABSENT, lq).logsumexp(-1, keepdim=True)
     return t, torch.cat([torch.where(listed, lq, ABSENT), others], -1)
 
@@ -242,6 +265,8 @@ def answer(
 
     cool = temperature if teacher_temperature is None else teacher_temperature
     lp, lq = _compared(teacher, t[counted], z[counted], temperature, cool)
+    if isinstance(teacher, SparseTeacher) and teacher.tail == "generalized":
+        divergence = measures(divergence)
     kd = formula(divergence)(lp, lq).sum(-1)
     kd_scale = kd_weight * (temperature**2 if scale_by_t2 else 1.0)
     y = None if labels is None else labels.reshape(-1)[counted]
@@ -286,6 +311,7 @@ def answer(
             z[counted],
             t[counted][:, : z.shape[1]],
             y,
+            _masses(teacher, z[counted] / temperature, counted),
         ),
         rows.detach(),
         (scale * up).abs().to(rows.dtype),
@@ -324,8 +350,28 @@ def _conditions(
     return loss, grad.amax(-1) + 1e-6  # a vocabulary of one: 0 up to the square of a rounding
 
 
+def _masses(
+    teacher: Tensor | LMHead | SparseTeacher, z: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Of a sparse teacher's ids: the student's and its own."""
+    if not isinstance(teacher, SparseTeacher):
+        return None
+    shape = (len(counted), teacher.indices.shape[-1])
+    ids, lp = (x.reshape(shape)[counted] for x in (teacher.indices.long(), teacher.log_probs))
+    listed = ids != -1
+    q = z.softmax(-1).gather(-1, ids.clamp(min=0))
+    return (q * listed).sum(-1), torch.where(listed, lp.double().exp(), 0.0).sum(-1)
+
+
 def _metrics(
-    kd: Tensor, ce: Tensor | None, lp: Tensor, lq: Tensor, z: Tensor, t: Tensor, y: Tensor | None
+    kd: Tensor,
+    ce: Tensor | None,
+    lp: Tensor,
+    lq: Tensor,
+    z: Tensor,
+    t: Tensor,
+    y: Tensor | None,
+    mass: tuple[Tensor, Tensor] | None,
 ) -> dict[str, float]:
     def mean(x: Tensor) -> float:
         return x.double().mean().item() if x.numel() else 0.0
@@ -338,7 +384,8 @@ def _metrics(
 
     top_t = torch.where((t > ABSENT).any(-1), first_max(t), -1)  # a row may be all padding
     nothing = math.nan if len(kd) else 0.0
-    return {
+    masses = {"student_mass": mean(mass[0]), "teacher_mass": mean(mass[1])} if mass else {}
+    return masses | {
         "kd": mean(kd),
         "ce": nothing if ce is None else mean(ce),
         "teacher_entropy": mean(entropy(lp)),

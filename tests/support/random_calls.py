@@ -169,13 +169,15 @@ def random_case(seed: int, device: torch.device, most: int = 12) -> Case:
     return Case(student, teacher, labels, keywords, upstream, wanted, layout)
 
 
-def sparse_case(seed: int, device: torch.device, most: int = 12) -> Case:
+def sparse_case(seed: int, device: torch.device, most: int = 12, tail: str = "") -> Case:
     """The same call with a teacher of some entries per token: any ids, in any order, padded."""
     case, rng = random_case(seed, device, most), random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     leading = next(iter(tensors(case.student).values())).shape[:-1]
     v = case.keywords.get("vocab_size") or _columns(case.student)
     k = rng.randint(0, min(v - 1, 20))  # something is left for the tail
+    if tail and rng.random() < 0.1:
+        k = min(v, 70)  # perhaps all of it
     lp = torch.randn(*leading, v, generator=generator, dtype=torch.float64) * rng.choice([1, 3, 6])
     lp = lp.log_softmax(-1)
     ids = torch.rand(lp.shape, generator=generator).argsort(-1)[..., :k]
@@ -185,7 +187,9 @@ def sparse_case(seed: int, device: torch.device, most: int = 12) -> Case:
     lp = torch.where(padding, math.nan, lp.gather(-1, ids)).to(rng.choice(DTYPES)).to(device)
     ids = torch.where(padding, -1, ids).to(rng.choice([torch.int64, torch.int32])).to(device)
     tails = ["bucket", "bucket"]
-    if math.isfinite(table_value(case.keywords["divergence"])):
+    if tail:  # a token without entries has nothing to be conditional on
+        tails = [tail if k and not padding.all(-1).any() else "generalized"]
+    elif math.isfinite(table_value(case.keywords["divergence"])):
         tails += ["drop"] if padding.any() or not k else ["drop", "renormalize"]
     case.teacher = SparseTeacher(ids, lp, rng.choice(tails))
     return case

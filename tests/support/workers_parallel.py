@@ -67,6 +67,10 @@ def cases() -> dict[str, Case]:
         for tail in ("drop", "renormalize"):
             options = {**OPTIONS, "divergence": name}
             cases_by_name[f"{tail} {name}"] = ("head", tail, single, options)
+    for name in divergences.names():
+        options = {**OPTIONS, "divergence": name}
+        cases_by_name[f"generalized {name}"] = ("dense", "generalized", single, options)
+        cases_by_name[f"conditional {name}"] = ("head", "conditional", wide, options)
     cases_by_name |= {
         "mixed": ("head", "dense", single, OPTIONS),
         "other mix": ("dense", "head", single, OPTIONS),
