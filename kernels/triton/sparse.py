@@ -128,28 +128,32 @@ def _normaliser(seen, entries, inverse, TAIL: tl.constexpr, plan: tl.constexpr):
     sum to 1: where p and q are close, the loss is as small as what would be missing.
     """
     top, count = seen.of.student.max, entries.ids.count
-    best = top
+    best = tl.full([], lowest(plan.acc), plan.acc)
     for start in range(0, count, BLOCK):
         _, z, _ = _id_block(entries, start, plan)
         best = tl.maximum(best, tl.max(z, axis=0))
+    # relative to their own largest: they may hardly have anything
+    of_ids, best = best.to(tl.float64), tl.maximum(best, top)
     shift, wide = top - best, inverse.to(tl.float64)
     rest = seen.of.student.sum * exp_wide(shift.to(tl.float64) * wide)
     inside, unit = tl.full([], 0, tl.float64), seen.of.unit * tl.exp2(shift * LOG2E)
     for start in range(0, count, BLOCK):
         _, z, _ = _id_block(entries, start, plan)
-        below = z.to(tl.float64) - best.to(tl.float64)
+        below = z.to(tl.float64) - of_ids
         e = exp_wide(below * wide) + (below - below)  # NaN where a logit is
         inside += tl.sum(tl.where(z == -INFINITY, 0.0, e), axis=0)
         if plan.ce:
             unit += added(tl.exp2((z - best) * LOG2E))
-    sum = rest + inside
+    of_all = (of_ids - best.to(tl.float64)) * wide
+    sum = rest + inside * exp_wide(of_all)
     log_all, over = log_wide(sum), reciprocal(sum).to(plan.acc)
     softmax = Softmax(best, inverse * LOG2E, inverse, log_all.to(plan.acc), over)
     outside = shift.to(tl.float64) * wide + log_wide(seen.of.student.sum) - log_all
     log_tail = tl.where(seen.of.student.sum == 0, -INFINITY, outside)
-    log_base, mass = log_all, (inside * reciprocal(sum)).to(plan.acc)
+    log_inside = tl.where(inside == 0, -INFINITY, of_all + log_wide(inside))
+    log_base, mass = log_all, tl.exp((log_inside - log_all).to(plan.acc))
     if TAIL == "conditional":
-        log_base = log_wide(inside) + (log_all - log_all)  # NaN where a logit is, wherever
+        log_base = log_inside + (log_all - log_all)  # NaN where a logit is, wherever
     log_unit, over_unit = log_all.to(plan.acc), over
     if plan.ce:
         log_unit, over_unit = log_sum(unit, plan.acc), reciprocal(unit).to(plan.acc)
@@ -444,6 +448,8 @@ def sparse_kernel(
                 found = _compare(of, norm, tail_floor, of_a, of_b, TAIL, plan)
                 value = (tail.value + found.value).to(acc)
                 sum_grad = tail.sum_grad + found.sum_grad
+                if TAIL == "conditional":  # on nothing: no number
+                    value += (norm.log_base - norm.log_base).to(acc)
                 if TAIL == "generalized":  # rounding
                     value = tl.where(value < 0, 0.0, value)
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
