@@ -78,6 +78,10 @@ def sample() -> list[Job]:
         for launch in LAUNCHES[2:]
         for stage in config.stages(_variant("bf16", name, "plain"), launch)
     ]
+    chosen += [
+        Job("sm_90", "bf16", name, launches.JOINT, "joint")
+        for name in ("forward_kl", "jsd", "alpha")
+    ]
     # against K entries: every way through the sweeps (closed or not, bucket or not)
     chosen += [
         Job("sm_90", "bf16", name, launch, stage, "plain", tail)
@@ -128,9 +132,17 @@ def source(job: Job) -> ASTSource:
         constants["labels"] = None
     if job.stage == "whole":
         constants |= {"partial": None, "sums": None}
+    if job.stage != "joint" and not job.tail:
+        constants["arrived"] = None
     acc = "fp64" if plan.acc == tl.float64 else "fp32"
     pointers = dict.fromkeys(("row_scale", "loss", "metrics"), f"*{acc}") | {"log_probs": "*fp64"}
-    pointers |= {"labels": "*i64", "indices": "*i32", "partial": "*fp64", "sums": "*fp64"}
+    pointers |= {
+        "labels": "*i64",
+        "indices": "*i32",
+        "partial": "*fp64",
+        "sums": "*fp64",
+        "arrived": "*i32",
+    }
     pointers["id_logits"] = f"*{NAMES[variant.student]}"
     for name in ("student", "teacher", "grad"):
         pointers[name] = f"*{NAMES[getattr(variant, name)]}"

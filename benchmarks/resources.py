@@ -116,7 +116,7 @@ def _entries_per_thread(job: Job) -> int:
 def problems(report: Report) -> list[str]:
     """What is wrong with a kernel; nothing for a good one."""
     stage, reasons = report.job.stage, []
-    sweeps = _sweeps(report.job) if stage == "whole" else 1
+    sweeps = _sweeps(report.job) if stage in config.AT_ONCE else 1
     if report.spilled:
         reasons.append(f"{report.spilled} bytes of registers spilled")
     if report.registers > report.budget:
@@ -126,7 +126,7 @@ def problems(report: Report) -> list[str]:
     if report.loads[:sweeps] != (16,) * sweeps:
         reasons.append(f"loads of {report.loads} bytes, expected {sweeps} loops of 16 only")
     # One loop for the gradient, one or more (unrolled) for the zeros of a row that does not count.
-    loops = {"whole": 2, "gradient": 2, "scale": 1}.get(stage, 0)
+    loops = {"whole": 2, "joint": 2, "gradient": 2, "scale": 1}.get(stage, 0)
     if report.stores[:loops] != (16,) * loops:
         reasons.append(f"stores of {report.stores} bytes, expected {loops} loops of 16 only")
     return reasons
@@ -136,7 +136,7 @@ def _sweeps(job: Job) -> int:
     """Of a program that does a whole row: what would be launches if the row were split."""
     if not job.tail and lean.FORMS[job.divergence].powers:
         return 2  # the divergence is summed along with the gradient
-    split = replace(job.launch, pieces=2)
+    split = replace(job.launch, pieces=2, joint=False)
     return len(stages_of(job.dtype, job.divergence, job.flags, split, job.tail))
 
 

@@ -51,6 +51,7 @@ class Counts(NamedTuple):
     registers: int
     warps: int  # of a program
     spilled: int
+    pieces: int = 1  # programs that have a row in flight together
 
     @property
     def instructions(self) -> float:
@@ -83,7 +84,7 @@ def share(counted: Counts, gpu: Gpu) -> Share:
     read, written = (sum(getattr(s, name) for s in found) for name in ("read", "written"))
     clocks = gpu.processors * gpu.hertz  # of all SMs, a second
     goal = minimal / gpu.copy * clocks  # clocks of an SM that an entry may take
-    in_flight = gpu.processors * counted.programs * VOCAB * first.read
+    in_flight = gpu.processors * counted.programs / counted.pieces * VOCAB * first.read
     hits = min(1.0, HITS * gpu.l2_bytes / in_flight)
     limits = {
         "issue": ISSUED * goal / (counted.instructions / LANES["issue"]),

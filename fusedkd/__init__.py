@@ -9,29 +9,36 @@ if TYPE_CHECKING:
     from fusedkd.distributions import LMHead, SparseTeacher
     from fusedkd.log_probs import TokenLogProbs, token_log_probs
     from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
+    from fusedkd.routed import Routed
     from fusedkd.sampled import SampledMetrics, sampled_kd_loss, sampled_kd_loss_and_metrics
+    from fusedkd.top import TopK, top_k
 
 __all__ = [
     "KDLoss",
     "KDMetrics",
     "LMHead",
+    "Routed",
     "SampledMetrics",
     "SparseTeacher",
     "TokenLogProbs",
+    "TopK",
     "divergences",
     "kd_loss",
     "kd_loss_and_metrics",
     "sampled_kd_loss",
     "sampled_kd_loss_and_metrics",
     "token_log_probs",
+    "top_k",
 ]
 
 # torch takes a second to import, which `fusedkd --help` should not
 _HOMES = dict.fromkeys(__all__, "fusedkd.loss")
 _HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "fusedkd.distributions")
+_HOMES["Routed"] = "fusedkd.routed"
 _HOMES |= dict.fromkeys(("TokenLogProbs", "token_log_probs"), "fusedkd.log_probs")
 _HOMES |= dict.fromkeys(
     ("SampledMetrics", "sampled_kd_loss", "sampled_kd_loss_and_metrics"), "fusedkd.sampled"
 )
+_HOMES |= dict.fromkeys(("TopK", "top_k"), "fusedkd.top")
 _HOMES["divergences"] = "fusedkd.divergences"
 __getattr__, __dir__ = lazy(__name__, _HOMES)

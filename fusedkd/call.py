@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from fusedkd.parallel import Shards
+    from fusedkd.routed import Routed
 
 NO_GRADIENT = Wanted(False, False, False, False)
 
@@ -29,7 +30,7 @@ class Arguments(NamedTuple):
     """What :func:`fusedkd.kd_loss` was given, by its names."""
 
     student: Tensor | LMHead
-    teacher: Tensor | LMHead | SparseTeacher | None
+    teacher: Tensor | LMHead | SparseTeacher | Routed | None
     labels: Tensor | None
     divergence: str | Divergence
     temperature: float

@@ -11,7 +11,7 @@ from fusedkd import backends, debug, fp16
 from fusedkd.counted import chosen, counted, sides_of
 from fusedkd.cut import Cut, chunk_budget
 from fusedkd.distributions.sparse import SparseRows, canonical
-from fusedkd.gradients import Gradients
+from fusedkd.gradients import Gradients, LogitsGradient
 from fusedkd.inputs import Chunk, Inputs, Plan, Side
 from fusedkd.kernels import RowCall
 from fusedkd.spec import LossSpec
@@ -46,7 +46,11 @@ def _run(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
     scale, labels, entries = _per_token(inputs, spec, plan.tail, index)
     some = scale.numel() < row_scale.numel()
     masked = student.weight is not None and not chosen(row_scale)
-    grads = Gradients(inputs, student, backend, wanted, inplace, some)
+    grads: Gradients | LogitsGradient
+    if student.weight is None:
+        grads = LogitsGradient(inputs.student, student, backend, wanted.hidden, inplace, some)
+    else:
+        grads = Gradients(inputs, student, backend, wanted, some)
     losses, metric_sums = [], []
     cut, blocks = cut_rows(student, teacher, grads, plan, index, wanted.any_gradient)
     if debug.ENABLED:
@@ -174,7 +178,7 @@ def side_of(
 def cut_rows(
     student: Side,
     teacher: Side | None,
-    grads: Gradients,
+    grads: Gradients | LogitsGradient,
     plan: Plan,
     index: Tensor | None,
     any_gradient: bool,

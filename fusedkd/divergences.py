@@ -94,6 +94,11 @@ def recorded(name: str, params: tuple[float, ...], tape: Tape) -> Divergence:
     return made
 
 
+def recorded_tape(key: str) -> Tape | None:
+    """Of a divergence that :func:`custom` made, by its key."""
+    return _TAPES[key][1] if key in _TAPES else None
+
+
 class _Recorded(torch.autograd.Function):
     """A tape with the derivative that was recorded, which is finite where autograd's may be NaN."""
 

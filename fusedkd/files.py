@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,3 +116,23 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def private_folder(kind: str) -> Path:
+    """Where compiled code of one ``kind`` is kept: in ``$FUSEDKD_CACHE``, or ``fusedkd`` in the
+    user's cache. Nobody else may write there, for what lies there is run.
+
+    Raises:
+        RuntimeError: somebody else can.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(os.environ.get("FUSEDKD_CACHE") or Path(home) / "fusedkd") / kind
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = path.lstat()
+    private = facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not private or not stat.S_ISDIR(facts.st_mode):
+        raise RuntimeError(
+            f"{path}: others can write here, and compiled code would be run from it: expected a "
+            "folder of your own with permissions 0700. `chmod go-w` it, or set FUSEDKD_CACHE."
+        )
+    return path

@@ -33,7 +33,7 @@ from fusedkd import LMHead, SparseTeacher, divergences
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.models.kinds import bare, refuse_shared, router_loss, true_vocabulary
 from fusedkd.synchronised import ddp_wrappers, in_ddp, several_processes
-from fusedkd.teachers import CachedTeacher, LiveTeacher
+from fusedkd.teachers import CachedTeacher, LiveTeacher, ServedTeacher
 from fusedkd.train.base import HeadLoss
 from fusedkd.train.meter import Mean, Measured, Meter
 from fusedkd.train.tasks import Task, task_between
@@ -41,7 +41,7 @@ from fusedkd.train.tasks import Task, task_between
 __all__ = ["Mean", "Measured", "Meter", "distill", "normalizer"]
 
 Answer = Tensor | LMHead | SparseTeacher
-Teacher = nn.Module | TeacherCache | Callable[[dict[str, Any]], Answer] | Answer
+Teacher = nn.Module | TeacherCache | ServedTeacher | Callable[[dict[str, Any]], Answer] | Answer
 
 _NOT_HERE = {
     "ignore_index": "for transformers' labels have -100",
@@ -65,8 +65,9 @@ def distill(
     Args:
         model: the student, a transformers model, as it is wrapped; not the module inside DDP.
         teacher: a model, which is switched to ``eval()`` and run without gradients; a
-            :class:`fusedkd.cache.TeacherCache`, in which every sequence is looked up now (for the
-            data loader's workers to do it: :class:`fusedkd.teachers.CachedTeacher`); a function
+            :class:`fusedkd.cache.TeacherCache` or a :class:`fusedkd.teachers.ServedTeacher`, in
+            which every sequence is looked up, or asked for, now (for the data loader's workers to
+            do it: :class:`fusedkd.teachers.CachedTeacher`); a function
             from the batch without its labels to logits, :class:`fusedkd.LMHead` or
             :class:`fusedkd.SparseTeacher`; or one of these.
         batch: what both models' forwards read, and ``labels``, -100 where none counts, as
@@ -100,7 +101,7 @@ def distill(
     if labels is not None:
         given.pop("shift_labels", None)
         given["labels"] = labels
-    if isinstance(teacher, TeacherCache):
+    if isinstance(teacher, TeacherCache | ServedTeacher):
         teacher, given = _looked_up(teacher, given, keywords, known.task)
     answer = _answers(teacher, known.task)
     aligned = known.task.labels(dict(given))
@@ -227,7 +228,10 @@ class _Live(_Kept, LiveTeacher):
 
 
 def _looked_up(
-    cache: TeacherCache, batch: dict[str, Any], keywords: Mapping[str, Any], task: Task
+    cache: TeacherCache | ServedTeacher,
+    batch: dict[str, Any],
+    keywords: Mapping[str, Any],
+    task: Task,
 ) -> tuple[CachedTeacher, dict[str, Any]]:
     if task.no_cache:
         raise ValueError(task.no_cache)

@@ -14,6 +14,7 @@ from fusedkd.checks import check_whole
 from fusedkd.direct import direct_loss
 from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.divergences import Divergence
+from fusedkd.routed import Routed, routed_loss, together
 from fusedkd.spec import METRIC_COLUMNS, OF_TEACHER
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class KDMetrics(NamedTuple):
 
 def kd_loss(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher | None,
+    teacher: Tensor | LMHead | SparseTeacher | Routed | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -72,7 +73,8 @@ def kd_loss(
     p is the teacher's softmax, q the student's, over the vocabulary; D is ``divergence``. With
     forward KL this is the loss of Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), sec. 2. Either
     side may be logits or an :class:`LMHead`; with a head the logits never exist in full. The
-    teacher may also be a :class:`SparseTeacher`, K entries per token.
+    teacher may also be a :class:`SparseTeacher`, K entries per token, or several teachers,
+    :class:`Routed`.
 
     Args:
         student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. Has the gradient.
@@ -160,7 +162,7 @@ DEFAULTS: dict[str, Any] = dict(kd_loss.__kwdefaults__ or {})  # one signature, 
 
 def kd_loss_and_metrics(
     student: Tensor | LMHead,
-    teacher: Tensor | LMHead | SparseTeacher | None,
+    teacher: Tensor | LMHead | SparseTeacher | Routed | None,
     labels: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, KDMetrics]:
@@ -200,7 +202,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: Tensor | LMHead,
-        teacher: Tensor | LMHead | SparseTeacher | None,
+        teacher: Tensor | LMHead | SparseTeacher | Routed | None,
         labels: Tensor | None = None,
         **overrides: Any,
     ) -> Tensor:
@@ -214,7 +216,18 @@ class KDLoss(nn.Module):
 # ----------------------------------------------------------------------------------------------
 
 
+def losses_by_teacher(
+    student: Tensor | LMHead, teacher: Routed, labels: Tensor | None = None, **keywords: Any
+) -> tuple[Tensor, dict[str, KDMetrics]]:
+    """:func:`kd_loss` of several teachers, and the metrics of each one's rows."""
+    keywords = _with_defaults("losses_by_teacher", keywords)
+    return routed_loss(Arguments(student, teacher, labels, **keywords), teacher, True, _compute)
+
+
 def _compute(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
+    if isinstance(arguments.teacher, Routed):
+        total, parts = routed_loss(arguments, arguments.teacher, metrics, _compute)
+        return total, together(list(parts.values())) if metrics else None
     if not metrics and (loss := direct_loss(arguments)) is not None:
         return loss, None
     student, teacher = arguments.student, arguments.teacher
@@ -226,8 +239,9 @@ def _compute(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | N
 @torch._disable_dynamo  # collectives whose number depends on the data's sizes
 def _compute_sharded(arguments: Arguments, metrics: bool) -> tuple[Tensor, KDMetrics | None]:
     """The same for the part of the vocabulary that lies here."""
+    teacher: Any = arguments.teacher
     # for their errors; a rank may have no columns
-    student_side(arguments.student, 0), teacher_side(arguments.teacher, 0)
+    student_side(arguments.student, 0), teacher_side(teacher, 0)
     vocab_size, chunk_bytes = arguments.vocab_size, arguments.chunk_bytes
     for name, value in (("vocab_size", vocab_size), ("chunk_bytes", chunk_bytes)):
         if value is not None:
@@ -268,7 +282,8 @@ def _metrics(sums: Tensor, call: Call) -> KDMetrics:
 
     def mean(rows: Tensor) -> Tensor:
         rows = rows.reshape(-1).to(means.dtype).masked_fill(~counted, 0.0)
-        return rows.sum() / count.clamp(min=1)
+        # in fp64, so that rows of 0 between others change nothing
+        return (rows.sum(dtype=torch.float64) / count.clamp(min=1)).to(means.dtype)
 
     named = dict(zip(METRIC_COLUMNS, means.unbind(), strict=True))
     # of a side that is NaN there is no favourite token, though the kernels name one

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fusedkd.backends import CustomRows
 from fusedkd.kernels import Part, RowCall, Rows
-from fusedkd.kernels.pieces import merge
-from fusedkd.kernels.tokens import Factors, TokenCall, merged
+from fusedkd.kernels.tokens import Factors, TokenCall, Top, merged, merged_top
 
 
 class GroupRows(CustomRows):
@@ -62,11 +61,18 @@ class GroupRows(CustomRows):
         """Of the columns here."""
         self.inner.token_gradient(call._replace(part=self.part), statistics, factors, out)
 
+    def top(self, call: TokenCall, k: int) -> Top:
+        """Of whole rows."""
+        piece = self.inner.top(call._replace(part=self.part), k)
+        fields = [self._gather(x.contiguous()) for x in piece]
+        pieces = [Top(*x) for x in zip(*(field.wait() for field in fields), strict=True)]
+        return merged_top(pieces, call.tokens)
+
     def _block(self, call: RowCall, results: Rows, rows: slice | Tensor) -> Iterator[None]:
         """Compute some rows, and stop wherever the other ranks have to be waited for."""
         backend, pieces = self.inner, self._gather(self.inner.observe(call))
         yield
-        statistics = merge(pieces.wait())
+        statistics = backend.merge(pieces.wait())
         comparison = backend.compare(call, statistics)
         if comparison is not None:
             shares = self._gather(comparison.sums)

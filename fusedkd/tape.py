@@ -37,6 +37,24 @@ class Tape(NamedTuple):
         """The same for the same operations, in every process."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
+    def entry(self, node: Node) -> str | None:
+        """Which of the numbers lp, lq, gap = lp - lq, p, q it is, which the kernels have already,
+        and to more digits.
+        """
+        inner = [self.nodes[i].op for i in node.inputs]
+        if node.op == "exp" and inner[0] in ("lp", "lq"):
+            return inner[0][1]
+        if node.op == "sub" and inner == ["lp", "lq"]:
+            return "gap"
+        return node.op if node.op in ("lp", "lq") else None
+
+    def numeric(self) -> list[bool]:
+        """Of each node, whether it is made of parameters and constants alone."""
+        found: list[bool] = []
+        for node in self.nodes:
+            found.append(node.op not in ("lp", "lq") and all(found[i] for i in node.inputs))
+        return found
+
     def __call__(
         self, lp: Tensor, lq: Tensor, parameters: Sequence[float]
     ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from fusedkd.counted import chosen, counted
 from fusedkd.gradients import Gradients
 from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.kernels import Part
-from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, log_probs
+from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, Top, log_probs
 from fusedkd.spec import IDENTITY, Transform
 
 Rows = Tensor | slice  # some of all N
@@ -130,6 +130,11 @@ def judged(inputs: TokenInputs, spec: TokenSpec, wanted: Wanted, judge: Judged) 
     return [known, *visit.visited(known, upstream, observe=True)]
 
 
+def top(inputs: TokenInputs, spec: TokenSpec, k: int) -> Top:
+    """Of all rows; their tokens are to be among the columns."""
+    return _Rows(inputs, spec, Wanted(False, False, False, False)).top(k)
+
+
 def _some(factors: Factors, rows: Rows) -> Factors:
     entropy = None if factors.entropy is None else factors.entropy[rows]
     return Factors(factors.tokens[rows], entropy)
@@ -174,6 +179,20 @@ class _Rows:
         shape = self.inputs.student.shape
         return [known, *(x.view(shape) for x in kept)]
 
+    def top(self, k: int) -> Top:
+        if self.side.weight is None:
+            found: Top = self.backend.top(self.call(self.side.rows, slice(None)), k)
+            return found
+        known = self.nothing()
+        values = known.new_zeros((len(known), k))
+        whole = Top(values, torch.full_like(values, -1, dtype=torch.int64), known)
+        for rows, logits, _ in self._chunks(None):
+            for field, part in zip(
+                whole, self.backend.top(self.call(logits, rows), k), strict=True
+            ):
+                field[rows] = part
+        return whole
+
     def of_logits(self, known: Tensor, factors: Factors) -> Tensor:
         out: Tensor = self.backend.empty(
             self.side.rows.shape, dtype=self.side.rows.dtype, device=self.side.rows.device
@@ -186,7 +205,7 @@ class _Rows:
         self, known: Tensor, upstream: Callable[[Tensor, Rows], Factors], observe: bool = False
     ) -> list[Tensor]:
         """The gradients of a head; ``observe``: and ``known`` filled."""
-        grads = Gradients(self.full, self.side, self.backend, self.wanted, False, self.some)
+        grads = Gradients(self.full, self.side, self.backend, self.wanted, self.some)
         for rows, logits, grad in self._chunks(grads):
             call = self.call(logits, rows)
             if observe:
@@ -201,7 +220,7 @@ class _Rows:
         to be written, if it is wanted, before the next one is asked for."""
         index, masked = self.index, self.masked
         grads = grads or Gradients(
-            self.full, self.side, self.backend, Wanted(False, False, False, False), False, self.some
+            self.full, self.side, self.backend, Wanted(False, False, False, False), self.some
         )
         # cut as where there are gradients, whether there are or not: the logits are the same bits
         cut, blocks = cut_rows(self.side, None, grads, self.plan, index, any_gradient=True)

@@ -34,7 +34,7 @@ GPU, and no compilation for other numbers in ``spec``.
 which each piece sees ``call.part``; what is merged is the same for all pieces, and bitwise so:
 
     ``observe(call) -> Tensor`` (N, len(:class:`Statistics`)) of the columns here
-    ``merge([...]) -> Tensor`` the statistics of whole rows (:func:`fusedkd.kernels.pieces.merge`)
+    ``merge([...]) -> Tensor`` the statistics of whole rows, as :func:`fusedkd.kernels.pieces.merge`
     ``compare(call, merged) -> Comparison | None``: the columns' share in D, where that takes the
         rows' normalisers; the pieces' sums are added up in order. None, for all pieces alike, where
         the statistics say all

@@ -1,6 +1,7 @@
-"""Rows of logits without a teacher: log-probabilities of single tokens, entropies, their gradient.
+"""Rows of logits without a teacher: log-probabilities of single tokens, entropies, their gradient;
+the most probable tokens.
 
-Two verbs beside those of :mod:`fusedkd.kernels`, on whole rows or on pieces of them:
+Three verbs beside those of :mod:`fusedkd.kernels`, on whole rows or on pieces of them:
 
     ``token_statistics(call: TokenCall) -> Tensor`` (N, len(FIELDS) + K) fp64 of the columns here,
         0 in rows that do not count; :func:`merged` makes whole rows' of them
@@ -9,7 +10,10 @@ Two verbs beside those of :mod:`fusedkd.kernels`, on whole rows or on pieces of 
         ``sum_k factors.tokens[k] log q(token k) + factors.entropy H(q)``; rounded once, 0 in rows
         that do not count, in padding columns and where a logit is -inf
 
-with q the softmax of the transformed logits over T and H its entropy in nats. Below are both in
+    ``top(call, k) -> Top`` of the columns here, the call's tokens distinct; :func:`merged_top`
+        makes whole rows' of them
+
+with q the softmax of the transformed logits over T and H its entropy in nats. Below are they in
 plain torch, for any device, and what is common to all backends.
 """
 
@@ -62,6 +66,16 @@ class Factors(NamedTuple):
     entropy: Tensor | None  # (N,) fp64
 
 
+class Top(NamedTuple):
+    """The largest of a row, 0 and -1 in rows that do not count."""
+
+    values: Tensor  # (N, k) fp64 z / T, the largest first, of equal ones the smallest id; or -inf
+    ids: Tensor  # (N, k) int64, -1 where there is no more above -inf
+    # (N, len(FIELDS) + K) as above, of which ``gap`` is the sum of the exponentials of all that is
+    # neither among them nor one of the K tokens
+    statistics: Tensor
+
+
 def merged(pieces: Sequence[Tensor]) -> Tensor:
     """The statistics of whole rows, from those of their pieces in order."""
     each = torch.stack(list(pieces))
@@ -74,6 +88,23 @@ def merged(pieces: Sequence[Tensor]) -> Tensor:
         sums == 0, 1.0
     )
     return torch.cat([torch.stack([whole, sums, mean], -1), each[..., 3:].sum(0)], -1)
+
+
+def merged_top(pieces: Sequence[Top], tokens: Tensor) -> Top:
+    """Of whole rows, from those of their pieces in order."""
+    each = torch.stack([piece.statistics for piece in pieces])
+    values, ids = (torch.cat(x, -1) for x in zip(*(piece[:2] for piece in pieces), strict=True))
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    k = pieces[0].ids.shape[1]
+    most = each[..., 0].amax(0)
+    factor = torch.where(each[..., 1] == 0, 0.0, (each[..., 0] - most).exp())
+    total, outside = ((each[..., i] * factor).sum(0) for i in (1, 2))
+    lost, lost_ids = (x.gather(1, order[:, k:]) for x in (values, ids))
+    kept = (lost_ids[:, :, None] == tokens[:, None]).any(-1) | (lost_ids < 0)
+    outside = outside + (lost - most[:, None]).exp().masked_fill(kept, 0.0).sum(-1)
+    row = torch.stack([most, total, outside], -1)
+    statistics = torch.cat([row, each[..., 3:].sum(0)], -1)
+    return Top(values.gather(1, order[:, :k]), ids.gather(1, order[:, :k]), statistics)
 
 
 def log_probs(statistics: Tensor) -> Tensor:
@@ -205,6 +236,39 @@ def _gradient(
         :, : call.part.columns
     ]
     return full
+
+
+def top(call: TokenCall, k: int, dtype: torch.dtype | None = None) -> Top:
+    """See above."""
+    call = _flat(call)
+    found = [_top(call.of(rows), k, dtype) for rows in call.blocks(BLOCK_BYTES)]
+    return Top(*map(torch.cat, zip(*found, strict=True))) if found else _top(call, k, dtype)
+
+
+def _top(call: TokenCall, k: int, dtype: torch.dtype | None) -> Top:
+    z, none = _logits(call, dtype), ~call.counts[:, None]
+    k_here = min(k, z.shape[1])
+    values, ids = z.sort(dim=-1, descending=True, stable=True)
+    values, ids = values[:, :k_here], ids[:, :k_here]
+    most = z.amax(-1, keepdim=True)
+    base = most.masked_fill(most == -math.inf, 0.0)
+    inside, columns = here(call)
+    known = (columns[:, :, None] == ids[:, None]).any(-1) | ~inside
+    rest = z.scatter(1, ids, -math.inf)
+    where = torch.where(inside, columns, z.shape[1])
+    rest = torch.nn.functional.pad(rest, (0, 1)).scatter(1, where, -math.inf)[:, :-1]
+    at = z.gather(1, columns).double().masked_fill(~inside, 0.0)
+    outside = (rest - base).exp().sum(-1, dtype=torch.float64)
+    own = (values - base).exp().sum(-1, dtype=torch.float64)
+    also = (at - base).exp().masked_fill(known, 0.0)
+    row = torch.stack([most[:, 0].double(), outside + own + also.sum(-1), outside], -1)
+    ids = (ids + call.part.offset).masked_fill((values == -math.inf) | none, -1)
+    pad = (0, k - k_here)
+    return Top(
+        torch.nn.functional.pad(values.double(), pad, value=-math.inf),
+        torch.nn.functional.pad(ids, pad, value=-1),
+        torch.cat([row, at], -1).masked_fill(none, 0.0),
+    )
 
 
 def _flat(call: TokenCall) -> TokenCall:

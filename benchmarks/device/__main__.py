@@ -8,10 +8,12 @@
 
 From a checkout's root, with the machine's own Python, torch, triton and numpy: nothing is
 installed, and the C++ extension is not needed. Peers are raced where they are installed, or lie as
-wheels in the checkout's ``.whl/``. Each step is a child process with a limit; what it finds is in
-report.json item by item, tracebacks and tools' output in log.txt, and the table, which is printed
-last, in table.txt. A child that crashes, hangs or loses its CUDA context is started again behind
-the item that did it. The exit code is 1 if anything failed or was left out.
+wheels in the checkout's ``.whl/``: pip download --no-deps -d .whl liger-kernel trl packaging.
+
+Each step is a child process with a limit; what it finds is in report.json item by item, tracebacks
+and tools' output in log.txt, and the table, which is printed last, in table.txt. A child that
+crashes, hangs or loses its CUDA context is started again behind the item that did it. The exit code
+is 1 if anything failed or was left out.
 """
 
 from __future__ import annotations

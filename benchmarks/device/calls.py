@@ -38,7 +38,7 @@ class Call:
     ce: float = 1.0
     more: tuple[tuple[str, Any], ...] = ()  # further keywords
     mode: str = "train"  # "eval"; "metrics"; "frozen": the student's head has no gradient
-    launch: tuple[tuple[str, int], ...] = ()  # fields of the Launch, other than the table has them
+    launch: tuple[tuple[str, Any], ...] = ()  # fields of the Launch, other than the table has them
     look: str = ""  # "masked", "ignored", "sliced", "close", "weights", "bent": the tensors'
 
     def but(self, **changes: Any) -> Call:
@@ -49,7 +49,9 @@ class Call:
         heads = f" H={self.hidden[0]}+{self.hidden[1]}" if any(self.hidden) else ""
         words = [self.divergence, self.form, self.dtype, f"{self.rows}x{self.vocab}{heads}"]
         words += [f"T={self.temperature:g}", "" if self.ce == 1 else f"ce={self.ce:g}", self.look]
-        words += [f"{key}={value}" for key, value in (*self.more, *self.launch)]
+        words += [f"{key}={value}" for key, value in self.more]
+        joint = dict(self.launch).get("joint")
+        words += ["joint"] if joint else [f"{key}={value}" for key, value in self.launch]
         words += ["" if self.mode == "train" else self.mode]
         return " ".join(filter(None, words))
 

@@ -116,14 +116,15 @@ def warm(orders: Orders, card: Any) -> None:
 def counted(orders: Orders, card: Any) -> None:
     """What the model says of the dense kernels that are timed."""
     part, count = map(int, orders.part.split("/"))
-    names = divergences.names()[: 1 if orders.device == "cpu" else None]
+    kernels = [(name, joint) for name in divergences.names() for joint in (False, True)]
+    kernels = kernels[: 1 if orders.device == "cpu" else None]
     journal = Journal(orders.journal, orders.deadline)
-    for name in names[part::count]:
-        journal.item(f"counted {name}", _count, name)
+    for name, joint in kernels[part::count]:
+        journal.item(f"counted {name}{' joint' * joint}", _count, name, joint)
 
 
-def _count(name: str) -> Item:
+def _count(name: str, joint: bool) -> Item:
     from .. import counted
 
-    counts = counted.counts(name)
+    counts = counted.counts(name, joint=joint)
     return counts._asdict() | {"sweeps": [sweep._asdict() for sweep in counts.sweeps]}

@@ -13,6 +13,7 @@ from ..race.case import Case, Problem, make_problem
 from ..race.check import gradients
 from ..race.provider import OURS
 from ..race.providers import PROVIDERS
+from . import lone_trl
 from .calls import Call
 from .card import Card
 from .journal import Item, Journal, Skip
@@ -58,6 +59,7 @@ def races(card: Card, sizes: Sizes) -> list[tuple[str, Case]]:
 
 
 def run(journal: Journal, card: Card, sizes: Sizes) -> None:
+    lone_trl.prepare()
     for name, case in races(card, sizes):
         journal.item(f"{name}: {case.label}", _measure, name, case, card, sizes)
 

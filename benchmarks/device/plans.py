@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusedkd import divergences
+from fusedkd.kernels.triton import launches
 
 from .calls import Call
 from .card import GIB
@@ -40,6 +41,7 @@ class Sizes:
 
 # Beside the table's: its lines were written without a GPU.
 LAUNCHES = tuple((("warps", warps), ("unroll", unroll)) for warps in (8, 16) for unroll in (1, 2))
+JOINT = tuple(vars(launches.JOINT).items())  # programs that wait for one another: may hang
 
 FULL = Sizes()
 TINY = Sizes(
@@ -70,7 +72,8 @@ def judged(z: Sizes) -> list[Call]:
     for name in ("forward_kl", "jsd", "total_variation"):
         calls += [base.but(divergence=name, form="drop"), odd.but(divergence=name, temperature=1.0)]
     calls += [odd.but(divergence=name, form="renormalize") for name in ("forward_kl", "jsd")]
-    calls += [base.but(divergence="jsd", launch=launch) for launch in LAUNCHES]
+    calls += [base.but(divergence="jsd", launch=launch) for launch in (*LAUNCHES, JOINT)]
+    calls += [few.but(divergence=name, launch=JOINT) for name in ("forward_kl", "alpha")]
     calls += [base.but(vocab=v, divergence=d) for v in z.small for d in ("reverse_kl", "jsd")]
     for name in ("mixed_kl", "jsd"):
         calls += [call.but(divergence=name) for call in _special(base, odd, head)]
@@ -100,7 +103,7 @@ def _of_a_dry_run(base: Call, odd: Call, head: Call) -> list[Call]:
     calls += [odd.but(divergence="alpha", dtype="fp32")]
     calls += [base.but(form="bucket"), base.but(form="drop"), chunked(head), head.but(look="bent")]
     calls += [odd.but(look=look) for look in ("masked", "ignored")]
-    calls += [odd.but(launch=LAUNCHES[1])]
+    calls += [odd.but(launch=LAUNCHES[1]), odd.but(launch=JOINT)]
     return [*calls, odd.but(look="sliced", rows=4)]
 
 
@@ -119,6 +122,7 @@ def timed(z: Sizes) -> list[Call]:
         calls += [one.but(dtype="fp32", rows=max(1, z.rows // 2)), one.but(form="drop")]
         calls += [one.but(vocab=v, rows=max(1, z.rows * z.vocab // v)) for v in z.others]
         calls += [one.but(rows=z.few[0], vocab=z.few[1]), *(one.but(launch=x) for x in LAUNCHES)]
+    calls += [base.but(divergence=name, launch=JOINT) for name in divergences.names()]
     return calls[:: 9 if z.tiny else 1]
 
 

@@ -115,9 +115,9 @@ def _table(titles: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 
 
-def _plain(report: dict[str, Any]) -> Items:
-    """By divergence."""
-    pattern = re.compile(r"(\w+) dense bf16 8192x151936 T=2")
+def _plain(report: dict[str, Any], launch: str = "") -> Items:
+    """By divergence; ``launch``: " joint", those whose programs wait for one another."""
+    pattern = re.compile(rf"(\w+) dense bf16 8192x151936 T=2{launch}")
     timed = {n: item for n, item in items_of(report, "shares").items() if "share" in item}
     return {match[1]: timed[n] for n in timed if (match := pattern.fullmatch(n))}
 
@@ -126,12 +126,14 @@ def _shares(report: dict[str, Any]) -> str:
     def percent(item: Item, field: str) -> str:
         return f"{item[field]:.0f} %" if field in item else "-"
 
+    joint = _plain(report, " joint")
     rows = [
         [f"`{name}`", f"{x['ms']:.2f}", percent(x, "share"), percent(x, "modelled")]
+        + [percent(joint.get(name, {}), field) for field in ("share", "modelled")]
         for name, x in _plain(report).items()
     ]
     titles = ["divergence", "ms, loss and gradient", "of the copy bandwidth", "by the model"]
-    return _table(titles, rows)
+    return _table([*titles, "joint launch", "by the model"], rows)
 
 
 def _heads(report: dict[str, Any]) -> str:

@@ -34,8 +34,9 @@ def run(journal: Journal, card: Card, sizes: Sizes) -> None:
         step = step_of(call, held.problem(call))
         lap = card.lap(step, sizes.laps)
         item = share(lap, call.bytes_an_entry * call.rows * call.vocab)
-        plain = call == Call(divergence=call.divergence, rows=sizes.rows, vocab=sizes.vocab)
-        modelled = models.get(call.divergence, {}) if plain else {}
+        plain = Call(divergence=call.divergence, rows=sizes.rows, vocab=sizes.vocab)
+        ways = {plain: call.divergence, plain.but(launch=plans.JOINT): f"{call.divergence} joint"}
+        modelled = models.get(ways.get(call, ""), {})
         return {**item, **modelled, "peak": card.peak(step)}
 
     def chunk(name: str) -> Item:
@@ -67,7 +68,10 @@ def _models(card: Card, copy: float) -> dict[str, Item]:
             fields = {field: item[field] for field in Counts._fields}
             modelled = roofline.share(Counts(**{**fields, "sweeps": sweeps}), gpu)
             percent = round(100 * modelled.share, 1)
-            models[item["name"].split()[1]] = {"modelled": percent, "limit": modelled.limit}
+            models[item["name"].removeprefix("counted ")] = {
+                "modelled": percent,
+                "limit": modelled.limit,
+            }
     return models
 
 

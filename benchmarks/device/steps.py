@@ -27,6 +27,6 @@ STEPS = {
     "peers": Step(100, 60, 7),
     "profile": Step(50, 40, 8),
     "counters": Step(70, 60, 9, starts=True),
-    "badlabel": Step(100, 40, 10, starts=True),  # ends in device-side assertions, so it comes late
+    "badlabel": Step(200, 60, 10, starts=True),  # ends in device-side assertions, so it comes late
     "tests": Step(120, 120, 11, starts=True),
 }

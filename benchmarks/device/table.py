@@ -135,7 +135,7 @@ def _shares(items: Items) -> list[str]:
         return f"{items.get(f'copy {when}', {}).get('gb_s', math.nan) / 1000:.2f}"
 
     cells = [
-        f"{_short(name)[:27]:27}{item['ms']:8.3f} {item['share']:5.1f} {item.get('modelled', '')}"
+        f"{_short(name)[:27]:28}{item['ms']:7.2f} {item['share']:5.1f} {item.get('modelled', '')}"
         for name, item in items.items()
         if "share" in item
     ]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fusedkd.cache.errors import CacheError
+from fusedkd.cache.head import SavedHead
+from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.summary import summarize
@@ -34,6 +36,7 @@ class Job:
             :class:`~fusedkd.cache.manifest.Manifest`, and ``dtype``.
         batch_size: sequences of one length in a forward pass.
         shard_bytes: about the size of a file; no more than one is lost to an interruption.
+        head: the teacher's, where the layout keeps hidden states.
     """
 
     sequences: Sequence[Ids]
@@ -41,6 +44,7 @@ class Job:
     facts: dict[str, Any]
     batch_size: int = 8
     shard_bytes: int = SHARD_BYTES
+    head: LMHead | None = None
 
 
 def build(
@@ -73,7 +77,7 @@ def build(
         "per_shard": per_shard(found, size, job.shard_bytes, of=job.batch_size),
     }
     with only_writer(folder):
-        writer = Writer(folder, found, facts)
+        writer = Writer(folder, found, facts, None if job.head is None else SavedHead.of(job.head))
         missing = writer.missing()
         left = sum(sum(found.lengths[i] for i in writer.sequences_of(n)) for n in missing)
         _check_space(folder, left * size)
@@ -120,10 +124,24 @@ def _rows(
     for batch in _batches([job.sequences[i] for i in members], job.batch_size):
         keys = [sequence_key(ids, job.facts["tokenizer_hash"]) for ids in batch]
         with torch.inference_mode():
-            answers = summarize(answer(torch.as_tensor(np.stack(batch))), job.layout, keys)
-            for row in answers:
-                yield job.layout.encode(row)
+            answers = answer(torch.as_tensor(np.stack(batch)))
+            if isinstance(job.layout, HiddenLayout):
+                yield from map(job.layout.encode_states, _hidden(answers))
+            else:
+                yield from map(job.layout.encode, summarize(answers, job.layout, keys))
         progress(sum(len(ids) for ids in batch))
+
+
+def _hidden(answers: Tensor | LMHead) -> Tensor:
+    if not isinstance(answers, LMHead):
+        raise CacheError(NO_HEAD)
+    return answers.hidden
+
+
+NO_HEAD = (
+    "--hidden: the teacher's logits are not those of a plain output projection, so its hidden "
+    "states do not tell them. Keep entries (--top-k, --sample)."
+)
 
 
 def _batches(sequences: Sequence[Ids], size: int) -> Iterator[list[np.ndarray]]:

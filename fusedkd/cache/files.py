@@ -11,7 +11,9 @@ from fusedkd import files
 from fusedkd.cache.errors import CacheError, Damaged
 from fusedkd.errors import UserError
 
-_OF_CACHES = re.compile(r"(manifest\.json|index\.arrow|shard-\d{5,}\.arrow)(\.[0-9a-f]{8})?\.tmp")
+_OF_CACHES = re.compile(
+    r"(manifest\.json|index\.arrow|head\.safetensors|shard-\d{5,}\.arrow)(\.[0-9a-f]{8})?\.tmp"
+)
 
 
 def replace_file(path: Path, content: Any) -> None:

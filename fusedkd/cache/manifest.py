@@ -9,6 +9,8 @@ A cache is a folder of
 * ``shard-00000.arrow``, ...: one row per sequence with ``sequence``, ``tokens`` and the byte
   strings that :mod:`fusedkd.cache.layout` describes, as binary columns.
 
+* ``head.safetensors``, where hidden states are kept: :mod:`fusedkd.cache.hidden`.
+
 The ``.arrow`` files are Arrow IPC files of one record batch, not compressed, so that a memory map
 is enough to read a row. ``shards`` in the manifest grows as they are written, in order.
 
@@ -29,6 +31,7 @@ from typing import Any
 
 from fusedkd.cache.errors import CacheError, Damaged, short
 from fusedkd.cache.files import check_plain, replace_file
+from fusedkd.cache.hidden import layout_of
 from fusedkd.cache.keys import sha256
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
@@ -37,6 +40,7 @@ from fusedkd.checks import is_finite
 SCHEMA = 2
 NAME = "manifest.json"
 INDEX = "index.arrow"
+HEAD = "head.safetensors"
 MOST_BYTES = 256 << 20  # of the manifest, which has some 150 for each shard
 REMEDY = "The cache has to be made anew."
 
@@ -111,6 +115,27 @@ class FileSum:
 
 
 @dataclass(frozen=True)
+class HeadFile(FileSum):
+    """The teacher's head, see :class:`fusedkd.LMHead`.
+
+    Raises:
+        CacheError: a field is of another type, or out of range.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name != HEAD:
+            raise CacheError(f"the head is {short(self.name)}: expected {HEAD}.")
+        if not is_finite(self.logit_scale):
+            raise CacheError(f"logit_scale is {short(self.logit_scale)}: expected a number.")
+        if self.softcap is not None and not (is_finite(self.softcap) and self.softcap > 0):
+            raise CacheError(f"softcap is {short(self.softcap)}: expected nothing, or above 0.")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything but the sequences. ``teacher_hash`` is None for a teacher that was not seen.
 
@@ -131,10 +156,13 @@ class Manifest:
     per_shard: int
     index: FileSum
     shards: tuple[FileSum, ...] = ()
+    head: HeadFile | None = None  # of hidden states
 
     def __post_init__(self) -> None:
         _check(self, _OF_MANIFEST)
-        Layout(self.policy, self.vocab_size, self.temperatures)  # their ranges
+        _ = self.layout  # their ranges
+        if self.policy.hidden != (self.head is not None):
+            raise CacheError(f"a head is there or not there: expected one for {self.policy}.")
         if self.vocab_size > self.padded_vocab_size:
             raise CacheError(
                 f"vocab_size is {self.vocab_size}: expected at most {self.padded_vocab_size}, the "
@@ -154,7 +182,7 @@ class Manifest:
     @property
     def layout(self) -> Layout:
         """How its rows are read."""
-        return Layout(self.policy, self.vocab_size, self.temperatures)
+        return layout_of(self.policy, self.vocab_size, self.temperatures)
 
     @property
     def number_of_shards(self) -> int:
@@ -173,7 +201,10 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it to ``folder``, at once."""
-        replace_file(folder / NAME, _render(dataclasses.asdict(self)))
+        content = dataclasses.asdict(self)
+        if self.head is None:
+            del content["head"]
+        replace_file(folder / NAME, _render(content))
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -219,7 +250,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Any]:
 
 
 def _parsed(content: dict[str, Any]) -> Manifest:
-    values = _exactly(content, Manifest)
+    head = HeadFile(**_exactly(content["head"], HeadFile)) if "head" in content else None
+    values = _exactly({**content, "head": head}, Manifest)
     for name in ("temperatures", "shards"):
         if not isinstance(values[name], list):
             raise CacheError(f"{name} is {short(values[name])}: expected a list.")

@@ -12,6 +12,8 @@ from fusedkd.checks import is_finite
 from fusedkd.divergences import Divergence
 
 MOST_ENTRIES = 4096  # per token
+MOST_STATES = 2**20
+HIDDEN = ("bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,10 @@ class Policy:
     Args:
         kind: ``"top"`` keeps the most probable entries and the mass of all others; ``"sample"``
             keeps ``k`` ids drawn from the distribution (Anshumann et al. 2025, arXiv 2503.16870),
-            systematically: an id of probability p is there k p times, rounded up or down at random.
-        k: the most entries that a token keeps, or the number of draws; 1 to 4096.
+            systematically: an id of probability p is there k p times, rounded up or down at random;
+            ``"bf16"`` and ``"int8"`` keep the hidden states that the head turns into logits.
+        k: the most entries that a token keeps, or the number of draws; 1 to 4096. Of hidden states:
+            how many numbers they are.
         top_p: keep no more of the ``k`` than reach this probability together, in (0, 1]; None
             keeps all of them. At T = 1, whatever the temperatures.
 
@@ -35,8 +39,15 @@ class Policy:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("top", "sample"):
-            raise CacheError(f"policy {short(self.kind)}: expected 'top' or 'sample'.")
+        if self.kind not in ("top", "sample", *HIDDEN):
+            raise CacheError(
+                f"policy {short(self.kind)}: expected 'top' or 'sample', or of hidden states "
+                "'bf16' or 'int8'."
+            )
+        if self.hidden:
+            if type(self.k) is not int or not 1 <= self.k <= MOST_STATES or self.top_p is not None:
+                raise CacheError(f"--hidden of {short(self.k)}: expected 1 to {MOST_STATES}.")
+            return
         if type(self.k) is not int or not 1 <= self.k <= MOST_ENTRIES:
             name = "--top-k" if self.kind == "top" else "--sample"
             raise CacheError(
@@ -47,7 +58,14 @@ class Policy:
         if self.top_p is not None and not (is_finite(self.top_p) and 0 < self.top_p <= 1):
             raise CacheError(f"--top-p {short(self.top_p)}: expected a probability in (0, 1].")
 
+    @property
+    def hidden(self) -> bool:
+        """Whether it keeps hidden states."""
+        return self.kind in HIDDEN
+
     def __str__(self) -> str:
+        if self.hidden:
+            return f"hidden states, {self.k} in {self.kind}"
         if self.kind == "sample":
             return f"{self.k} draws"
         cut = "" if self.top_p is None else f", as many as reach p = {self.top_p:g}"

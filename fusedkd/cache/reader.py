@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from fusedkd.cache.errors import CacheError, Damaged
+from fusedkd.cache.head import open_head
+from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Target
 from fusedkd.cache.manifest import Manifest
 from fusedkd.cache.policy import linear_in_teacher
 from fusedkd.cache.shard import REMEDY, open_index, open_shard
+from fusedkd.distributions import LMHead
 from fusedkd.divergences import Divergence
 
 
@@ -58,6 +62,39 @@ class TeacherCache:
         """Whether it holds draws, and not the most probable entries."""
         return self.layout.policy.kind == "sample"
 
+    @property
+    def hidden(self) -> bool:
+        """Whether it holds hidden states, so that :meth:`states` is to be called, and not
+        :meth:`get`."""
+        return isinstance(self.layout, HiddenLayout)
+
+    def head(self) -> LMHead:
+        """What turns hidden states into logits, with none of them, (0, H).
+
+        Raises:
+            CacheError: the cache holds none.
+            Damaged: its file is not what was written.
+        """
+        if (file := self.manifest.head) is None:
+            raise CacheError(f"the cache {self.folder} keeps {self.layout.policy}, and no head.")
+        return open_head(self.folder, file, self.manifest.padded_vocab_size, self.layout.k)
+
+    def states(self, ids: Sequence[int] | np.ndarray) -> Tensor:
+        """(L, H) bf16, the head's input at each of the tokens ``ids``, without padding.
+
+        Raises:
+            CacheError: the sequence is not in the cache, or it holds no hidden states.
+            Damaged: its shard is not what was written.
+        """
+        if not self.hidden:
+            raise CacheError(f"the cache {self.folder} keeps {self.layout.policy}: use get().")
+        return self._states(self._place(ids))
+
+    def _states(self, place: int) -> Tensor:
+        assert isinstance(self.layout, HiddenLayout)
+        with self._damage(place):
+            return self.layout.states(self._columns(place), int(self._index.tokens[place]))
+
     def find(self, ids: Sequence[int] | np.ndarray) -> int | None:
         """Which sequence of the cache this is; None if it is not there."""
         key = np.frombuffer(sequence_key(ids, self.manifest.tokenizer_hash), self._keys.dtype)
@@ -72,6 +109,11 @@ class TeacherCache:
             CacheError: the sequence is not in the cache, or the temperature was not declared.
             Damaged: its shard is not what was written.
         """
+        if self.hidden:
+            raise CacheError(f"the cache {self.folder} keeps {self.layout.policy}: use states().")
+        return self._decode(self._place(ids), temperature)
+
+    def _place(self, ids: Sequence[int] | np.ndarray) -> int:
         place = self.find(ids)
         if place is None:
             raise CacheError(
@@ -81,7 +123,7 @@ class TeacherCache:
         if len(ids) != (tokens := int(self._index.tokens[place])):
             path = self.folder / self.manifest.index.name
             raise Damaged(f"{path} is damaged: {len(ids)} tokens are {tokens} there. {REMEDY}")
-        return self._decode(place, temperature)
+        return place
 
     def get_many(
         self, sequences: Sequence[Sequence[int] | np.ndarray], temperature: float
@@ -123,7 +165,7 @@ class TeacherCache:
         Raises:
             Damaged: one of these shards is not what was written.
         """
-        if self.sampled or not self.manifest.shards:
+        if self.sampled or self.hidden or not self.manifest.shards:
             return ()
         shards, size = len(self.manifest.shards), self.manifest.per_shard
         chosen = range(0, shards, -(-shards // most_shards))
@@ -142,7 +184,10 @@ class TeacherCache:
             Damaged: one holds what no teacher's answers are.
         """
         for place in range(len(self._keys)):
-            self._decode(place, self.layout.temperatures[0])
+            if self.hidden:
+                self._states(place)
+            else:
+                self._decode(place, self.layout.temperatures[0])
 
     # ---- what can be known before training ----
 
@@ -216,6 +261,8 @@ def verify(folder: str | Path) -> tuple[Manifest | None, list[str]]:
     index = _tried(wrong, open_index, folder, manifest)
     for number in range(len(manifest.shards)):
         _tried(wrong, open_shard, folder, manifest, number, index)
+    if (head := manifest.head) is not None:
+        _tried(wrong, open_head, folder, head, manifest.padded_vocab_size, manifest.layout.k)
     if not manifest.complete:
         expected = manifest.number_of_shards
         wrong.append(f"{folder}: {len(manifest.shards)} of {expected} shards are there. {REMEDY}")

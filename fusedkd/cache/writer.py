@@ -13,8 +13,9 @@ import numpy as np
 
 from fusedkd.cache.errors import CacheError, Damaged, short
 from fusedkd.cache.files import leftovers, replace_file
+from fusedkd.cache.head import SavedHead, open_head
 from fusedkd.cache.keys import KEY_BYTES, sha256
-from fusedkd.cache.manifest import INDEX, NAME, FileSum, Manifest, shard_name
+from fusedkd.cache.manifest import HEAD, INDEX, NAME, FileSum, Manifest, shard_name
 from fusedkd.cache.shard import Index, index_bytes, open_index, open_shard, shard_bytes
 
 SHARD_BYTES = 64 << 20  # what is lost at most; a checksum over it takes about 50 ms
@@ -47,13 +48,16 @@ class Writer:
     Args:
         folder: made where it is missing.
         plan: all the sequences.
-        facts: the manifest's fields but the counts, the index and the shards.
+        facts: the manifest's fields but the counts, the index, the shards and the head.
+        head: the teacher's, where hidden states are kept.
 
     Raises:
         CacheError: the folder holds a cache made with other settings or data, or other files.
     """
 
-    def __init__(self, folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, facts: Mapping[str, Any], head: SavedHead | None = None
+    ) -> None:
         self.folder, self.plan = folder, plan
         index = index_bytes(plan.keys, plan.lengths)
         self.manifest = Manifest(
@@ -61,18 +65,21 @@ class Writer:
             sequences=len(plan.keys),
             tokens=sum(plan.lengths),
             index=FileSum(INDEX, index.size, sha256(index)),
+            head=None if head is None else head.file,
         )
         folder.mkdir(parents=True, exist_ok=True)
         left = leftovers(folder)  # of a run that was killed
         if os.path.lexists(folder / NAME):
             self._go_on()
         else:
-            self._check_empty({INDEX, *(path.name for path in left)})
+            self._check_empty({INDEX, HEAD, *(path.name for path in left)})
             replace_file(folder / INDEX, index)
+            if head is not None:
+                replace_file(folder / HEAD, head.data)
             self.manifest.save(folder)
         for path in left:
             path.unlink(missing_ok=True)
-        self._restore(index)
+        self._restore(index, head)
 
     def _check_empty(self, known: set[str]) -> None:
         if foreign := sorted({path.name for path in self.folder.iterdir()} - known):
@@ -94,11 +101,19 @@ class Writer:
                 )
         self.manifest = found
 
-    def _restore(self, index: Any) -> None:
+    def _restore(self, index: Any, head: SavedHead | None) -> None:
         try:
             open_index(self.folder, self.manifest)
         except Damaged:
             replace_file(self.folder / INDEX, index)
+        if head is None:
+            return
+        try:
+            open_head(
+                self.folder, head.file, self.manifest.padded_vocab_size, self.manifest.layout.k
+            )
+        except Damaged:
+            replace_file(self.folder / HEAD, head.data)
 
     def missing(self) -> list[int]:
         """The numbers of the shards that are still to be written, or are damaged."""

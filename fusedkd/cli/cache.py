@@ -28,12 +28,16 @@ What is kept of each token, one of:
   --top-p 0.98    of those, as many as reach 98 % together: fewer bytes where the teacher is sure
   --sample 50     50 ids drawn from the teacher (arXiv 2503.16870): fewer bytes, and unbiased for
                   forward KL, so better where the teacher is unsure; refused for divergences that
-                  draws would bias"""
+                  draws would bias
+  --hidden bf16   the hidden states before the head, H numbers, and the head once: exact for every
+                  divergence and temperature; --hidden int8 takes half the bytes"""
 
 EXAMPLES = """\
 examples:
   For runs at T = 1 and at T = 2:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --temperatures 1,2
+  For every divergence and temperature, from the teacher's hidden states:
+    fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --hidden int8
   As small as it gets:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --sample 50
   From a teacher that is served (vLLM, SGLang), asked in token ids:
@@ -57,7 +61,12 @@ A cache from answers that were collected elsewhere.
 .jsonl lines with prompt_logprobs are vLLM's (prompt_token_ids must be there too). Anything else is
 a data set (.parquet, .jsonl, a folder of save_to_disk, or a hub name) with input_ids and, per
 token, a list of ids and a list of natural log-probabilities of the next token. An entry of -inf,
-which vLLM writes for what was masked, has probability 0 and is left out."""
+which vLLM writes for what was masked, has probability 0 and is left out.
+
+--from vllm-hidden DIR --head MODEL: what vLLM's extract_hidden_states wrote, .safetensors files
+with token_ids and hidden_states (L, layers, H). Which layer it is, and whether the final norm is
+still to be applied, is found by comparing 100 tokens with the model; where none fits, nothing is
+written."""
 
 
 def main(argv: list[str]) -> int:
@@ -83,6 +92,7 @@ def _build(argv: list[str]) -> int:
     add("--top-k", type=int, metavar="K", help="entries per token (default: 64)")
     add("--top-p", type=float, metavar="P", help="no more of them than reach this probability")
     add("--sample", type=int, metavar="N", help="draws per token, instead of the top entries")
+    add("--hidden", choices=("bf16", "int8"), help="hidden states, instead of entries")
     add("--temperatures", type=_numbers, default=(1.0,), metavar="T,...", help="to serve; 1")
     add_fields(parser, DataArguments, NOT_CACHED)
     add_fields(parser, ServedArguments)
@@ -99,16 +109,20 @@ def _build(argv: list[str]) -> int:
         from fusedkd.cli.make_cache import CacheArguments, make_cache
     data, served = of_fields(DataArguments, args), of_fields(ServedArguments, args)
     values = {**vars(args), "data": data, "served": served, "policy": _policy(args)}
-    for name in ("top_k", "top_p", "sample"):
+    for name in ("top_k", "top_p", "sample", "hidden"):
         del values[name]
     make_cache(CacheArguments(**values))
     return 0
 
 
-NOT_CACHED = ("data_streaming", "mlm_probability", "mlm_smoothing")
+NOT_CACHED = ("data_streaming", "teacher_column", "mlm_probability", "mlm_smoothing")
 _TEACHER_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "folder or hub name (default: the teacher's)"},
     "teacher_dtype": {"default": "auto", "help": "float32, bfloat16, float16 or auto: as saved"},
+    "teacher_device_map": {"help": "over devices, memory and disk: auto, ... or JSON"},
+    "teacher_load_in_4bit": {"action": "store_true", "help": "its weights in NF4 (bitsandbytes)"},
+    "teacher_load_in_8bit": {"action": "store_true", "help": "its weights in 8 bits"},
+    "teacher_tp": {"action": "store_true", "help": "split it over torchrun's processes"},
     "vocab_size": {"type": int, "help": "true vocabulary (default: the tokenizer's)"},
 }
 
@@ -116,6 +130,14 @@ _TEACHER_FLAGS: dict[str, dict[str, Any]] = {
 def _policy(args: argparse.Namespace) -> Any:
     from fusedkd.cache.policy import Policy
 
+    if args.hidden is not None:
+        others = [args.top_k, args.top_p, args.sample]
+        if any(x is not None for x in others) or args.temperatures != (1.0,):
+            raise UserError(
+                "--hidden keeps what every entry and every temperature can be made of: expected no "
+                "--top-k, --top-p, --sample or --temperatures."
+            )
+        return Policy(args.hidden, 1)  # how many numbers they are, the teacher tells
     if args.sample is None:
         return Policy("top", 64 if args.top_k is None else args.top_k, args.top_p)
     if args.top_k is not None:
@@ -166,7 +188,8 @@ def _info(argv: list[str]) -> int:
     except Damaged as error:
         damaged = True
         print(error)
-    size = sum(file.bytes for file in (found.index, *found.shards))
+    files = [found.index, *found.shards, *([] if found.head is None else [found.head])]
+    size = sum(file.bytes for file in files)
     table = Table(show_header=False, title=str(args.folder))
     state = "" if found.complete else f" of {found.number_of_shards}: incomplete"
     for name, value in {
@@ -177,7 +200,9 @@ def _info(argv: list[str]) -> int:
         "vocabulary": f"{found.vocab_size:,} (logits have {found.padded_vocab_size:,} columns)",
         "kept": str(found.policy),
         "not kept": _outside(found.temperatures, tails),
-        "temperatures": ", ".join(f"{t:g}" for t in found.temperatures),
+        "temperatures": "all"
+        if found.policy.hidden
+        else ", ".join(f"{t:g}" for t in found.temperatures),
         "sequences": f"{found.sequences:,}",
         "tokens": f"{found.tokens:,}",
         "shards": f"{len(found.shards)}{state}",
@@ -207,7 +232,10 @@ def _import(argv: list[str]) -> int:
     add("--output", type=Path, required=True, metavar="DIR", help="where the cache goes")
     add("--tokenizer", required=True, help="folder or hub name of the teacher's tokenizer")
     add("--teacher", default="unknown", help="its name, for the record")
-    add("--format", choices=("auto", "vllm", "columns"), default="auto")
+    kinds = ("auto", "vllm", "columns", "vllm-hidden")
+    add("--format", "--from", dest="format", choices=kinds, default="auto")
+    add("--head", help="with vllm-hidden: folder or hub name of the model, for its norm and head")
+    add("--hidden", choices=("bf16", "int8"), help="with vllm-hidden: how they are kept; bf16")
     add("--split", default="train", help="of a data set on the hub; train")
     add("--ids-column", help="lists of ids (default: the usual names)")
     add("--logprobs-column", help="lists of log-probabilities (default: the usual names)")
@@ -219,5 +247,6 @@ def _import(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
         from fusedkd.cli.import_cache import import_cache
-    import_cache(args)
+        from fusedkd.cli.import_hidden import import_hidden
+    (import_hidden if args.format == "vllm-hidden" else import_cache)(args)
     return 0

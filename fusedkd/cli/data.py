@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     add("--samples", type=number(0), default=3, metavar="N", help="rows to show; 3")
     add("--tokens", action="store_true", help="a line for each token: position, id, label")
     add("--output", type=Path, metavar="FILE", help="write the sequences that a run will ask for")
-    add_fields(parser, DataArguments, ("mlm_probability", "mlm_smoothing"))
+    add_fields(parser, DataArguments, ("teacher_column", "mlm_probability", "mlm_smoothing"))
     args = parser.parse_args(argv)
     flags = of_fields(DataArguments, args)
     with as_user_error("fusedkd data needs `pip install fusedkd[train]`"):

@@ -8,21 +8,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import set_seed
 
-from fusedkd.cache.keys import tokenizer_hash
-from fusedkd.cache.reader import TeacherCache
 from fusedkd.cli.mistakes import check_flags, check_output, what_is_asked
 from fusedkd.cli.run_file import RunFile
+from fusedkd.cli.teachers import Source, described
 from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import NotFinite, UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.loading import load_tokenizer
 from fusedkd.models.saved import SavedModel
-from fusedkd.teachers import ServedTeacher, Service
-from fusedkd.teachers.service import is_url
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
 from fusedkd.train.fits import check_fits, check_prompts
@@ -129,9 +125,8 @@ def _prepare(
 ) -> tuple[DistillationTrainer, str | None]:
     """Everything that can be wrong, in the order in which it is cheap to find out; and the
     checkpoint to go on from."""
-    cached: TeacherCache | ServedTeacher | None = _cache(models)
-    service = _service(models, args)
-    teacher = None if cached or service else models.side("teacher")
+    source = Source(models, flags.teacher_column)
+    teacher = models.side("teacher") if source.runs else None
     student = models.side("student")
     if not flags.data:
         raise UserError("--data is missing: expected files, folders or names of data sets.")
@@ -148,19 +143,17 @@ def _prepare(
     task = _task(teacher, student) if args.task is None else task_named(args.task)
     sides = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     tokenizer = load_tokenizer(models.tokenizer, **sides)
-    if (cached or service) and task.no_cache:
+    if teacher is None and task.no_cache:
         raise UserError(task.no_cache)
-    if service is not None:
-        answers = models.teacher_answers or Path(args.output_dir or ".") / "teacher_answers"
-        cached = ServedTeacher(service, tokenizer, answers)
-    if cached is not None:
-        cached.check_tokenizer(tokenizer_hash(tokenizer))
+    elsewhere = None if source.runs else source.open(args, tokenizer, task)
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
     check_prompts(data.train, data.test, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):
         set_seed(args.seed)  # before random weights are drawn
     student_model = make_student(models, task, args, data.student)
-    teacher_side: Any = cached if teacher is None else teacher.load(task.loader(teacher.config()))
+    teacher_side: Any = (
+        elsewhere if teacher is None else teacher.load(task.loader(teacher.config()))
+    )
     if data.test is None:
         args.eval_strategy = "no"  # type: ignore[assignment]
     with as_user_error():
@@ -176,7 +169,7 @@ def _prepare(
     if trainer.terms.attention and flags.packing == "flatten":
         raise UserError("--packing flatten: terms of attention compare rows: expected none.")
     # after the trainer's checks: a vocabulary that does not fit explains ids that do not
-    readers = {"student": student_model} | ({} if cached else {"teacher": teacher_side})
+    readers = {"student": student_model} | ({"teacher": teacher_side} if source.runs else {})
     for name in ("train_dataset", "eval_dataset"):
         with as_user_error("--data" if name == "train_dataset" else "--eval_data"):
             rows = check_fits(getattr(trainer, name), readers, flags, task.over_tokens)
@@ -204,25 +197,6 @@ def _task(teacher: SavedModel | None, student: SavedModel) -> Task:
     return task
 
 
-def _cache(models: ModelArguments) -> TeacherCache | None:
-    if models.teacher_cache is None:
-        return None
-    if models.teacher is not None:
-        raise UserError(
-            "--teacher and --teacher_cache: expected one of them; a cache needs no model."
-        )
-    with as_user_error(f"--teacher_cache {models.teacher_cache}"):
-        return TeacherCache(Path(models.teacher_cache).expanduser())
-
-
-def _service(models: ModelArguments, args: DistillationArguments) -> Service | None:
-    if not is_url(models.teacher):
-        return None
-    heat = args.temperature if args.teacher_temperature is None else args.teacher_temperature
-    more = {"top_k": models.teacher_top_k, "temperature": heat, "vocab_size": args.vocab_size}
-    return Service.of(str(models.teacher), models, **more)
-
-
 def _checkpoint(args: DistillationArguments) -> str | None:
     return checkpoint_of(
         Path(args.output_dir or "."),
@@ -245,20 +219,12 @@ ROWS = {
 }
 
 
-def _teacher(teacher: nn.Module | TeacherCache | ServedTeacher) -> str:
-    if isinstance(teacher, ServedTeacher):
-        return str(teacher)
-    if isinstance(teacher, TeacherCache):
-        return f"{teacher.manifest.teacher}, {teacher.layout.policy}, from {teacher.folder}"
-    return f"{sum(p.numel() for p in teacher.parameters()):,} parameters"
-
-
 def _summary(trainer: DistillationTrainer, card: Card) -> None:
     args = trainer.args
     table = Table(show_header=False, title="Distilled")
     parameters = own_parameters(trainer.model)
     table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
-    table.add_row("teacher", _teacher(trainer.teacher))
+    table.add_row("teacher", described(trainer.teacher))
     table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")
     for text in args.terms:
         table.add_row("", f"+ {text}")

@@ -10,6 +10,7 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
+from fusedkd.cli.named import joined
 from fusedkd.errors import UserError, as_user_error, of_the_machine
 from fusedkd.parser import OneSentence, Parser, number, printable
 
@@ -153,7 +154,7 @@ def _distill(argv: list[str]) -> int:
     given = [] if path is None else flags_of(path, recipe, flags)
     if path is not None:
         check_code(path, given, rest)
-    words = [*given, *rest]
+    words = joined([*given, *rest])
     try:
         with as_user_error():
             models, data, args, report, _, unknown = parser.parse_args_into_dataclasses(

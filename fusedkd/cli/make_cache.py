@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fusedkd.cache.build import Job, build
+from fusedkd.cache.build import NO_HEAD, Job, build
+from fusedkd.cache.hidden import layout_of
 from fusedkd.cache.keys import tokenizer_hash, weight_hash
-from fusedkd.cache.layout import Layout
 from fusedkd.cache.policy import Policy
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
+from fusedkd.distributions import LMHead
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.models.kinds import vocabulary_size
+from fusedkd.models.kinds import is_placed, vocabulary_size
 from fusedkd.models.loading import load_tokenizer, required
 from fusedkd.models.saved import SavedModel
 from fusedkd.models.served import ServedArguments
 from fusedkd.teachers import LiveTeacher, ServedTeacher, Service
 from fusedkd.teachers.filling import fill
 from fusedkd.teachers.service import is_url
+from fusedkd.teachers.spread import LedTeacher, is_spread
 from fusedkd.train.tasks import saved_task
 
 
@@ -40,6 +43,10 @@ class CacheArguments:
     data: DataArguments
     tokenizer: str | None
     teacher_dtype: str
+    teacher_device_map: str | None
+    teacher_load_in_4bit: bool
+    teacher_load_in_8bit: bool
+    teacher_tp: bool
     vocab_size: int | None
     device: str | None
     batch_size: int
@@ -58,10 +65,20 @@ def make_cache(args: CacheArguments) -> None:
     console = Console(markup=False, emoji=False)  # names may have brackets
     if is_url(args.teacher):
         _fill(args, console)
-    else:
-        _run(args, console)
+    elif not _run(args, console):
+        return
     size = sum(path.stat().st_size for path in args.output.iterdir())
     console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
+
+
+_OF_MODELS: dict[str, Any] = {
+    "teacher_dtype": "auto",
+    "teacher_device_map": None,
+    "teacher_load_in_4bit": False,
+    "teacher_load_in_8bit": False,
+    "teacher_tp": False,
+    "device": None,
+}
 
 
 def _fill(args: CacheArguments, console: Console) -> None:
@@ -71,11 +88,11 @@ def _fill(args: CacheArguments, console: Console) -> None:
             f"--teacher {args.teacher}: a server gives the top entries at one temperature: "
             "expected --top-k, and one of --temperatures."
         )
-    if args.teacher_dtype != "auto" or args.device is not None:
-        raise UserError(
-            f"--teacher {args.teacher}: a served teacher runs elsewhere: expected no "
-            "--teacher_dtype and no --device."
-        )
+    for flag, plain in _OF_MODELS.items():
+        if getattr(args, flag) != plain:
+            raise UserError(
+                f"--teacher {args.teacher}: a served teacher runs elsewhere: expected no --{flag}."
+            )
     tokenizer = load_tokenizer(required("tokenizer", args.tokenizer))
     rows = _rows(args, tokenizer)
     service = Service.of(
@@ -119,11 +136,19 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _run(args: CacheArguments, console: Console) -> None:
-    """From a model."""
+def _run(args: CacheArguments, console: Console) -> bool:
+    """From a model; whether this process wrote the cache."""
     name = required("teacher", args.teacher)
     device = _device(args.device)
-    saved = SavedModel("teacher", name, args.teacher_dtype)
+    if args.teacher_load_in_4bit and args.teacher_load_in_8bit:
+        raise UserError("--teacher_load_in_4bit, --teacher_load_in_8bit: expected one.")
+    bits = [n for n in (4, 8) if getattr(args, f"teacher_load_in_{n}bit")]
+    saved = SavedModel(
+        *("teacher", name, args.teacher_dtype),
+        bits=bits[0] if bits else None,
+        device_map=args.teacher_device_map,
+        spread=args.teacher_tp,
+    )
     task = saved_task(saved)
     if task is None:
         raise UserError(f"--teacher {name}: its config names no architecture of transformers.")
@@ -132,17 +157,29 @@ def _run(args: CacheArguments, console: Console) -> None:
     tokenizer = load_tokenizer(args.tokenizer, teacher=saved)
     rows = _rows(args, tokenizer)
     model = saved.load(task.loader(saved.config()))
-    job = _job(args, name, model, tokenizer, _Sequences(rows.train, rows.test))
+    model = model.eval().requires_grad_(False)
+    if is_spread(model):
+        run: LiveTeacher = LedTeacher(model)
+    else:
+        run = LiveTeacher(model if is_placed(model) else model.to(device))
+    job = _job(args, name, run, tokenizer, _Sequences(rows.train, rows.test))
+    if isinstance(run, LedTeacher) and not run.leads:
+        run.follow()
+        return False
     _say(console, job)
-    run = LiveTeacher(model.eval().requires_grad_(False).to(device))
     with _bar(console) as bar:
         shown = bar.add_task("tokens", total=sum(map(len, job.sequences)))
-        build(
-            args.output,
-            job,
-            lambda ids: run({"input_ids": ids.to(device)}),
-            lambda tokens: bar.advance(shown, tokens),
-        )
+        try:
+            build(
+                args.output,
+                job,
+                lambda ids: run({"input_ids": ids.to(device)}),
+                lambda tokens: bar.advance(shown, tokens),
+            )
+        finally:
+            if isinstance(run, LedTeacher):
+                run.done()
+    return True
 
 
 def _device(name: str | None) -> torch.device:
@@ -159,7 +196,10 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences: _Sequences) -> Job:
+def _job(
+    args: CacheArguments, name: str, run: LiveTeacher, tokenizer: Any, sequences: _Sequences
+) -> Job:
+    model: Any = run.model
     columns = vocabulary_size(model)
     size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
     if not 2 <= size <= columns:
@@ -168,18 +208,44 @@ def _job(args: CacheArguments, name: str, model: Any, tokenizer: Any, sequences:
         )
     facts = {
         "teacher": name,
-        "teacher_hash": weight_hash(model.state_dict().items()),
+        "teacher_hash": weight_hash(_weights(model)),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "padded_vocab_size": columns,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    layout = Layout(args.policy, size, args.temperatures)
-    return Job(sequences, layout, facts, args.batch_size, int(args.shard_mb * 2**20))
+    policy, head = args.policy, None
+    if policy.hidden:
+        head = _head(run)
+        policy = replace(policy, k=head.weight.shape[1])
+        facts["padded_vocab_size"] = head.weight.shape[0]
+    layout = layout_of(policy, size, args.temperatures)
+    return Job(sequences, layout, facts, args.batch_size, int(args.shard_mb * 2**20), head)
+
+
+def _head(run: LiveTeacher) -> LMHead:
+    """
+    Raises:
+        UserError: it has none that is plain.
+    """
+    device = next(run.model.parameters()).device
+    answers = run({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
+    if not isinstance(answers, LMHead):
+        raise UserError(NO_HEAD)
+    return answers
+
+
+def _weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """Also those that a device map has put on the disk."""
+    named = model.state_dict()
+    if any(tensor.is_meta for tensor in named.values()):
+        found = get_state_dict_offloaded_model(model)
+        named = {name: found[name] for name in named}
+    yield from named.items()
 
 
 def _say(console: Console, job: Job) -> None:
     tokens, size = sum(map(len, job.sequences)), job.layout.most_bytes_per_token
-    fixed = job.layout.policy.kind == "top" and job.layout.policy.top_p is None
+    fixed = job.layout.policy.kind != "sample" and job.layout.policy.top_p is None
     console.print(
         f"{len(job.sequences):,} sequences, {tokens:,} tokens, {job.layout.policy}: "
         f"{'about' if fixed else 'at most'} {size:.1f} bytes per token, "

@@ -62,6 +62,10 @@ class DataArguments:
     completion_column: str | None = field(
         default=None, metadata={"help": "Column of their answers (default: completion)."}
     )
+    teacher_column: str | None = field(
+        default=None,
+        metadata={"help": "Column that names each row's teacher, where --teacher gives several."},
+    )
     text_column: str | None = field(
         default=None, metadata={"help": "Column of plain text (default: text)."}
     )

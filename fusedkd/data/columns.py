@@ -40,10 +40,12 @@ class Columns:
 
     Args:
         given: names in the data by standard names, where they differ.
+        kept: one that is kept beside them, under its own name.
     """
 
     given: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    kept: str | None = None
 
     def __call__(self, name: str, rows: Any) -> Any:
         """The rows with the columns of one of ``KINDS``.
@@ -62,7 +64,13 @@ class Columns:
             for theirs, ours in chosen.items():
                 _check(name, theirs, ours, rows.data.column(theirs))
         renamed = {theirs: ours for theirs, ours in chosen.items() if theirs != ours}
-        return rows.select_columns(list(chosen)).rename_columns(renamed)
+        kept = [] if self.kept is None else [self.kept]
+        if missing := set(kept) - set(there):
+            raise ValueError(
+                f"{name}: --teacher_column {missing.pop()}: there is no such column, only "
+                f"{', '.join(there)}."
+            )
+        return rows.select_columns([*chosen, *kept]).rename_columns(renamed)
 
     def _kind(self, name: str, there: list[str], names: Any, asked: Any) -> str:
         fitting = [kind for kind, needed in KINDS.items() if names.keys() >= set(needed)]

@@ -125,24 +125,28 @@ def load_rows(flags: DataArguments, tokenizer: Any, packing: str | None = None) 
         documents = _documents(flags, names, weights)
         packing = packing or flags.packing or _packing(documents)
         encoder = encoder_for(tokenizer, packing, flags.train_on, flags.max_length)
-        parts, left_out = _encoded(documents, encoder, flags.data_num_proc)
+        if flags.teacher_column and packing != "none":
+            raise ValueError(
+                f"--teacher_column {flags.teacher_column} with packing {packing}: rows of several "
+                "teachers cannot be joined: expected --packing none."
+            )
+        parts, left_out = _encoded(documents, encoder, flags)
     test: list[Any] = []
     if flags.eval_data:
         with as_user_error("--eval_data", Exception):
-            found, _ = _encoded(
-                _documents(flags, flags.eval_data, None), encoder, flags.data_num_proc
-            )
+            found, _ = _encoded(_documents(flags, flags.eval_data, None), encoder, flags)
             test = [part.rows for part in found]
     elif flags.eval_share:
         parts, test = _held_out(parts, flags.eval_share)
     rows = _mixed(parts, flags.data_stopping_strategy)
     with as_user_error("--data", Exception):
-        train = packed(rows, packing, flags.max_length)
+        train = packed(rows, packing, flags.max_length, flags.teacher_column)
         summary = _summary(rows, left_out, packing, flags.max_length, train)
         if any("messages" in column_names(part.rows) for part in documents):
             summary = replace(summary, stops=_stops(rows, tokenizer))
     with as_user_error("--eval_data", Exception):
-        held_out = packed(_joined(test), packing, flags.max_length) if test else None
+        column = flags.teacher_column
+        held_out = packed(_joined(test), packing, flags.max_length, column) if test else None
     if flags.data_streaming:
         train = train.shuffle(seed=SPLIT_SEED, buffer_size=BUFFER)
     with as_user_error():
@@ -162,7 +166,7 @@ def _documents(flags: DataArguments, names: list[str], weights: list[float] | No
         for ours in ("messages", "prompt", "completion", "text")
         if (theirs := getattr(flags, f"{ours}_column")) is not None
     }
-    columns = Columns(given)
+    columns = Columns(given, kept=flags.teacher_column)
     found = read_parts(names, weights, streaming=flags.data_streaming, revision=flags.data_revision)
     parts = [Part(part.name, columns(part.name, part.rows), part.weight) for part in found]
     columns.check_used()
@@ -180,7 +184,7 @@ def _packing(parts: list[Part]) -> str:
     return next(iter(found))
 
 
-def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tuple[list[Part], int]:
+def _encoded(parts: list[Part], encoder: Encoder, flags: DataArguments) -> tuple[list[Part], int]:
     """Ids and labels, and how many rows without any were left out. Sources that are not weighted
     are one; prompts alone stay apart."""
     done: dict[Any, list[Part]] = {}
@@ -188,7 +192,7 @@ def _encoded(parts: list[Part], encoder: Encoder, processes: int | None) -> tupl
     for place, part in enumerate(parts):
         prompts = kind_of(column_names(part.rows)) == "prompt"
         try:
-            rows = encode(part.rows, encoder, processes)
+            rows = encode(part.rows, encoder, flags.data_num_proc, flags.teacher_column)
         except ValueError as error:
             raise ValueError(f"{part.name}: {error}") from error
         if not encoder.joined:

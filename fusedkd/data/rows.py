@@ -34,14 +34,18 @@ def mapped(
     )
 
 
-def encode(rows: Any, encoder: Encoder, processes: int | None = None) -> Any:
-    """``input_ids``, ``labels``, ``length``, ``labelled`` and ``counted`` of every document.
+def encode(
+    rows: Any, encoder: Encoder, processes: int | None = None, kept: str | None = None
+) -> Any:
+    """``input_ids``, ``labels``, ``length``, ``labelled`` and ``counted`` of every document, and
+    the column ``kept``.
 
     Raises:
         ValueError: a row that is no document of its kind.
     """
     kind = kind_of(column_names(rows))
-    return mapped(rows, _encode, "Tokenizing", processes=processes, encoder=encoder, kind=kind)
+    how: dict[str, Any] = {"encoder": encoder, "kind": kind, "kept": kept}
+    return mapped(rows, _encode, "Tokenizing", processes=processes, **how)
 
 
 def with_labels(rows: Any) -> Any:
@@ -59,8 +63,11 @@ def encoder_for(tokenizer: Any, packing: str, train_on: str, max_length: int) ->
     return Encoder(tokenizer, train_on, None if blocks else max_length, joined=blocks)
 
 
-def _encode(rows: dict[str, list[Any]], encoder: Encoder, kind: str) -> dict[str, list[Any]]:
-    pairs = getattr(encoder, kind)(rows)
+def _encode(
+    rows: dict[str, list[Any]], encoder: Encoder, kind: str, kept: str | None
+) -> dict[str, list[Any]]:
+    beside = {} if kept is None else {kept: rows[kept]}
+    pairs = getattr(encoder, kind)({name: rows[name] for name in rows if name != kept})
     names = ("input_ids", "labels", LENGTH, LABELLED, COUNTED)
     found: dict[str, list[Any]] = {name: [] for name in names}
     for ids, labels in pairs:
@@ -73,7 +80,7 @@ def _encode(rows: dict[str, list[Any]], encoder: Encoder, kind: str) -> dict[str
         # a prompt counts as a whole, and cut it would be another
         whole = found[LENGTH][-1] == len(ids)
         found[COUNTED].append(int(whole) if kind == "prompt" else _counted(labels))
-    return found
+    return found | beside
 
 
 def _counted(labels: list[int]) -> int:

@@ -97,13 +97,13 @@ def pack(
     return packed(rows, packing, max_length)
 
 
-def packed(rows: Any, packing: str, max_length: int) -> Any:
-    """Encoded rows, as a model gets them."""
+def packed(rows: Any, packing: str, max_length: int, kept: str | None = None) -> Any:
+    """Encoded rows, as a model gets them; where they are not joined, with a column ``kept``."""
     if packing == "blocks":
         return cut_blocks(rows, max_length)
     if packing == "flatten":
         return flatten(rows, max_length)
-    return rows.select_columns(["input_ids", "labels"])
+    return rows.select_columns(["input_ids", "labels", *([] if kept is None else [kept])])
 
 
 def check_ids(rows: Dataset, vocabulary: int, labels: bool) -> None:

@@ -18,7 +18,8 @@ class ModelArguments(ServedArguments):
         default=None,
         metadata={
             "help": "Folder or hub name of the teacher, or where it is served: "
-            "http://a:8000,http://b:8000 (vLLM, SGLang)."
+            "http://a:8000,http://b:8000 (vLLM, SGLang). Several: --teacher NAME=SOURCE for each, "
+            "SOURCE one of these or a cache, and --teacher_column."
         },
     )
     teacher_cache: str | None = field(
@@ -71,6 +72,13 @@ class ModelArguments(ServedArguments):
             "JSON (transformers' device_map; default: beside the student)."
         },
     )
+    teacher_tp: bool = field(
+        default=False,
+        metadata={
+            "help": "Split the teacher over torchrun's processes (transformers' tensor-parallel "
+            "plan); each process' batch is run by all of them."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "Attention of both models: eager, sdpa, flash_attention_2, ..."},
@@ -108,6 +116,7 @@ class ModelArguments(ServedArguments):
             self.teacher_device_map if role == "teacher" else None,
             self.attn_implementation,
             self.trust_remote_code,
+            role == "teacher" and self.teacher_tp,
         )
 
     def lora(self) -> dict[str, Any]:

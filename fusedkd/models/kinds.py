@@ -44,8 +44,14 @@ def frozen(teacher: nn.Module, student: nn.Module, device: torch.device) -> nn.M
         }
         deepspeed.initialize(model=teacher, config=config)
         return teacher
-    placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
-    return teacher if placed else teacher.to(device)
+    return teacher if is_placed(teacher) else teacher.to(device)
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether where its weights lie is decided: by a device map, by quantisation, or by a
+    tensor-parallel plan."""
+    names = ("hf_device_map", "is_quantized", "tp_size")
+    return any(getattr(model, name, None) for name in names)
 
 
 def bare(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +37,7 @@ class SavedModel:
     device_map: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    spread: bool = False  # over torchrun's processes, tensor-parallel
 
     @cached_property
     def adapter(self) -> Any:
@@ -103,6 +105,8 @@ class SavedModel:
             how["quantization_config"] = quantisation(self.role, self.bits)
         if self.device_map is not None:
             how["device_map"] = _device_map(self.role, self.device_map)
+        if self.spread:
+            how["distributed_config"] = _tensor_parallel(self.role, self.device_map)
         model, missing = read_model(kind=getattr(transformers, auto), **self._base, **how)
         if self.adapter is not None:
             with without_pickles(self.role, self.name, "PeftModel"):
@@ -129,6 +133,16 @@ class SavedModel:
     def _attention(self) -> dict[str, Any]:
         given = self.attn_implementation
         return {} if given is None else {"attn_implementation": given}
+
+
+def _tensor_parallel(role: str, device_map: str | None) -> Any:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError(f"--{role}_tp: expected several processes, as torchrun starts them.")
+    if device_map is not None:
+        raise UserError(f"--{role}_tp and --{role}_device_map: expected one of them.")
+    from transformers.distributed import DistributedConfig
+
+    return DistributedConfig(tp_plan="auto")
 
 
 def _device_map(role: str, text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from fusedkd.teachers.cached import CachedTeacher
 from fusedkd.teachers.live import LiveTeacher
+from fusedkd.teachers.routed import RoutedTeachers
 from fusedkd.teachers.served import ServedTeacher, Service
 
-__all__ = ["CachedTeacher", "LiveTeacher", "ServedTeacher", "Service"]
+__all__ = ["CachedTeacher", "LiveTeacher", "RoutedTeachers", "ServedTeacher", "Service"]

@@ -11,11 +11,13 @@ from transformers import TrainingArguments
 
 from fusedkd import KDLoss, backends, divergences
 from fusedkd.distributions import TAILS
+from fusedkd.sampled import K1, LOSS_TYPES
 from fusedkd.train.on_policy import OnPolicy
 from fusedkd.train.schedules import Schedule, parse_schedules
 from fusedkd.train.terms import parse_term
 
 KD_TOKENS = ("labels", "all")
+OBJECTIVES = ("exact", "sampled")
 METRICS = ("every", "logging_steps", "none")
 # those of fusedkd.train.tasks, which reads data: too much for a help text
 TASK_NAMES = """masked, causal, seq2seq, sequence_classification, token_classification, \
@@ -112,6 +114,20 @@ class DistillationArguments(TrainingArguments):
     on_policy_temperature: float = field(
         default=1.0, metadata={"help": "That the student writes at."}
     )
+    objective: str = field(
+        default="exact",
+        metadata={
+            "help": "On what the student writes: exact (the divergence of whole distributions) or "
+            "sampled (--loss_type of the tokens that were written, fusedkd.sampled_kd_loss)."
+        },
+    )
+    loss_type: str = field(
+        default="k2",
+        metadata={
+            "help": "With --objective sampled: k2 or policy (the gradient of the reverse KL) or k3 "
+            "(that of the forward KL)."
+        },
+    )
     metrics: str = field(
         default="every",
         metadata={
@@ -159,6 +175,7 @@ class DistillationArguments(TrainingArguments):
                 f"on_policy_share={self.on_policy_share} with a cross-entropy: the labels would be "
                 "what the student wrote itself. Expected ce_weight=0."
             )
+        self._check_objective()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = (
                 True  # else accelerate makes each of torchrun's processes a run of its own
@@ -169,6 +186,38 @@ class DistillationArguments(TrainingArguments):
                 backends.resolve(self.backend, self.device)
             except RuntimeError as error:
                 raise ValueError(str(error)) from None
+
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}."
+            )
+        if self.loss_type not in LOSS_TYPES:
+            k1 = f" {K1}" if self.loss_type == "k1" else ""
+            raise ValueError(
+                f"loss_type={self.loss_type!r}: expected one of {', '.join(LOSS_TYPES)}.{k1}"
+            )
+        if self.objective == "exact":
+            return
+        if self.on_policy_share != 1:
+            raise ValueError(
+                f"objective='sampled' with on_policy_share={self.on_policy_share:g}: its gradient "
+                "is a divergence's where the student has drawn the tokens: expected 1."
+            )
+        if self.temperature != self.on_policy_temperature or {
+            "temperature",
+            "teacher_temperature",
+        } & set(self.parsed_schedules()):
+            raise ValueError(
+                f"objective='sampled' with temperature={self.temperature:g}, "
+                f"on_policy_temperature={self.on_policy_temperature:g}: expected one number, "
+                "without a schedule: the loss is for tokens that were drawn at its temperature."
+            )
+        if self.kd_tokens == "all":
+            raise ValueError(
+                "objective='sampled' with kd_tokens='all': a prompt's tokens are not drawn: "
+                "expected 'labels'."
+            )
 
     def scheduled(self) -> dict[str, float]:
         """The numbers that can follow a schedule, and what they start from."""
@@ -194,6 +243,11 @@ class DistillationArguments(TrainingArguments):
         Raises:
             ValueError: the student writes batches, or the teacher's temperature moves.
         """
+        if self.objective == "sampled":
+            raise ValueError(
+                "objective='sampled': expected a teacher that runs here, which says of every token "
+                "how probable it is."
+            )
         if self.on_policy_share and not asks:
             raise ValueError("on_policy_share: a cache has no answers to what the student writes.")
         moving = "temperature" if self.teacher_temperature is None else "teacher_temperature"

@@ -127,13 +127,14 @@ class FromHeads:
         self._head_loss = HeadLoss(task, self.accelerator.autocast)
         self._student_head.look(self.model)
 
-    def _keep_columns_of(self, teacher: Any) -> None:
-        """Data sets keep the columns that only the teacher reads."""
-        if isinstance(teacher, nn.Module):
-            host: Any = self
-            host._set_signature_columns_if_needed()
-            kept = self._signature_columns or []
-            self._signature_columns = [*kept, *sorted(columns(teacher) - set(kept))]
+    def _keep_columns_of(self, *teachers: Any) -> None:
+        """Data sets keep the columns that only the teachers read."""
+        host: Any = self
+        host._set_signature_columns_if_needed()
+        for teacher in teachers:
+            if isinstance(teacher, nn.Module):
+                kept = self._signature_columns or []
+                self._signature_columns = [*kept, *sorted(columns(teacher) - set(kept))]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         host: Any = super()

@@ -9,16 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd import kd_loss, kd_loss_and_metrics
+from fusedkd import Routed, kd_loss, kd_loss_and_metrics
 from fusedkd.divergences import Divergence, forward_kl
+from fusedkd.loss import losses_by_teacher
+from fusedkd.routed import together
 from fusedkd.train.meter import Mean, Measured, measured
 
+OF_EACH = ("kd", "ce", "top1_agreement")  # teacher, where there are several
 # (whether metrics are wanted, student, teacher, labels or None, **keywords of kd_loss)
 Compare = Callable[..., tuple[Tensor, Measured]]
 
 
 def distributions(metrics: bool, *sides: Any, **keywords: Any) -> tuple[Tensor, Measured]:
-    """Softmaxes over the last dimension: :func:`fusedkd.kd_loss`."""
+    """Softmaxes over the last dimension: :func:`fusedkd.kd_loss`. Of several teachers, some metrics
+    are also known for each."""
+    if metrics and isinstance(sides[1], Routed):
+        loss, by_name = losses_by_teacher(*sides, **keywords)
+        every = measured(together(list(by_name.values())))
+        for name, found in by_name.items():
+            own = measured(found)
+            every |= {f"{metric}_{name}": own[metric] for metric in OF_EACH}
+        return loss, every
     if not metrics:
         return kd_loss(*sides, **keywords), {}
     loss, found = kd_loss_and_metrics(*sides, **keywords)

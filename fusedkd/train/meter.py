@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedkd import KDMetrics
+from fusedkd import KDMetrics, SampledMetrics
 
 
 class Mean(NamedTuple):
@@ -26,7 +26,7 @@ class Mean(NamedTuple):
 Measured = Mapping[str, Mean]
 
 
-def measured(metrics: KDMetrics) -> dict[str, Mean]:
+def measured(metrics: KDMetrics | SampledMetrics) -> dict[str, Mean]:
     """The metrics of one call of the loss, each with the number of tokens behind it."""
     means = metrics._asdict()
     tokens = means.pop("num_tokens")

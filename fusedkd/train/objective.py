@@ -8,10 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd import LMHead, SparseTeacher, kd_loss
+from fusedkd import (
+    LMHead,
+    SparseTeacher,
+    kd_loss,
+    sampled_kd_loss,
+    sampled_kd_loss_and_metrics,
+    token_log_probs,
+)
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.compare import Compare
-from fusedkd.train.meter import Measured
+from fusedkd.train.meter import Measured, measured
 
 Side = Tensor | LMHead | SparseTeacher
 Count = Tensor | int | None
@@ -63,6 +70,8 @@ class Objective:
             keywords["label_smoothing"] = self.args.label_smoothing_factor
             if not keywords["kd_weight"] and not keywords["ce_weight"]:
                 return _nothing(student), {}
+        if targets.training and self.args.objective == "sampled":
+            return _drawn(student, teacher, targets, keywords, self.args.loss_type)
         if targets.everywhere:
             return _apart(student, teacher, targets, keywords)
         keywords["normalizer"] = targets.num_items
@@ -74,6 +83,24 @@ def _nothing(student: Any) -> Tensor:
     states = student.hidden if isinstance(student, LMHead) else student
     weights = torch.zeros(states.shape[:-1], device=states.device)
     return kd_loss(student, None, kd_weight=0.0, token_weights=weights)
+
+
+def _drawn(
+    student: Any, teacher: Any, targets: Targets, keywords: Any, loss_type: str
+) -> tuple[Tensor, Measured]:
+    """The loss of the tokens that the student wrote, which are its labels."""
+    shared = {name: keywords[name] for name in ("vocab_size", "chunk_bytes", "backend")}
+    heat = keywords["temperature"]
+    theirs = keywords["teacher_temperature"] or heat
+    with torch.no_grad():
+        read = token_log_probs(teacher, targets.labels, temperature=theirs, **shared)
+    weight = keywords["kd_weight"] * (heat**2 if keywords["scale_by_t2"] else 1.0)
+    shared |= {"loss_type": loss_type, "temperature": heat, "normalizer": targets.num_items}
+    given = (student, read.log_probs, targets.labels)
+    if not targets.measured:
+        return weight * sampled_kd_loss(*given, **shared), {}
+    loss, metrics = sampled_kd_loss_and_metrics(*given, **shared)
+    return weight * loss, measured(metrics)
 
 
 def _apart(student: Any, teacher: Side, targets: Targets, keywords: Any) -> tuple[Tensor, Measured]:

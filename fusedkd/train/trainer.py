@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from fusedkd import LMHead, SparseTeacher
+from fusedkd import LMHead, Routed, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
-from fusedkd.teachers import CachedTeacher, LiveTeacher, ServedTeacher
+from fusedkd.teachers import CachedTeacher, LiveTeacher, RoutedTeachers, ServedTeacher
+from fusedkd.teachers.routed import RoutedSide, Side
+from fusedkd.teachers.spread import SpreadTeacher, is_spread
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.base import FromHeads
 from fusedkd.train.checkpoints import staged
@@ -36,7 +38,8 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = ("ce", "mse")  # what a student is judged by, whatever it is trained on
 
 Inputs = dict[str, Any]
-Teacher = Tensor | LMHead | SparseTeacher
+Teacher = Tensor | LMHead | SparseTeacher | Routed
+Teachers = nn.Module | TeacherCache | ServedTeacher | RoutedTeachers
 
 
 class DistillationTrainer(FromHeads, Trainer):
@@ -69,7 +72,8 @@ class DistillationTrainer(FromHeads, Trainer):
             ``requires_grad_(False)`` and moved to the device; never wrapped, trained or saved. Its
             dtype is left alone. Or a :class:`fusedkd.cache.TeacherCache` that holds the answers to
             every sequence of the data, or a :class:`fusedkd.teachers.ServedTeacher` that asks a
-            server for them; there is then no model, and ``args.teacher_tail`` counts.
+            server for them; there is then no model, and ``args.teacher_tail`` counts. Or several
+            of all these, :class:`fusedkd.teachers.RoutedTeachers`.
         args: see :class:`DistillationArguments`.
         **kwargs: as for :class:`transformers.Trainer` (datasets, collator, ``processing_class``,
             callbacks, ...).
@@ -87,14 +91,14 @@ class DistillationTrainer(FromHeads, Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
-        teacher: PreTrainedModel | nn.Module | TeacherCache | ServedTeacher | None = None,
+        teacher: PreTrainedModel | Teachers | None = None,
         args: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(teacher, nn.Module | TeacherCache | ServedTeacher):
+        if not isinstance(teacher, Teachers):
             raise TypeError(
                 f"teacher={teacher!r}: expected a model, such as AutoModelForCausalLM returns, a "
-                "TeacherCache or a ServedTeacher."
+                "TeacherCache, a ServedTeacher or RoutedTeachers."
             )
         args = DistillationArguments() if args is None else args
         if args.n_gpu > 1:  # hooks and DataParallel's replicas in threads do not go together
@@ -109,13 +113,15 @@ class DistillationTrainer(FromHeads, Trainer):
         super().__init__(model, args, **kwargs)
         self._refuse_other_losses()
         self._refuse_compiled_terms(self.model)
-        self._compute_from_heads(task_between(bare(self.model), teacher, args.task))
-        self._keep_columns_of(teacher)
+        parts, column = RoutedTeachers.parts(teacher)
+        for part in parts.values():
+            task = task_between(bare(self.model), part, args.task)
+        self._compute_from_heads(task)
+        self._keep_columns_of(*parts.values())
+        if column is not None:
+            self._signature_columns = [*(self._signature_columns or ()), column]
         self._loss_keywords = args.loss_keywords()
-        if isinstance(teacher, nn.Module):
-            self._run(teacher)
-        else:
-            self._read(teacher)
+        self._teach(teacher)
         if args.on_policy_share and not self._task.writes:
             raise ValueError("on_policy_share: expected a decoder, which can write.")
         if args.kd_tokens == "all" and self._task.over_tokens and not self._task.per_token:
@@ -131,43 +137,63 @@ class DistillationTrainer(FromHeads, Trainer):
         self.labels_seen: Tensor | int = 0  # in this session, by all processes
         self._step_tokens: Tensor | int | None = None
 
-    def _run(self, teacher: nn.Module) -> None:
-        self.teacher = frozen(teacher, self.model, self.args.device)
-        self._teacher_side: Any = LiveTeacher(
-            self.teacher, self.accelerator.autocast, self._task.logits, self._task.over_tokens
-        )
+    def _teach(self, teacher: Teachers) -> None:
+        """Make the teacher's side of the loss, and have batches come with what it needs."""
+        parts, column = RoutedTeachers.parts(teacher)
+        sides = {name: self._side(part) for name, part in parts.items()}
+        side: Any = sides[""] if column is None else RoutedSide(column, sides)
+        self._teacher_side = side
         self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
+        if isinstance(side, LiveTeacher):
+            self.teacher = side.model
+            return
+        side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
+        if self.args.on_policy_share and column is not None:
+            raise ValueError("on_policy_share: what the student writes has no teacher's name.")
+        if self.args.on_policy_share:  # what the student will write is asked for when it is there
+            return
+        self.data_collator = side.collator(self.data_collator)
+        ahead = [x.service.ahead for x in parts.values() if isinstance(x, ServedTeacher)]
+        if any(ahead):
+            # they wait for the server, and need no core of their own
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            workers = max(self.args.dataloader_num_workers, *ahead)
+            self.args.dataloader_num_workers = workers
 
-    def _read(self, cache: TeacherCache | ServedTeacher) -> None:
-        self.args.check_for_cache(asks=isinstance(cache, ServedTeacher))
+    def _side(self, teacher: nn.Module | TeacherCache | ServedTeacher) -> Side:
+        if isinstance(teacher, nn.Module):
+            model = frozen(teacher, self.model, self.args.device)
+            task = self._task
+            kind = SpreadTeacher if is_spread(model) else LiveTeacher
+            if self.terms and kind is SpreadTeacher:
+                raise ValueError(
+                    "terms: a teacher that is split over processes runs their batches one after "
+                    "the other, whose states would be mixed: expected none."
+                )
+            return kind(model, self.accelerator.autocast, task.logits, task.over_tokens)
+        self.args.check_for_cache(asks=isinstance(teacher, ServedTeacher))
         if self._task.no_cache:
             raise ValueError(self._task.no_cache)
-        side = CachedTeacher(
-            cache,
+        return CachedTeacher(
+            teacher,
             self._loss_keywords["divergence"],
             self.args.teacher_temperature or self.args.temperature,
             self.args.teacher_tail,
         )
-        self._teacher_side = side
-        self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
-        side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
-        if self.args.on_policy_share:  # what the student will write is asked for when it is there
-            return
-        self.data_collator = side.collator(self.data_collator)
-        if isinstance(cache, ServedTeacher):
-            # they wait for the server, and need no core of their own
-            warnings.filterwarnings("ignore", "This DataLoader will create")
-            workers = max(self.args.dataloader_num_workers, cache.service.ahead)
-            self.args.dataloader_num_workers = workers
 
     def _vocabulary(self, student: Any) -> int | None:
         """How many columns are real now: embeddings may have been resized."""
-        given = self.args.vocab_size
+        given, tokenizer = self.args.vocab_size, self.processing_class
         if not self._task.over_tokens:
             return None
-        if isinstance(self._teacher_side, CachedTeacher):
-            return self._teacher_side.vocabulary(student, given)
-        return true_vocabulary(student, self.teacher, given, self.processing_class)
+
+        def of(side: Side) -> int | None:
+            if isinstance(side, CachedTeacher):
+                return side.vocabulary(student, given)
+            return true_vocabulary(student, side.model, given, tokenizer)
+
+        side = self._teacher_side
+        return side.vocabulary(of) if isinstance(side, RoutedSide) else of(side)
 
     def _refuse_compiled_terms(self, model: nn.Module) -> None:
         compiles = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO

@@ -12,12 +12,12 @@ import functools
 import hashlib
 import os
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from fusedkd.files import private_folder
 from fusedkd.tape import MASKS, Node, Tape
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ struct custom {
 def render(tape: Tape) -> str:
     """The struct that pointwise.h includes."""
     lines = []
-    numeric = _without_entries(tape)  # computed once a row, in fp64
+    numeric = tape.numeric()  # computed once a row, in fp64
     for position, node in enumerate(tape.nodes):
         kind = "auto" if node.op in MASKS else "double" if numeric[position] else "V"
         lines.append(f"    const {kind} x{position} = {_expression(tape, position, numeric)};")
@@ -68,13 +68,6 @@ def render(tape: Tape) -> str:
     # as everywhere, an infinite gradient counts as 0
     lines.append("    return {value, abs(grad) == splat<V>(kInfinity) ? V{} : grad};")
     return HEAD + "\n".join(lines) + "\n  }\n};\n"
-
-
-def _without_entries(tape: Tape) -> list[bool]:
-    numeric: list[bool] = []
-    for node in tape.nodes:
-        numeric.append(node.op not in ("lp", "lq") and all(numeric[i] for i in node.inputs))
-    return numeric
 
 
 def _expression(tape: Tape, position: int, numeric: list[bool]) -> str:
@@ -96,18 +89,8 @@ def _expression(tape: Tape, position: int, numeric: list[bool]) -> str:
     return f"{CALLS[node.op][not vector]}({', '.join(inputs)})"
 
 
-def _entry_of(tape: Tape, node: Node) -> str | None:
-    """What each entry comes with; its difference and exponentials are better than ours."""
-    inner = [tape.nodes[i].op for i in node.inputs]
-    if node.op == "exp" and inner[0] in ("lp", "lq"):
-        return inner[0][1]
-    if node.op == "sub" and inner == ["lp", "lq"]:
-        return "gap"
-    return node.op if node.op in ("lp", "lq") else None
-
-
 def _leaf(tape: Tape, node: Node) -> str | None:
-    if entry := _entry_of(tape, node):
+    if entry := tape.entry(node):
         return f"e.{entry}"
     if node.op == "parameter":
         return f"w[{int(node.number)}]"
@@ -170,7 +153,7 @@ def assemble(tape: Tape) -> _Tape:
         )
     made = _Tape(len(tape.nodes), tape.value, tape.grad)
     for step, node in zip(made.steps, tape.nodes, strict=False):
-        name = _entry_of(tape, node) or MASK_STEPS.get(node.op, node.op)
+        name = tape.entry(node) or MASK_STEPS.get(node.op, node.op)
         step.op, step.number = STEPS.index(name.removeprefix("-")), node.number
         step.inputs = (*node.inputs, 0, 0, 0)[:3]
     return made
@@ -203,7 +186,7 @@ def load(tape: Tape, instruction_set: str, register: Callable[[str, int, list[in
     """
     source = render(tape)
     name = f"custom_{_key(source, instruction_set)}"
-    path = folder() / f"{name}.so"
+    path = private_folder("cpu") / f"{name}.so"
     if not path.exists():
         with open(path.with_suffix(".lock"), "w") as lock:  # torchrun's other processes wait
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -235,27 +218,6 @@ def compiler() -> str | None:
     """``$CXX``, or the first of the usual ones; None where there is none."""
     candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
-
-
-@functools.cache
-def folder() -> Path:
-    """Where libraries are kept: ``$FUSEDKD_CACHE``, or ``fusedkd`` in the user's cache. Nobody else
-    may write there, for what lies there is run.
-
-    Raises:
-        RuntimeError: somebody else can.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(os.environ.get("FUSEDKD_CACHE") or Path(home) / "fusedkd") / "cpu"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts = path.lstat()
-    private = facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if not private or not stat.S_ISDIR(facts.st_mode):
-        raise RuntimeError(
-            f"{path}: others can write here, and compiled code would be run from it: expected a "
-            "folder of your own with permissions 0700. `chmod go-w` it, or set FUSEDKD_CACHE."
-        )
-    return path
 
 
 def compile_(source: str, instruction_set: str, path: Path) -> None:

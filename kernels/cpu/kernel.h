@@ -50,41 +50,13 @@ struct Numbers {
 };
 
 // A divergence as operations, in the order of fusedkd.kernels.cpu.emit.STEPS.
+// clang-format off
 enum class TapeOp : int {
-  lp,
-  lq,
-  p,
-  q,
-  gap,
-  constant,
-  parameter,
-  neg,
-  abs,
-  sign,
-  exp,
-  expm1,
-  log,
-  log1p,
-  sqrt,
-  tanh,
-  sigmoid,
-  detach,
-  add,
-  sub,
-  mul,
-  div,
-  pow,
-  minimum,
-  maximum,
-  logaddexp,
-  where,
-  eq,
-  lt,
-  le,
-  both,
-  either,
-  no
+  lp, lq, p, q, gap, constant, parameter, neg, abs, sign, exp, expm1, log, log1p, sqrt, tanh,
+  sigmoid, detach, add, sub, mul, div, pow, minimum, maximum, logaddexp, where, eq, lt, le, both,
+  either, no
 };
+// clang-format on
 struct TapeStep {
   TapeOp op;
   int inputs[3];
@@ -172,6 +144,13 @@ struct SoftmaxCall {
   bool stream;
 };
 
+// `ids` are to be among the columns; the third of the statistics is the mass of all others.
+struct TopCall : SoftmaxCall {
+  int64_t k;
+  double* top_values;  // (rows, k) z / T, the largest first; -inf where there is no more
+  int64_t* top_ids;    // (rows, k), -1 there
+};
+
 struct InstructionSet {
   const char* name;
   int (*find)(const char* divergence);  // -1: not in pointwise.h
@@ -180,6 +159,7 @@ struct InstructionSet {
   void (*row)(const RowsCall&, const Workspace&, int64_t row);
   void (*scale)(const ScaleCall&, int64_t row);
   void (*softmax)(const SoftmaxCall&, int64_t row);
+  void (*top)(const TopCall&, int64_t row);
 };
 
 const InstructionSet& base_set();

@@ -62,6 +62,19 @@ void token_gradient(Tensor logits, Tensor counts, Tensor ids, std::vector<double
   for_rows(rows, call.columns, [&](int64_t row, int64_t) { instructions().softmax(call, row); });
 }
 
+void top(Tensor logits, Tensor counts, Tensor ids, std::vector<double> numbers,
+         std::vector<int64_t> part, Tensor statistics, Tensor top_values, Tensor top_ids) {
+  TopCall call{};
+  static_cast<SoftmaxCall&>(call) = call_of(logits, counts, ids, numbers, part, statistics);
+  call.k = top_ids.size(1);
+  const int64_t rows = call.batch * call.tokens;
+  STD_TORCH_CHECK(top_ids.size(0) == rows && top_ids.scalar_type() == ScalarType::Long &&
+                      dtype_of(top_values) == DType::f64 && top_values.numel() == rows * call.k,
+                  "fusedkd_cpu: the top's values and ids have another shape than they should");
+  call.top_values = pointer<double>(top_values), call.top_ids = pointer<int64_t>(top_ids);
+  for_rows(rows, call.columns, [&](int64_t row, int64_t) { instructions().top(call, row); });
+}
+
 }  // namespace
 }  // namespace fusedkd
 
@@ -72,9 +85,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def(
       "token_gradient(Tensor logits, Tensor counts, Tensor ids, float[] numbers, int[] part, "
       "Tensor statistics, Tensor constant, Tensor? linear, Tensor(a!) grad) -> ()");
+  m.def(
+      "top(Tensor logits, Tensor counts, Tensor ids, float[] numbers, int[] part, Tensor(a!) "
+      "statistics, Tensor(b!) top_values, Tensor(c!) top_ids) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CPU, m) {
   m.impl("token_statistics", TORCH_BOX(&fusedkd::token_statistics));
   m.impl("token_gradient", TORCH_BOX(&fusedkd::token_gradient));
+  m.impl("top", TORCH_BOX(&fusedkd::top));
 }

@@ -7,7 +7,7 @@
 #include "dense.h"
 #include "scale.h"
 #if !defined(FUSEDKD_POINTWISE)
-#include "softmax.h"
+#include "top.h"
 #endif
 
 namespace fusedkd {
@@ -352,10 +352,10 @@ inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
 
 #if defined(FUSEDKD_POINTWISE)  // a library of one divergence has no other rows
 constexpr InstructionSet kSet = {
-    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, nullptr};
+    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, nullptr, nullptr};
 #else
 constexpr InstructionSet kSet = {
-    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, softmax_row};
+    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, softmax_row, top_row};
 #endif
 
 }  // namespace FUSEDKD_ISA

@@ -13,7 +13,7 @@ from torch import Tensor, empty
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.kernels.pieces import block_rows, compare, finish, observe
-from fusedkd.kernels.tokens import token_gradient, token_statistics
+from fusedkd.kernels.tokens import token_gradient, token_statistics, top
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "empty",
     "finish",
     "head_dtypes",
+    "merge",
     "mm_",
     "observe",
     "reduced",
@@ -29,6 +30,7 @@ __all__ = [
     "scale_",
     "token_gradient",
     "token_statistics",
+    "top",
     "unavailable",
 ]
 
@@ -46,7 +48,8 @@ def rows(call: RowCall, *fields: Any) -> Rows:
     0.1, which goes with release 0.3)."""
     call = RowCall(call, *fields) if fields else call  # type: ignore[arg-type]
     ops, sparse_ops = _launchers()
-    return (sparse_ops if isinstance(call.teacher, SparseRows) else ops).rows(call)  # type: ignore[no-any-return]
+    kind = sparse_ops if isinstance(call.teacher, SparseRows) else ops
+    return kind.rows(call)  # type: ignore[no-any-return]
 
 
 def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:

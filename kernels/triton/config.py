@@ -56,6 +56,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fusedkd.divergences import recorded_tape
+
 from . import launches, lean, pointwise
 from .launches import Launch
 from .numerics import INTERPRETED as _INTERPRETED
@@ -67,6 +69,7 @@ WARP = {"cuda": 32, "hip": 64}
 MOST_REGISTERS = 128  # per thread, on NVIDIA
 # Statistics that the programs of a row hand on (programs.py, sparse.py), and sums after them.
 PARTIALS, SPARSE_PARTIALS, SUMS = 17, 7, 2
+AT_ONCE = ("whole", "joint")  # the stages that do all of a row
 
 
 def _threads(launch: Launch, target: str) -> int:
@@ -106,7 +109,7 @@ class Plan(Tiling):
     nvidia: bool  # its approximate instructions are there
     careful: Any  # the divergence's function in pointwise.py
     form: lean.Lean
-    exact: bool  # fp64, entry by entry
+    exact: bool  # entry by entry: fp64, and divergences of somebody's own
     closed: bool  # the statistics give the divergence, ...
     kls: bool  # ... as a mix of KL(p || q) and KL(q || p)
     forward: bool  # they hold the gaps weighted by p
@@ -115,6 +118,7 @@ class Plan(Tiling):
     terms: bool  # there is a sweep for the divergence's value
     unroll_terms: int  # its lines of a lane
     late: bool  # it is that of the gradient
+    sharp: bool  # rows of one sharp peak have a gradient of their own
     mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
     teacher: bool  # it has a say
     kd: bool  # in the loss too
@@ -182,6 +186,8 @@ def stages(variant: Variant, launch: Launch) -> tuple[str, ...]:
     """The launches of one call, in order."""
     # A closed divergence has a middle stage too: its programs return at once unless their row
     # turned out to hold masks, which only the device knows.
+    if launch.joint and not INTERPRETED:
+        return ("joint",)
     return ("whole",) if launch.pieces == 1 else ("statistics", "middle", "gradient")
 
 
@@ -192,13 +198,14 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         named["grad"] = variant.grad
     lead = min(named, key=lambda name: named[name].itemsize)
     item = named[lead].itemsize
-    form = lean.FORMS[variant.divergence]
-    exact = torch.float64 in (variant.student, variant.teacher)
+    wide = torch.float64 in (variant.student, variant.teacher)
+    form = lean.FORMS.get(variant.divergence, lean.NONE)
+    exact = wide or form is lean.NONE
     kls, powers = variant.divergence in pointwise.KLS, 0 if exact else form.powers
     # with twice the lines these spill (benchmarks/resources.py)
     unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
     return Plan(
-        acc=tl.float64 if exact else tl.float32,
+        acc=tl.float64 if wide else tl.float32,
         lanes=_threads(launch, target),
         unroll=unroll,
         width=16 // item,
@@ -218,8 +225,9 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         reverse=form.reverse,
         powers=powers,
         terms=form.terms is not None,
-        unroll_terms=1 if form.heavy else unroll,
-        late=powers > 0 and variant.kd and variant.grad is not None and stage == "whole",
+        unroll_terms=1 if form.heavy or stage == "joint" else unroll,
+        sharp=form.sharp is not None and variant.kd and not exact,
+        late=powers > 0 and variant.kd and variant.grad is not None and stage in AT_ONCE,
         mixes=variant.divergence in pointwise.MIXTURES,
         teacher=variant.kd or variant.metrics,
         kd=variant.kd,
@@ -276,11 +284,15 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
 
 def function(divergence: str) -> Any:
     """The pointwise function of a divergence."""
+    if (tape := recorded_tape(divergence)) is not None:
+        from . import emit
+
+        return emit.function(tape)
     found = getattr(pointwise, divergence, None)
     if found is None or divergence.startswith("_"):
         raise NotImplementedError(
             f"the divergence {divergence!r} has no Triton function. It is described once per "
             "language, under the same name: fusedkd/divergences.py, kernels/triton/pointwise.py "
-            "and kernels/cpu/pointwise.h."
+            "and kernels/cpu/pointwise.h; one of your own, @divergences.custom makes."
         )
     return found

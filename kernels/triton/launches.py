@@ -19,6 +19,8 @@ class Launch:
     # Tiles on their way to shared memory, 1: none, loads go straight to registers. More hide more
     # latency, for a barrier per tile and without the eviction hints (cp.async has none).
     stages: int = 1
+    # Whether the programs of a row are one launch and wait for one another, or three launches.
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Entry:
     stages: int
     piece: int  # least columns of a piece where a row is split; 0: a row is one program's
     why: str
+    together: int = 0  # programs a row that are one launch and wait for one another (JOINT)
 
     def fits(self, rows: int, vocab: int, processors: int) -> bool:
         """Whether it serves so many rows of so many columns on a GPU with so many SMs."""
@@ -39,6 +42,8 @@ class Entry:
 
     def launch(self, rows: int, vocab: int, processors: int) -> Launch:
         """With pieces enough for four programs per SM, none narrower than ``piece``."""
+        if self.together:
+            return Launch(self.together, self.warps, self.unroll, self.stages, joint=True)
         pieces = 1
         while (
             self.piece
@@ -95,3 +100,10 @@ TABLE = (
         "each tensor per thread keep 32 kB in flight, twice what memory's latency asks for.",
     ),
 )
+
+# The other way for many long rows, for tests and counts (programs.py, stage "joint"): 4 programs a
+# row, 2 on an SM. 66 rows in flight instead of 132 are 40 MB and stay in L2, so every later sweep
+# hits, where with a program a row a third does not. It has not run on a GPU, and a program that
+# waits for one that never starts hangs, so the table has none: ``together=4, warps=8`` in its last
+# entry does it.
+JOINT = Launch(pieces=4, warps=8, unroll=2, joint=True)

@@ -68,6 +68,8 @@ class Lean:
     terms: triton.JITFunction | None = None  # (entry, constants, pair, plan) -> two numbers, and
     # (their sums, sum of grad so far, a, b) -> (value, sum of grad)
     summed: triton.JITFunction | None = None
+    # (entry, constants, those of ``terms``, pair, plan) -> (f, r) in rows of one sharp peak
+    sharp: triton.JITFunction | None = None
     forward: bool = False  # the statistics that it reads: gaps weighted by p
     reverse: bool = False  # ... by q
     powers: int = 0  # 1: p^a q^b; 2: p^(a + b) and q^(a + b) too
@@ -114,13 +116,15 @@ def _mixed_closed(of, pair, a, b, plan: tl.constexpr):
 
 @triton.jit
 def _forward_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
-    return kd * pair.student.over_sum, kd * pair.teacher.over_sum
+    # 1 - (student's sum / teacher's), without the rounding of either
+    less = (of.teacher.sum - of.student.sum) * reciprocal(of.teacher.sum)
+    return kd * pair.student.over_sum, less.to(plan.acc)
 
 
 @triton.jit
 def _forward_slope(at, by, pair, plan: tl.constexpr):
-    """q - p"""
-    return by[0], -(at.e_t * by[1])
+    """q - p, whose digits are those of the difference where one entry has nearly all of both."""
+    return 0.0, ((at.e_s - at.e_t) + at.e_t * by[1]) * by[0]
 
 
 @triton.jit
@@ -139,14 +143,15 @@ def _reverse_slope(at, by, pair, plan: tl.constexpr):
 
 @triton.jit
 def _mixed_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
-    p, q = a * kd * pair.teacher.over_sum, (1.0 - a) * kd * pair.student.over_sum
-    constant = a * kd * pair.student.over_sum + q * _gap(of.student, pair, plan)
-    return constant, q * pair.student.inverse_t, p
+    forward = _forward_factors(of, pair, sum_grad, a * kd, a, b, plan)
+    reverse = _reverse_factors(of, pair, sum_grad, (1.0 - a) * kd, a, b, plan)
+    return forward[0], forward[1], reverse[0], reverse[1]
 
 
 @triton.jit
 def _mixed_slope(at, by, pair, plan: tl.constexpr):
-    return by[0] - at.x * by[1], -(at.e_t * by[2])
+    _, rest = _forward_slope(at, by, pair, plan)
+    return by[3] - at.x * by[2], rest
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,6 +243,14 @@ def _jsd_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
 def _jsd_slope(at, by, pair, plan: tl.constexpr):
     _, over = _over_q(at, by, pair, plan)
     return -(log2_near(over, plan) * by[0]) - by[1], 0.0
+
+
+@triton.jit
+def _jsd_sharp(at, by, terms, pair, plan: tl.constexpr):
+    """The same with the logarithm that ``terms`` has: at a peak q log(m / q) and q times the sum of
+    those are nearly equal, and the unit's error would be all that is left."""
+    m = _mixture(at, terms, pair, plan)
+    return -((m.beyond + m.log) * by[0]) - by[1], 0.0
 
 
 @triton.jit
@@ -403,30 +416,36 @@ def _power_summed(first, second, sum_grad, a, b):
 
 @triton.jit
 def _power_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
-    cross, _, _, of_cross, of_s, _ = _sum_of_powers(of, a, b, plan)
-    kd_a = kd / a
+    """The gradient is (q^s - p^a q^b) - q (their sums), over a; both powers less e_s, so that what
+    cancels at a peak is exactly 0 and not the rounding of two factors."""
+    _, _, _, of_cross, of_s, _ = _sum_of_powers(of, a, b, plan)
+    over = reciprocal(of.student.sum)
+    kd_a = (kd / a).to(tl.float64)
+    constant = (of.cross * over - 1.0) * of_cross
     if plan.powers == 2:
-        constant = -(kd * pair.student.over_sum * sum_grad)
-    else:  # q / a - q (1 - cross) / a
-        constant = kd_a * pair.student.over_sum * cross.to(plan.acc)
-    return constant, kd_a * of_cross.to(plan.acc), kd_a * of_s.to(plan.acc), a, b
+        constant -= (of.power_s * over - 1.0) * of_s
+    return (
+        (kd_a * constant).to(plan.acc), (kd_a * of_cross).to(plan.acc), (kd_a * of_s).to(plan.acc),
+        a, b,
+    )  # fmt: skip
 
 
 @triton.jit
 def _power_slope(at, by, pair, plan: tl.constexpr):
-    rest = -(tl.exp2(by[3] * at.a_t + by[4] * at.a_s) * by[1])
+    rest = (at.e_s - tl.exp2(by[3] * at.a_t + by[4] * at.a_s)) * by[1]
     if plan.powers == 2:
-        rest += tl.exp2((by[3] + by[4]) * at.a_s) * by[2]
+        rest += (tl.exp2((by[3] + by[4]) * at.a_s) - at.e_s) * by[2]
     return by[0], rest
 
 
+NONE = Lean(_reverse_factors, _reverse_slope)  # of a divergence that has none: none is called
 FORMS = {
     "forward_kl": Lean(_forward_factors, _forward_slope, _forward_closed, forward=True, rest=True),
     "reverse_kl": Lean(_reverse_factors, _reverse_slope, _reverse_closed, reverse=True),
     "mixed_kl": Lean(
         _mixed_factors, _mixed_slope, _mixed_closed, forward=True, reverse=True, rest=True
     ),
-    "jsd": Lean(_jsd_factors, _jsd_slope, None, _weight_a, _jsd_terms, _jsd_summed),
+    "jsd": Lean(_jsd_factors, _jsd_slope, None, _weight_a, _jsd_terms, _jsd_summed, _jsd_sharp),
     "skew_forward_kl": Lean(
         _skew_forward_factors,
         _skew_forward_slope,

@@ -36,12 +36,13 @@ def rows(call: RowCall) -> Rows:
         "loss": results.loss,
         "metrics": results.metrics,
         **scratch(call, launch, config.PARTIALS),
+        "arrived": _arrived(call, config.stages(variant, launch)),
         **layout(call.student, call.teacher_logits, call.grad),
         **numbers(call.spec),
     }
     with device.guard(call.student):
-        for launcher, pieces in _launchers(variant, launch):
-            launcher((n, pieces), arguments)
+        for launcher, rows, pieces in _launchers(variant, launch):
+            launcher((n * rows, pieces), arguments)
     return results
 
 
@@ -55,6 +56,13 @@ def scratch(call: RowCall, launch: config.Launch, partials: int) -> dict[str, Te
     }
 
 
+def _arrived(call: RowCall, stages: tuple[str, ...]) -> Tensor | None:
+    """Counters of programs that wait for one another, if any do."""
+    n = call.row_scale.numel()
+    joint = "joint" in stages
+    return call.row_scale.new_zeros(n, 2, dtype=torch.int32) if joint else None
+
+
 def _variant(call: RowCall) -> config.Variant:
     sides, spec = [call.student, call.teacher_logits], call.spec
     ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
@@ -62,7 +70,7 @@ def _variant(call: RowCall) -> config.Variant:
         student=call.student.dtype,
         teacher=call.teacher_logits.dtype,
         grad=None if call.grad is None else call.grad.dtype,
-        divergence=spec.divergence.name,
+        divergence=spec.divergence.key or spec.divergence.name,
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
@@ -75,14 +83,17 @@ def _variant(call: RowCall) -> config.Variant:
 
 
 @functools.cache
-def _launchers(variant: config.Variant, launch: config.Launch) -> tuple[tuple[Launcher, int], ...]:
-    """The kernels of a call, in order, each with its programs a row."""
+def _launchers(
+    variant: config.Variant, launch: config.Launch
+) -> tuple[tuple[Launcher, int, int], ...]:
+    """The kernels of a call, in order, each with its programs a row, on the grid's axes."""
     made = []
     for stage in config.stages(variant, launch):
         plan = config.plan(variant, launch, stage, device.TARGET)
         options = config.options(launch, device.TARGET, plan)
         launcher = Launcher(programs.row_kernel, {"plan": plan}, options)
-        made.append((launcher, programs_a_row(variant, launch, stage)))
+        count = programs_a_row(variant, launch, stage)
+        made.append((launcher, *((count, 1) if stage == "joint" else (1, count))))
     return tuple(made)
 
 

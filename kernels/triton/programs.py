@@ -1,12 +1,15 @@
 """The kernels that are launched, made of sweeps (row.py) and steps (stats.py, sweeps.py).
 
-``row_kernel`` comes in two structures:
+``row_kernel`` comes in three structures:
 
 * stage "whole": one program per row, everything in one launch. For many rows.
 * stages "statistics", ["middle",] "gradient": several programs per row, for few rows of a large
   vocabulary. Each leaves the statistics of its piece in a scratch row; whoever needs the whole
   merges the pieces itself, in a fixed order. No atomics and no waiting for one another, so the
   order of the launches is the only order there is.
+* stage "joint": those programs in one launch, which wait for one another at a counter of their row.
+  Programs start in the order of their ids, so of all rows that have begun only the last can be
+  incomplete: the others' programs end and make room. It wants room for ``pieces`` programs.
 
 No argument is specialised on: neither a size of 1, nor a multiple of 16, nor where a pointer lies
 compiles a kernel anew. (An annotation alone does not stop Triton from specialising an integer.) So
@@ -48,13 +51,15 @@ from .sweeps import (
     nothing_summed,
     slope,
     slope_carefully,
+    slope_sharply,
     write,
     write_carefully,
+    write_sharply,
 )
 
 POINTERS = (
     *("student", "teacher", "grad", "labels", "row_scale"),
-    *("loss", "metrics", "partial", "sums"),
+    *("loss", "metrics", "partial", "sums", "arrived"),
 )
 SIZES = ("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t", "vocab", "columns")
 
@@ -72,6 +77,14 @@ class Label(NamedTuple):
     column: Any  # -1: none
     student: Any  # raw logits there, read before any gradient is written: that may go over them
     teacher: Any
+
+
+class Shared(NamedTuple):
+    """What the programs of a row tell one another."""
+
+    partial: Any
+    sums: Any
+    arrived: Any  # two counters a row, 0 at the start
 
 
 class Compared(NamedTuple):
@@ -223,12 +236,39 @@ def _recall(partial, n, labels, plan: tl.constexpr):
 
 
 @triton.jit
-def _swept(STEP: tl.constexpr, sums, n, piece, sides, shape, span, by, unroll: tl.constexpr,
+def _arrive(arrived):
+    tl.debug_barrier()  # after all that the program's threads have written
+    return tl.atomic_add(arrived, 1, sem="acq_rel") + 1
+
+
+@triton.jit
+def _meet(arrived, plan: tl.constexpr):
+    """Wait until all pieces of a row have come here."""
+    count = _arrive(arrived)
+    while count < plan.pieces:
+        count = tl.atomic_add(arrived, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit
+def _leave_sums(sums, n, piece, first, second, plan: tl.constexpr):
+    at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
+    tl.store(at, first)
+    tl.store(at + plan.pieces, second)
+
+
+@triton.jit
+def _recall_sums(sums, n, plan: tl.constexpr):
+    first, second = pieces(sums, n, 0, 2, plan), pieces(sums, n, 1, 2, plan)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
+
+
+@triton.jit
+def _swept(STEP: tl.constexpr, shared, n, piece, sides, shape, span, by, unroll: tl.constexpr,
            plan: tl.constexpr):  # fmt: skip
     """The sums of a row over a sweep of its own; the stage "middle" leaves those of its piece."""
     if plan.stage == "gradient":
-        first = tl.sum(pieces(sums, n, 0, 2, plan), axis=0)
-        second = tl.sum(pieces(sums, n, 1, 2, plan), axis=0)
+        first, second = _recall_sums(shared.sums, n, plan)
     else:
         swept = nothing_summed(plan)
         if unroll:
@@ -236,15 +276,16 @@ def _swept(STEP: tl.constexpr, sums, n, piece, sides, shape, span, by, unroll: t
         else:
             swept = sweep_columns(STEP, swept, sides, shape, span, by, plan)
         first, second = added(swept.first), added(swept.second)
-    if plan.stage == "middle":
-        at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
-        tl.store(at, first)
-        tl.store(at + plan.pieces, second)
+        if plan.stage != "whole":
+            _leave_sums(shared.sums, n, piece, first, second, plan)
+        if plan.stage == "joint":
+            _meet(shared.arrived + 2 * n + 1, plan)
+            first, second = _recall_sums(shared.sums, n, plan)
     return first.to(plan.acc), second.to(plan.acc)
 
 
 @triton.jit
-def _compared(of, pair, sums, n, piece, sides, shape, span, a, b, plan: tl.constexpr):
+def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.constexpr):
     zero = scalar(0.0, plan.acc)
     value, sum_grad, ordinary, forwards = zero, zero, True, True
     careful: tl.constexpr = 0 if plan.powers else 1
@@ -255,7 +296,7 @@ def _compared(of, pair, sums, n, piece, sides, shape, span, a, b, plan: tl.const
             if ordinary:
                 by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
                 first, second = _swept(
-                    compare, sums, n, piece, sides, shape, span, by, plan.unroll_terms, plan
+                    compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
                 )
                 value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
         else:
@@ -263,15 +304,17 @@ def _compared(of, pair, sums, n, piece, sides, shape, span, a, b, plan: tl.const
         if not ordinary:
             by = Comparing(pair, (a,), a, b)
             value, sum_grad = _swept(
-                compare_carefully, sums, n, piece, sides, shape, span, by, careful, plan
+                compare_carefully, shared, n, piece, sides, shape, span, by, careful, plan
             )
     elif plan.teacher and plan.exact:
         by = Comparing(pair, (a,), a, b)
-        value, sum_grad = _swept(compare_carefully, sums, n, piece, sides, shape, span, by, 1, plan)
+        value, sum_grad = _swept(
+            compare_carefully, shared, n, piece, sides, shape, span, by, 1, plan
+        )
     elif plan.teacher:
         by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
         first, second = _swept(
-            compare, sums, n, piece, sides, shape, span, by, plan.unroll_terms, plan
+            compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
         )
         value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
     if plan.teacher:  # NaN where a logit was
@@ -293,7 +336,7 @@ def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.con
     constants, terms = (kd,), (kd,)
     if plan.kd and not plan.exact:
         constants = plan.form.factors(of, pair, compared.sum_grad, kd, a, b, plan)
-    if plan.late:
+    if plan.late or plan.sharp:
         terms = plan.form.constants(of, pair, a, b, plan)
     return Gradient(
         grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b
@@ -313,13 +356,20 @@ def _write_label(label, sides, span, shape, by, SLOPE: tl.constexpr, plan: tl.co
 
 
 @triton.jit
-def _gradient_leanly(label, sides, span, shape, by, compared, plan: tl.constexpr):
-    """The divergence's value too, if that is summed here."""
-    value, back = compared.value, not compared.forwards
+def _gradient_leanly(label, shared, n, piece, sides, span, shape, by, compared, plan: tl.constexpr):
+    """(value, whether this program knows it): the divergence's, if that is summed here."""
+    value, back, known = compared.value, not compared.forwards, piece == 0
     if plan.late:
-        start = nothing_summed(plan)
-        sums = sweep(write, start, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
-        first, second = added(sums.first).to(plan.acc), added(sums.second).to(plan.acc)
+        swept = nothing_summed(plan)
+        swept = sweep(write, swept, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+        first, second = added(swept.first), added(swept.second)
+        if plan.stage == "joint":  # whoever comes last has them all
+            _leave_sums(shared.sums, n, piece, first, second, plan)
+            known = _arrive(shared.arrived + 2 * n + 1) == plan.pieces
+            tl.debug_barrier()
+            if known:
+                first, second = _recall_sums(shared.sums, n, plan)
+        first, second = first.to(plan.acc), second.to(plan.acc)
         value, _ = plan.form.summed(first, second, compared.sum_grad, by.a, by.b)
         value += compared.sum_grad - compared.sum_grad
     else:
@@ -327,33 +377,48 @@ def _gradient_leanly(label, sides, span, shape, by, compared, plan: tl.constexpr
         sweep(write, nothing, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
     if plan.ce:
         _write_label(label, sides, span, shape, by, slope, plan)
-    return value
+    return value, known
 
 
 @triton.jit
-def _gradient_carefully(label, sides, span, shape, by, plan: tl.constexpr):
+def _gradient_otherwise(
+    STEP: tl.constexpr, SLOPE: tl.constexpr, label, sides, span, shape, by, plan: tl.constexpr
+):
     nothing = tl.full([], 0, tl.int32)
     if plan.powers == 0:
-        sweep(write_carefully, nothing, sides, shape, span, by, False, "evict_first", 1, plan)
+        sweep(STEP, nothing, sides, shape, span, by, False, "evict_first", 1, plan)
     else:
-        sweep_columns(write_carefully, nothing, sides, shape, span, by, plan)
+        sweep_columns(STEP, nothing, sides, shape, span, by, plan)
     if plan.ce:
-        _write_label(label, sides, span, shape, by, slope_carefully, plan)
+        _write_label(label, sides, span, shape, by, SLOPE, plan)
 
 
 @triton.jit
-def _gradient(label, sides, span, shape, by, compared, plan: tl.constexpr):
-    value = compared.value
+def _gradient(label, shared, n, piece, sides, span, shape, by, compared, plan: tl.constexpr):
+    value, known = compared.value, piece == 0
     if plan.exact:
-        _gradient_carefully(label, sides, span, shape, by, plan)
+        _gradient_otherwise(write_carefully, slope_carefully, label, sides, span, shape, by, plan)
     elif plan.closed and plan.teacher:
         if compared.ordinary:
-            value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
+            value, known = _gradient_leanly(
+                label, shared, n, piece, sides, span, shape, by, compared, plan
+            )
         else:
-            _gradient_carefully(label, sides, span, shape, by, plan)
+            _gradient_otherwise(
+                write_carefully, slope_carefully, label, sides, span, shape, by, plan
+            )
+    elif plan.sharp:
+        if by.pair.student.over_sum > 0.5:  # the largest q
+            _gradient_otherwise(write_sharply, slope_sharply, label, sides, span, shape, by, plan)
+        else:
+            value, known = _gradient_leanly(
+                label, shared, n, piece, sides, span, shape, by, compared, plan
+            )
     else:
-        value = _gradient_leanly(label, sides, span, shape, by, compared, plan)
-    return value
+        value, known = _gradient_leanly(
+            label, shared, n, piece, sides, span, shape, by, compared, plan
+        )
+    return value, known
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,6 +429,7 @@ def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
     labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 8) or None; N = B T
     partial, sums,  # fp64 (N, PARTIALS, pieces), (N, 2, pieces), or None in the stage "whole"
+    arrived,  # int32 (N, 2) of 0, or None but in the stage "joint"
     length: tl.int32, s_b: tl.int64, s_t: tl.int64, t_b: tl.int64, t_t: tl.int64,
     g_b: tl.int64, g_t: tl.int64, vocab: tl.int32, columns: tl.int32,
     inverse_s: tl.float64, inverse_t: tl.float64,  # 1 / temperature
@@ -373,9 +439,12 @@ def row_kernel(
     a: tl.float64, b: tl.float64,  # parameters of the divergence
     plan: tl.constexpr,
 ):  # fmt: skip
-    """One row, or a piece of one; grid (N, pieces)."""
+    """One row, or a piece of one; grid (N, pieces), and (N pieces,) in the stage "joint"."""
     acc: tl.constexpr = plan.acc
     n, piece = tl.program_id(0), tl.program_id(1)
+    if plan.stage == "joint":
+        n, piece = n // plan.pieces, n % plan.pieces
+    shared = Shared(partial, sums, arrived)
     if grad is not None:
         grad = row_start(grad, n, length, g_b, g_t)
     sides = Sides(
@@ -391,27 +460,31 @@ def row_kernel(
         span, leader = share(shape, piece, plan), piece == 0
     scale = tl.load(row_scale + n)
     if scale == 0:
-        if plan.stage == "whole" or plan.stage == "gradient":
+        if plan.stage != "statistics" and plan.stage != "middle":
             drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
         first, second = scalar(a, acc), scalar(b, acc)
         of_s, of_t, over = scalar(inverse_s, acc), scalar(inverse_t, acc), scalar(ratio, acc)
         scales = Scales(of_s * LOG2E, of_t * LOG2E, over, first, second)
-        if plan.stage == "whole" or plan.stage == "statistics":
+        if plan.stage != "middle" and plan.stage != "gradient":
             label = _label(sides, labels, n, plan)
             start = nothing_seen(plan)
             of = sweep(
                 observe, start, sides, shape, span, scales, False, "evict_last", plan.unroll, plan
             )
             of = merged(resolved(of, sides, shape, plan), scales, plan)
-        else:
+            if plan.stage != "whole":
+                leave(partial, n, piece, _flat(of, label), plan)
+            if plan.stage == "joint":
+                _meet(arrived + 2 * n, plan)
+        if plan.stage != "whole" and plan.stage != "statistics":
             of, label = _recall(partial, n, labels, plan)
             of = merged(of, scales, plan)
-        if plan.stage == "statistics":
-            leave(partial, n, piece, _flat(of, label), plan)
-        else:
+        if plan.stage != "statistics":
             pair = paired(of, of_s, of_t, over, plan)
-            compared = _compared(of, pair, sums, n, piece, sides, shape, span, first, second, plan)
+            compared = _compared(
+                of, pair, shared, n, piece, sides, shape, span, first, second, plan
+            )
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
@@ -421,8 +494,9 @@ def row_kernel(
                 if grad is not None:
                     by = _factors(grad, shape, of, pair, compared, weights, vocab, first, second,
                                   plan)  # fmt: skip
-                    value = _gradient(label, sides, span, shape, by, compared, plan)
-                    if plan.late:
+                    value, known = _gradient(label, shared, n, piece, sides, span, shape, by,
+                                             compared, plan)  # fmt: skip
+                    if plan.late and known:
                         _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab,
                                 plan)  # fmt: skip
                     beyond = vocab if leader else columns

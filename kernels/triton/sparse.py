@@ -12,7 +12,7 @@ distributions given that it is one of them.
 
 Stages as in programs.py; "middle" exists only where entries outside the ids have a say of their own
 (``plan.outside``): where the teacher is absent, and what the divergence makes of that is not in
-proportion to q.
+proportion to q (pointwise.HOMOGENEOUS).
 """
 
 from typing import Any, NamedTuple
@@ -43,8 +43,8 @@ from .sparse_sweeps import (
     Ids,
     Outside,
     Seen,
+    absent,
     merged_seen,
-    powers,
     seen_by,
     slope_outside,
     write_outside,
@@ -96,7 +96,7 @@ class Tail(NamedTuple):
 
     value: Any
     sum_grad: Any
-    rate: Any  # grad where q = 1
+    rate: Any  # grad over q, where that is one number
 
 
 @triton.jit
@@ -309,17 +309,15 @@ def _outside(
     share = tl.exp2(norm.shift * norm.softmax.scale) * norm.softmax.over_sum
     soft, kd = scalar(0.0, tl.float64), weights.row * weights.kd * norm.softmax.inverse_t
     if plan.kd and TAIL != "conditional":
-        own = 0.0 if plan.outside else tail.rate  # in proportion to q
-        soft += (own - (tail.sum_grad + found.sum_grad)) * share
+        soft += (tail.rate - (tail.sum_grad + found.sum_grad)) * share
         if TAIL == "bucket":  # the tail's derivative goes to its entries in proportion to 2^a
             of_tail = found.of_tail * reciprocal(seen.of.student.sum)
             soft += tl.where(seen.of.student.sum == 0, 0.0, of_tail)
         soft *= kd
     unit = of_ce * norm.over_unit * tl.exp2(norm.shift * LOG2E)
     smooth = of_ce * weights.smoothing / vocab.to(plan.acc)
-    of_power = (tail.rate * kd).to(plan.acc)
-    return Outside(grad, shape, seen.of.student.max, norm.softmax, soft.to(plan.acc), a + b,
-                   of_power, kd, unit, smooth, a, b)  # fmt: skip
+    return Outside(grad, shape, seen.of.student.max, norm.softmax, soft.to(plan.acc), kd, unit,
+                   smooth, a, b)  # fmt: skip
 
 
 @triton.jit
@@ -328,7 +326,8 @@ def _gradient(
     TAIL: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     none = tl.full([], 0, tl.int32)
-    sweep(write_outside, none, sides, by.shape, span, by, True, "evict_first", plan.unroll, plan)
+    unroll: tl.constexpr = 1 if plan.outside else plan.unroll
+    sweep(write_outside, none, sides, by.shape, span, by, True, "evict_first", unroll, plan)
     of_ce = weights.row * weights.ce
     hot = of_ce * (1.0 - weights.smoothing)
     tl.debug_barrier()  # the label's gradient and the ids' go over what the sweep wrote
@@ -345,32 +344,35 @@ def _gradient(
 
 
 @triton.jit
-def _powers(sides, ids, norm, sums, n, piece, shape, span, power, plan: tl.constexpr):
-    """The sum of q^power outside the ids; the stage "middle" leaves that of its piece."""
+def _swept(sides, ids, norm, sums, n, piece, shape, span, a, b, plan: tl.constexpr):
+    """(value, sum of grad) outside the ids; the stage "middle" leaves those of its piece."""
     if plan.stage == "gradient":
-        total = tl.sum(pieces(sums, n, 0, 2, plan), axis=0)
+        value = tl.sum(pieces(sums, n, 0, 2, plan), axis=0)
+        sum_grad = tl.sum(pieces(sums, n, 1, 2, plan), axis=0)
     else:
-        total = powers(sides, shape, span, Absent(ids, shape, norm.softmax, power), plan)
+        by = Absent(ids, shape, norm.softmax, a, b)
+        value, sum_grad = absent(sides, shape, span, by, plan)
     if plan.stage == "middle":
-        tl.store(sums + n.to(tl.int64) * (2 * plan.pieces) + piece, total)
-    return total
+        at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
+        tl.store(at, value)
+        tl.store(at + plan.pieces, sum_grad)
+    return value, sum_grad
 
 
 @triton.jit
 def _absent(
     sides, ids, norm, sums, n, piece, shape, span, a, b, TAIL: tl.constexpr, plan: tl.constexpr
 ):
-    """Where p = 0 a divergence is what it is at q = 1, times q or, with two powers, q^(a + b)."""
     zero = tl.full([], 0, tl.float64)
-    value, grad, q = zero, zero, zero
-    if TAIL == "absent":
+    value, sum_grad, rate = zero, zero, zero
+    if plan.outside:
+        value, sum_grad = _swept(sides, ids, norm, sums, n, piece, shape, span, a, b, plan)
+    elif TAIL == "absent":
         none, of_a, of_b = zero - INFINITY, a.to(tl.float64), b.to(tl.float64)
-        value, grad = plan.careful(none, zero, none, zero, zero + 1.0, of_a, of_b)
-        if plan.outside:
-            q = _powers(sides, ids, norm, sums, n, piece, shape, span, a + b, plan)
-        else:
-            q = tl.exp(norm.log_tail)
-    return Tail(value * q, grad * q, grad)
+        each, rate = plan.careful(none, zero, none, zero, zero + 1.0, of_a, of_b)
+        q = tl.exp(norm.log_tail)
+        value, sum_grad = each * q, rate * q
+    return Tail(value, sum_grad, rate)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY
 
-from . import config, device, lean, ops, sparse
+from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
@@ -65,7 +65,7 @@ def stages(variant: config.Variant, launch: config.Launch, tail: str) -> tuple[s
 
 
 def _outside(variant: config.Variant, tail: str) -> bool:
-    return tail == "absent" and lean.FORMS[variant.divergence].powers == 2
+    return tail == "absent" and variant.divergence not in pointwise.HOMOGENEOUS
 
 
 def _numbers(call: RowCall) -> dict[str, float | int]:
@@ -81,7 +81,7 @@ def _variant(call: RowCall) -> config.Variant:
         student=student.dtype,
         teacher=torch.float64 if wide else student.dtype,  # decides the accumulation type only
         grad=None if grad is None else grad.dtype,
-        divergence=spec.divergence.name,
+        divergence=spec.divergence.key or spec.divergence.name,
         aligned=config.aligned([student] if grad is None else [student, grad]),
         kd=spec.kd_scale != 0,
         ce=ce,

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E
-from .row import INFINITY, NO_COLUMN, Tile, offsets, sweep
+from .row import INFINITY, NO_COLUMN, Tile, sweep
 from .stats import (
     Side,
     Statistics,
@@ -26,7 +25,7 @@ from .stats import (
     nothing_seen,
     observe,
 )
-from .sweeps import store
+from .sweeps import log_prob, store
 
 BLOCK = tl.constexpr(128)
 
@@ -48,7 +47,8 @@ class Seen(NamedTuple):
 
 
 class Walking(NamedTuple):
-    sum: Any
+    value: Any
+    grad: Any
     cursor: Any
 
 
@@ -64,7 +64,8 @@ class Absent(NamedTuple):
     ids: Any
     shape: Any
     softmax: Any
-    power: Any  # of q
+    a: Any
+    b: Any
 
 
 class Outside(NamedTuple):
@@ -75,8 +76,6 @@ class Outside(NamedTuple):
     max: Any  # outside the ids
     softmax: Any
     soft: Any
-    power: Any  # of q, where the teacher has nothing, and what goes in front of it
-    of_power: Any
     kd: Any
     unit: Any
     smooth: Any
@@ -118,10 +117,14 @@ def _covered(tile, cursor, ids, shape, plan: tl.constexpr):
         z, _ = _cover(tile.student, tile.columns, shape.head, ids, start)
         z, _ = _cover(z, tile.columns, NO_COLUMN, ids, rank(ids, shape.end))
     else:
-        size: tl.constexpr = plan.unroll * plan.lanes * plan.width
+        unroll: tl.constexpr = tile.student.shape[0]
+        size: tl.constexpr = unroll * plan.lanes * plan.width
         start = shape.head + tile.place * size
         stop = tl.minimum(start + size, shape.end)
-        z, cursor = _cover(tile.student, start + offsets(plan), stop, ids, cursor)
+        line = tl.arange(0, unroll)[:, None, None] * plan.lanes
+        line += tl.arange(0, plan.lanes)[None, :, None]
+        columns = start + line * plan.width + tl.arange(0, plan.width)[None, None, :]
+        z, cursor = _cover(tile.student, columns, stop, ids, cursor)
     return z, cursor
 
 
@@ -178,28 +181,34 @@ def merged_seen(seen, scales, plan: tl.constexpr):
 
 
 @triton.jit
-def _powered(z, softmax, power):
-    """q^power, 0 where there is no q."""
-    lq = (z - softmax.max) * softmax.inverse_t - softmax.log_sum
-    return tl.where(z == -INFINITY, 0.0, tl.exp2(lq * (power * LOG2E)))
+def _without(z, by, plan: tl.constexpr):
+    """The divergence where the teacher has nothing."""
+    softmax = by.softmax
+    lq = log_prob(z, z - softmax.max, softmax.inverse_t, softmax.log_sum, plan)
+    nothing = tl.zeros_like(lq)
+    value, grad = plan.careful(
+        nothing - INFINITY, lq, nothing - INFINITY, nothing, tl.exp(lq), by.a, by.b
+    )
+    masked = z == -INFINITY
+    return tl.where(masked, 0.0, value), tl.where(masked, 0.0, grad)
 
 
 @triton.jit
-def _add_powers(state, tile, by, plan: tl.constexpr):
+def _add_absent(state, tile, by, plan: tl.constexpr):
     z, cursor = _covered(tile, state.cursor, by.ids, by.shape, plan)
-    return Walking(state.sum + lane_sum(_powered(z, by.softmax, by.power), None), cursor)
+    value, grad = _without(z, by, plan)
+    value, grad = lane_sum(value, tile.mask), lane_sum(grad, tile.mask)
+    return Walking(state.value + value, state.grad + grad, cursor)
 
 
 @triton.jit
-def powers(sides, shape, span, by, plan: tl.constexpr):
-    """The sum of q^power outside the ids."""
+def absent(sides, shape, span, by, plan: tl.constexpr):
+    """(value, sum of grad) outside the ids, where the teacher has nothing."""
     size: tl.constexpr = plan.unroll * plan.lanes * plan.width
     nothing = tl.full([plan.lanes], 0, plan.acc)
-    state = Walking(nothing, rank(by.ids, shape.head + span.first * size))
-    state = sweep(
-        _add_powers, state, sides, shape, span, by, False, "evict_last", plan.unroll, plan
-    )
-    return added(state.sum)
+    state = Walking(nothing, nothing, rank(by.ids, shape.head + span.first * size))
+    state = sweep(_add_absent, state, sides, shape, span, by, False, "evict_last", 1, plan)
+    return added(state.value), added(state.grad)
 
 
 @triton.jit
@@ -215,8 +224,9 @@ def slope_outside(z, by, plan: tl.constexpr):
     elif plan.ce:
         g += at_unit(e, below, plan) * by.unit
     g += e * f
-    if plan.outside:
-        g += _powered(z, by.softmax, by.power) * by.of_power
+    if plan.outside and plan.kd:
+        _, own = _without(z, by, plan)
+        g += own * by.kd
     if plan.ce and plan.smoothing:
         g = tl.where(z == -INFINITY, 0.0, g - by.smooth)
     return g

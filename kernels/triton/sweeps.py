@@ -107,13 +107,8 @@ def compare_carefully(sums, tile, context, plan: tl.constexpr):
 
 
 @triton.jit
-def slope(z_s, z_t, by, plan: tl.constexpr):
-    """d loss / d logit of an entry, before the transform, and but for what is the label's."""
-    at = entry(z_s, z_t, by.pair)
-    if plan.kd:
-        f, rest = plan.form.slope(at, by.constants, by.pair, plan)
-    else:
-        f, rest = tl.zeros_like(at.e_s), 0.0
+def _with_cross_entropy(f, rest, at, z_s, by, plan: tl.constexpr):
+    """d loss / d logit, before the transform, and but for what is the label's."""
     if plan.ce and plan.power == 1:
         f += by.unit
     elif plan.ce and plan.power == 2:
@@ -126,6 +121,22 @@ def slope(z_s, z_t, by, plan: tl.constexpr):
     if plan.ce and plan.smoothing:
         g = tl.where(z_s == -INFINITY, 0.0, g - by.smooth)
     return g
+
+
+@triton.jit
+def slope(z_s, z_t, by, plan: tl.constexpr):
+    at = entry(z_s, z_t, by.pair)
+    f, rest = tl.zeros_like(at.e_s), 0.0
+    if plan.kd:
+        f, rest = plan.form.slope(at, by.constants, by.pair, plan)
+    return _with_cross_entropy(f, rest, at, z_s, by, plan)
+
+
+@triton.jit
+def slope_sharply(z_s, z_t, by, plan: tl.constexpr):
+    at = entry(z_s, z_t, by.pair)
+    f, rest = plan.form.sharp(at, by.constants, by.terms, by.pair, plan)
+    return _with_cross_entropy(f, rest, at, z_s, by, plan)
 
 
 @triton.jit
@@ -162,6 +173,12 @@ def write(sums, tile, by, plan: tl.constexpr):
     store(slope(tile.student, tile.teacher, by, plan), tile, by, plan)
     if plan.late:
         sums = compare(sums, tile, Comparing(by.pair, by.terms, by.a, by.b), plan)
+    return sums
+
+
+@triton.jit
+def write_sharply(sums, tile, by, plan: tl.constexpr):
+    store(slope_sharply(tile.student, tile.teacher, by, plan), tile, by, plan)
     return sums
 
 

@@ -594,6 +594,34 @@ def test_losses_are_close_to_the_live_teacher_s(
     np.testing.assert_allclose(found[0], found[1], rtol=2e-3)
 
 
+@pytest.mark.parametrize(("form", "close"), [("bf16", 4e-3), ("int8", 2e-2)])
+def test_hidden_states_teach_as_the_teacher_does(
+    disk: Path, tmp_path: Path, form: str, close: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any divergence at any temperature, from the command line to the losses."""
+    folder = tmp_path / "hidden"
+    assert main(command(disk, folder, "--hidden", form)) == 0
+    assert main(["cache", "verify", str(folder)]) == 0
+    assert main(["cache", "info", str(folder)]) == 0
+    assert f"hidden states, 16 in {form}" in capsys.readouterr().out
+    for divergence in ("jsd", "reverse_kl"):
+        found = []
+        for side in (
+            AutoModelForCausalLM.from_pretrained(disk / "teacher"),
+            TeacherCache(folder),
+        ):
+            more = {"temperature": 2.0, "divergence": divergence, "max_steps": 8}
+            tested = make_trainer(disk, side, tmp_path, **more)
+            tested.train()
+            found.append([e["loss"] for e in tested.state.log_history if "loss" in e])
+        assert len(found[0]) == 8
+        np.testing.assert_allclose(found[0], found[1], rtol=close)
+    assert main(training(disk, folder, tmp_path / "out", "--temperature", "3")) == 0
+    for flag in (("--top-k", "3"), ("--sample", "3"), ("--temperatures", "1,2")):
+        assert main(command(disk, tmp_path / "none", "--hidden", form, *flag)) == 2
+        assert "--hidden keeps what" in capsys.readouterr().err
+
+
 def test_the_entropy_of_a_teacher_that_was_cut_is_its_own(
     disk: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,8 @@ SMALL = {
     "fusedkd distill": SHORT + " --block_size 8",
     "fusedkd distill --teacher ./teacher --student ./student --data chat.jsonl": SHORT,
     "fusedkd distill --teacher_cache cache/ --student ./student --data chat.jsonl": SHORT,
+    "fusedkd distill --teacher math=./teacher": SHORT,
+    "fusedkd cache --teacher ./teacher --data domains.jsonl": "--top-k 4",
     "fusedkd distill --teacher http:": SHORT + " --block_size 8 --teacher_ahead 0",
     "fusedkd cache --teacher http:": "--block_size 8",
     "fusedkd cache": "--block-size 8 --top-k 4",
@@ -59,13 +61,14 @@ SMALL = {
     "python -m benchmarks.counted": "--divergences forward_kl",
     "python -m benchmarks.resources": "",
     "python -m fusedkd.benchmarks.cache": "--only size",
+    "python -m fusedkd.benchmarks.estimators": "--samples 2000",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
 }
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
 CHAT += "{% if add_generation_prompt %}assistant {% endif %}"
-HELP = "fusedkd (distill|distill --config|cache|data|cache info|cache verify|student)"
+HELP = "fusedkd (distill|distill --config|cache|data|cache import|cache info|cache verify|student)"
 
 
 @pytest.fixture
@@ -80,6 +83,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text((json.dumps({"messages": turns}) + "\n") * 8)
     narrow = {**bert().config.to_dict(), "num_attention_heads": 12}
     deep = tf.BertConfig(**{**narrow, "num_hidden_layers": 12})
+    with (tmp_path / "domains.jsonl").open("w") as file:
+        for n in range(8):
+            file.write(json.dumps({"messages": turns, "domain": ("math", "code")[n % 2]}) + "\n")
     models = {"teacher": llama(), "student": llama(), "bert": tf.BertForMaskedLM(deep)}
     models["narrow"] = tf.BertForMaskedLM(tf.BertConfig(**narrow))
     for name, model in models.items():

@@ -27,6 +27,7 @@ from fusedkd.benchmarks import resources
 from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import RowCall
 from fusedkd.kernels.triton import config, device, ops, rehearsal, sparse_ops
+from fusedkd.kernels.triton.launches import JOINT
 from fusedkd.spec import LossSpec
 
 TARGET = "sm_90"
@@ -134,6 +135,20 @@ def test_later_launches_tell_the_kernel_what_the_first_did(
         patched.setattr(triton.JITFunction, "run", None)
         _call(n, v, "jsd", tail)
     assert [_plain(launch) for launch in launches[len(first) :]] == first
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "alpha"])
+def test_programs_that_wait_for_one_another_are_one_launch(
+    launches: list[_Launch], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(config, "choose", lambda *_: JOINT)
+    _call(200, 70_000, name, "")
+    (made,) = launches
+    assert made.grid == (200 * JOINT.pieces, 1, 1)  # a row's programs start one after the other
+    job = resources.Job(TARGET, "bf16", name, JOINT, "joint")
+    assert _essence(made.source) == _essence(resources.source(job))
+    counters = [a for a in made.arguments if getattr(a, "dtype", None) == torch.int32]
+    assert [a.shape for a in counters] == [(200, 2)] and not counters[0].any()
 
 
 def _plain(launch: _Launch) -> list[Any]:

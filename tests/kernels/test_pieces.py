@@ -60,7 +60,7 @@ def _columns(call: RowCall, offset: int, size: int) -> RowCall:
 
 
 def _verbs(backend: ModuleType, calls: list[RowCall]) -> tuple[Rows, list[Tensor]]:
-    merged = merge([backend.observe(c) for c in calls])
+    merged = backend.merge([backend.observe(c) for c in calls])
     compared = [backend.compare(c, merged) for c in calls]
     if compared[0] is not None:
         sums = torch.stack([c.sums for c in compared]).sum(0)
@@ -236,6 +236,20 @@ def test_one_piece_has_the_rows_bits(name: str, tail: str) -> None:
     assert torch.equal(_bits(call.grad), _bits(whole.grad)) if not tail else True
     torch.testing.assert_close(got.loss, want.loss, rtol=0 if not tail else 1e-6, atol=0)
     assert torch.equal(_bits(got.metrics[:, kept]), _bits(want.metrics[:, kept]))
+
+
+def test_merged_statistics_are_the_same_in_every_backend() -> None:
+    draw = torch.Generator().manual_seed(2)
+    pieces = [torch.randn(40, len(Statistics._fields), generator=draw).double() for _ in range(3)]
+    pieces[1][0:9] = pieces[0][0:9]  # the first of several tops
+    pieces[2][1, :] = NAN
+    top = Statistics._fields.index("student_max")
+    for row, value in ((2, INF), (3, -INF), (4, NAN)):
+        pieces[1][row, top : top + 2] = value
+    for piece in pieces:
+        piece[5, : Statistics._fields.index("teacher_sum")] = -INF
+    want, got = merge(pieces), cpu.merge(pieces)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13, equal_nan=True)
 
 
 def test_tables_agree_with_the_header() -> None:

@@ -91,6 +91,13 @@ def test_a_row_in_pieces(use, device: torch.device, name: str) -> None:
         check(budget.plain_case(v, device, n, v, dtype, divergence=name, **labels), metrics=n == 1)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "alpha"])
+def test_programs_that_wait_for_one_another(use, device: torch.device, name: str) -> None:
+    """On a GPU in one launch; in the interpreter, where nothing runs at once, in three."""
+    use(config.Launch(pieces=2, warps=1, unroll=2, joint=True))
+    check(budget.plain_case(1, device, 3, 3 * 512 + 13, BF16, divergence=name), metrics=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_entries(use, device: torch.device, name: str) -> None:
     """-inf on either side and on both, in the main part and at the edges, next to rows without."""

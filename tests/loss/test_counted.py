@@ -86,7 +86,8 @@ class Call:
             value = value[mask]
         hidden, *others = grads[0]
         assert packed or (hidden[~mask] == 0).all()
-        return [value.detach(), *metrics, hidden if packed else hidden[mask], *others]
+        known = [x for x in metrics if x is not None]
+        return [value.detach(), *known, hidden if packed else hidden[mask], *others]
 
 
 def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:

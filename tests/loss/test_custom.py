@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import textwrap
 import warnings
@@ -22,14 +23,15 @@ from fusedkd import KDLoss, LMHead, SparseTeacher, divergences, kd_loss
 from fusedkd.divergences import Divergence
 from fusedkd.trace import trace
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORMULAS.update({f"own_{name}": FORMULAS[name] for name in OWN})
 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operation by operation, in the vector functions that compiled formulas call too."""
-    emit = pytest.importorskip("fusedkd.kernels.cpu.emit")
     from fusedkd.kernels import cpu
+    from fusedkd.kernels.cpu import emit
 
     cpu._own.cache_clear()
     monkeypatch.setattr(emit, "compiler", lambda: None)
@@ -46,10 +48,11 @@ def test_ours_as_yours(
     own = OWN[name]()
     check(plain_case(1, device, 5, 131, dtype, divergence=own), backend, metrics=True)
     check(plain_case(2, device, 4, 64, dtype, divergence=own, ce_weight=0.0), backend)
-    check(plain_case(3, device, 3, 4097, dtype, divergence=own, temperature=1.3), backend)
+    width = 1031 if INTERPRETED else 4097
+    check(plain_case(3, device, 3, width, dtype, divergence=own, temperature=1.3), backend)
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(20 if INTERPRETED else 200))
 @pytest.mark.filterwarnings("ignore:random_", "ignore:fusedkd. there is no C")
 def test_random_expressions(
     backend: str, device: torch.device, seed: int, no_compiler: None

@@ -11,6 +11,7 @@ FILES = (
     "kernels/test_triton_rows",
     "loss/test_contract",
     "loss/test_counted",
+    "loss/test_custom",
     "loss/test_cut",
     "loss/test_precision",
     "loss/test_sparse",

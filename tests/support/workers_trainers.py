@@ -17,6 +17,7 @@ from fusedkd.integrations import trl as drop_in
 from fusedkd.integrations.transformers import DistillationMixin
 from fusedkd.models.heads import loss_in_forward, plain_head, tap
 from fusedkd.train import DistillationArguments, DistillationTrainer
+from fusedkd.train.on_policy import OnPolicy
 
 ROWS, LENGTH = 4, 12
 # of each row, how many tokens count: uneven, and so that some process has none
@@ -83,6 +84,12 @@ def one_step(kind: str, counts: tuple[int, ...], batch: int, accumulation: int) 
     if kind == "fusedkd":
         args = tiny.config(DistillationArguments, out, divergence="jsd", ce_weight=0.3, **options)
         trainer: Any = DistillationTrainer(student, teacher, args, **shared)
+    elif kind == "sampled":
+        OnPolicy.__call__ = lambda self, model, batch, seed: batch  # as if the student had written
+        args = tiny.config(
+            DistillationArguments, out, objective="sampled", on_policy_share=1.0, **options
+        )
+        trainer = DistillationTrainer(student, teacher, args, **shared)
     elif kind == "mixin":
         trainer = Mixed(student, tiny.config(tf.TrainingArguments, out, **options), **shared)
         trainer.distil_from(teacher, divergence="jsd", ce_weight=0.3)
@@ -102,7 +109,7 @@ def steps(rank: int) -> Any:
     world = torch.distributed.get_world_size()
     return {
         (kind, name, cut): one_step(kind, counts, *cut)
-        for kind in ("fusedkd", "mixin", "gkd", "gold")
+        for kind in ("fusedkd", "sampled", "mixin", "gkd", "gold")
         for name, counts in COUNTS.items()
         for cut in CUTS[world]
     }

@@ -24,7 +24,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("counts", ["uneven", "one row", "none"])
-@pytest.mark.parametrize("kind", ["fusedkd", "mixin", "gkd", "gold"])
+@pytest.mark.parametrize("kind", ["fusedkd", "sampled", "mixin", "gkd", "gold"])
 def test_one_step_is_one_step(
     kind: str, counts: str, alone: dict[Any, Any], ranks: list[Any]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from families import build
 from torch import nn
 
+from fusedkd.train import DistillationArguments
 from fusedkd.train.on_policy import OnPolicy
 
 TEMPERATURE, TOKENS, ROWS = 0.7, 12, 256
@@ -73,3 +75,22 @@ def test_every_end_of_text_ends_a_row() -> None:
         new = ids[labels != -100].tolist()
         ends = [n for n, token in enumerate(new) if token in (5, 9)]
         assert ends in ([], [len(new) - 1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"objective": "some"}, "objective='some': expected one of exact, sampled"),
+        ({"loss_type": "k1"}, "loss_type='k1': expected one of k2, k3, policy.*2506.09477"),
+        ({"on_policy_share": 0.5}, "on_policy_share=0.5.*expected 1"),
+        ({"temperature": 2.0}, "temperature=2, on_policy_temperature=1: expected one number"),
+        ({"schedules": ["temperature=cosine:2"]}, "without a schedule"),
+        ({"kd_tokens": "all"}, "a prompt's tokens are not drawn"),
+    ],
+)
+def test_what_a_sampled_objective_needs(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    sampled = {"objective": "sampled", "on_policy_share": 1.0, "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(**{**sampled, **options})

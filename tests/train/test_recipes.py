@@ -56,6 +56,7 @@ CASES: dict[str, tuple[Callable[[], Any], list[str], list[str]]] = {
     "gkd": (llama, ["--layers", "2"], ["--on_policy_new_tokens", "5"]),
     "distillm": (llama, ["--layers", "2"], []),
     "minillm": (gpt2, ["--layers", "2"], ["--on_policy_new_tokens", "5"]),
+    "opd": (llama, ["--layers", "2"], ["--on_policy_new_tokens", "5"]),
     "abkd": (llama, ["--layers", "2"], []),
     "minitron": (llama, ["--layers", "2", "--map", "first"], []),
 }

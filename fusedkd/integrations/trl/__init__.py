@@ -16,20 +16,23 @@ The values are TRL's: no T^2, beta 0 forward KL and beta 1 reverse KL. What diff
 * GOLD's ULD is TRL's, a mean over rows, and averaged over a step's micro-batches, which TRL adds
   up. (Its cross-entropy, ``uld_crossentropy_weight``, is a mean over a micro-batch's tokens.)
 
-:func:`generalized_jsd_loss` and :func:`chunked_divergence_loss` stand in for TRL's functions and
-need no TRL; the trainers are made when they are first asked for.
+:func:`generalized_jsd_loss`, :func:`chunked_divergence_loss` and :class:`ChunkedLogProbFunction`
+(for GRPO and all that has a fused head) stand in for TRL's functions and need no TRL; the trainers
+are made when they are first asked for.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fusedkd.integrations.trl.log_probs import ChunkedLogProbFunction
 from fusedkd.integrations.trl.losses import chunked_divergence_loss, generalized_jsd_loss
 
 if TYPE_CHECKING:
     DistillationTrainer = GKDTrainer = GOLDTrainer = Any
 
 __all__ = [
+    "ChunkedLogProbFunction",
     "DistillationTrainer",
     "GKDTrainer",
     "GOLDTrainer",
