@@ -102,7 +102,11 @@ class TokenSpec(NamedTuple):
 def statistics(inputs: TokenInputs, spec: TokenSpec, keep: int) -> list[Tensor]:
     """Of all rows, (N, len(FIELDS) + K) fp64; and of a head the first ``keep`` of d log_prob /
     d hidden and d entropy / d hidden of each row."""
-    return _Rows(inputs, spec, Wanted(keep > 0, False, False, False)).observed(keep)
+    visit = _Rows(inputs, spec, Wanted(keep > 0, False, False, False))
+    if keep != 1:
+        return visit.observed(keep)
+    known, one = visit.nothing(), (inputs.tokens >= 0).double()
+    return [known, *visit.visited(known, lambda _, rows: Factors(one[rows], None), observe=True)]
 
 
 def gradients(

@@ -22,16 +22,19 @@ import torch
 from rich.console import Console
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from fusedkd import SparseTeacher, kd_loss
-from fusedkd.cache import Job, Layout, Policy, build
+from fusedkd import LMHead, SparseTeacher, kd_loss
+from fusedkd.cache import Job, Layout, Policy, TeacherCache, build
+from fusedkd.cache.files import replace_file
+from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.layout import Answers
+from fusedkd.cache.shard import shard_bytes
 from fusedkd.cache.writer import Plan, Writer, per_shard
 from fusedkd.teachers import LiveTeacher
 
 from .trained import OnDemo, print_table, seconds
 
 LARGE = 151_936
-PARTS = ("rows", "size", "large", "speed", "learning")
+PARTS = ("rows", "size", "large", "hidden", "speed", "learning")
 
 
 def main() -> None:
@@ -49,6 +52,8 @@ def main() -> None:
             _sizes(console, Path(work))
         if args.only in (None, "large"):
             _large(console, Path(work))
+        if args.only in (None, "hidden"):
+            _hidden(console, Path(work))
         if args.only in (None, "speed", "learning"):
             demo = OnDemo(console, Path(work), args.teacher_steps)
             if args.only != "learning":
@@ -129,9 +134,8 @@ def _made_up(rng: np.random.Generator, layout: Layout, length: int) -> Answers:
     return Answers(ids, values, odds, rng.random(length))
 
 
-def _large(console: Console, work: Path, tokens: int = 256) -> None:
-    """What writing costs beside the forward pass of a teacher of Qwen2.5-0.5B's shape, in fp32 and
-    with random weights."""
+def _teacher() -> Qwen2ForCausalLM:
+    """Of Qwen2.5-0.5B's shape, in fp32 and with random weights."""
     config = Qwen2Config(
         vocab_size=LARGE,
         hidden_size=896,
@@ -141,7 +145,54 @@ def _large(console: Console, work: Path, tokens: int = 256) -> None:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    return Qwen2ForCausalLM(config).eval().requires_grad_(False)
+
+
+def _hidden(console: Console, work: Path, tokens: int = 128, rounds: int = 7) -> None:
+    """Hidden states: writing them beside a forward pass to logits, and reading them and the head's
+    product beside that."""
+    run = LiveTeacher(_teacher())
+    head = run({"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+    assert isinstance(head, LMHead)
+    sequence = np.arange(tokens)
+    ids = torch.as_tensor(sequence)[None]
+    rows: list[tuple[Any, ...]] = [("kept", "bytes per token", "writing", "reading, product")]
+
+    def live() -> None:
+        with torch.inference_mode():
+            run.model(input_ids=ids, use_cache=False)
+
+    for form in ("bf16", "int8"):
+        layout = HiddenLayout(Policy(form, head.weight.shape[1]), LARGE)
+        facts = {"teacher": "none", "teacher_hash": None, "dtype": "float32",
+                 "tokenizer_hash": "00" * 32, "padded_vocab_size": LARGE}  # fmt: skip
+        folder = work / form
+        build(folder, Job([sequence], layout, facts, 1, head=head),
+              lambda batch: run({"input_ids": batch}))  # fmt: skip
+        cache = TeacherCache(folder)
+        weight = cache.head().weight.T
+
+        def written(layout: HiddenLayout = layout, folder: Path = folder) -> None:
+            with torch.inference_mode():
+                answers = run({"input_ids": ids})
+                assert isinstance(answers, LMHead)
+                columns = layout.encode_states(answers.hidden[0])
+            data = shard_bytes([b"0" * 16], [tokens], layout.columns, [columns])
+            replace_file(folder.with_suffix(".shard"), data)
+
+        def read(cache: TeacherCache = cache, weight: torch.Tensor = weight) -> None:
+            _ = cache.states(sequence).float() @ weight
+
+        turns = [tuple(seconds(x, 1) for x in (live, written, read)) for _ in range(rounds)]
+        alone, write, product = (statistics.median(x) for x in zip(*turns[1:], strict=True))
+        rows.append((form, layout.most_bytes_per_token, f"{write / alone - 1:+.1%}",
+                     f"{product / alone:.2f} of a forward pass"))  # fmt: skip
+    print_table(console, "Hidden states of a teacher of 494M parameters, fp32", *rows)
+
+
+def _large(console: Console, work: Path, tokens: int = 256) -> None:
+    """What writing costs beside the forward pass of a large teacher."""
+    model = _teacher()
     ids = torch.arange(tokens)[None]
 
     def forward() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from fusedkd import divergences
 
 from .case import DTYPES, Case, native_dtype
@@ -277,9 +275,9 @@ def _dense_bar(case: Case) -> Bar:
 def _head_bar(case: Case) -> Bar:
     """The budget, the gradients of weight and rows, and what each is summed in (fp32; the same for
     fp32)."""
-    from fusedkd.cut import chunk_budget
+    from fusedkd.cut import CHUNK_BYTES  # at most: a small GPU's default is less
 
-    budget = chunk_budget(case.chunk_bytes, torch.device(case.device))
+    budget = case.chunk_bytes or CHUNK_BYTES[case.device]
     gradients, item = (case.vocab + case.n) * case.hidden_student, DTYPES[case.dtype].itemsize
     allowed = budget + gradients * (item % 4 + 4)
     return _memory_bar(case, allowed, "chunk_bytes, dW and dh, each with its fp32 sum")

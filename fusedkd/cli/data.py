@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,14 @@ def _show(rows: Any, tokenizer: Any, samples: int, tokens: bool) -> None:
 
 def _sequences(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of each of the sequences in a row."""
-    positions = row.get("position_ids") or range(len(row["input_ids"]))
-    bounds = [n for n, place in enumerate(positions) if place == 0] + [len(positions)]
-    return [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(bounds)]
+    import torch
+
+    from fusedkd.models.columns import spans
+
+    names = [x for x in ("input_ids", "labels", "position_ids") if row.get(x) is not None]
+    batch = {name: torch.tensor([row[name]]) for name in names}
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    return [(ids[span].tolist(), labels[span].tolist()) for span in spans(batch, 0)]
 
 
 def _text(ids: list[int], labels: list[int], tokenizer: Any, console: Any) -> Any:

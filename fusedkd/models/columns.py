@@ -1,13 +1,15 @@
-"""Which columns of a batch a model reads."""
+"""Which columns of a batch a model reads, and which of its places are one sequence."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedkd.models.kinds import bare
 
@@ -77,3 +79,14 @@ def _parameters(kind: Any) -> tuple[frozenset[str], bool]:
     more = any(p.kind is rest[1] for p in signatures[0])
     names = [{p.name for p in found if p.kind not in rest} - {"self"} for found in signatures]
     return frozenset(next(filter(None, names), ())), more
+
+
+def spans(batch: Mapping[str, Any], row: int) -> list[Tensor]:
+    """The positions of each sequence in a row of a batch: without padding, and apart where several
+    are in one row, which their position ids tell."""
+    ids, mask, positions = (batch.get(x) for x in ("input_ids", "attention_mask", "position_ids"))
+    there = torch.ones_like(ids[row]) if mask is None else mask[row]  # type: ignore[index]
+    there = there.nonzero()[:, 0]
+    starts = [] if positions is None else (positions[row, there] == 0).nonzero()[:, 0].tolist()
+    bounds = sorted({0, *starts, len(there)})
+    return [there[a:b] for a, b in pairwise(bounds)]

@@ -17,6 +17,7 @@ from fusedkd import LMHead, SparseTeacher
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.divergences import Divergence
+from fusedkd.models.columns import spans
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.teachers.served import ServedTeacher
 
@@ -141,7 +142,7 @@ def _sequences(data: Dataset) -> Iterator[np.ndarray]:
     names = ("input_ids", "attention_mask", "position_ids")
     rows = data.select_columns([name for name in names if name in data.column_names])
     for row in rows.with_format("torch"):
-        for span in _spans({name: values[None] for name, values in row.items()}, 0):
+        for span in spans({name: values[None] for name, values in row.items()}, 0):
             yield row["input_ids"][span].numpy()
 
 
@@ -154,11 +155,11 @@ class _Collator:
     def __call__(self, features: Any) -> Any:
         batch = self.collate(features)
         ids = batch["input_ids"].numpy()
-        pieces = [(row, span) for row in range(len(ids)) for span in _spans(batch, row)]
+        pieces = [(row, span.numpy()) for row in range(len(ids)) for span in spans(batch, row)]
         if isinstance(self.cache, TeacherCache) and self.cache.hidden:
             states = torch.zeros(*ids.shape, self.cache.layout.k, dtype=torch.bfloat16)
             for row, span in pieces:
-                states[row, torch.from_numpy(span)] = self.cache.states(ids[row, span])
+                states[row, span] = self.cache.states(ids[row, span])
             batch[_STATES] = states
             return batch
         found = self.cache.get_many([ids[row, span] for row, span in pieces], self.temperature)
@@ -175,16 +176,3 @@ class _Collator:
         if self.temperature == 1 and not np.isnan(entropy).any():
             batch[_ENTROPY] = torch.from_numpy(entropy)
         return batch
-
-
-def _spans(batch: Any, row: int) -> list[np.ndarray]:
-    """The positions of each sequence in a row: without padding, and apart where several were
-    packed into one row, which their position ids tell."""
-    mask = batch.get("attention_mask")
-    length = batch["input_ids"].shape[1]
-    there = np.arange(length) if mask is None else mask[row].numpy().nonzero()[0]
-    positions = batch.get("position_ids")
-    if positions is None:
-        return [there]
-    starts = (positions[row].numpy()[there] == 0).nonzero()[0]
-    return [part for part in np.split(there, starts) if len(part)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fusedkd.errors import UserError
-from fusedkd.models.columns import columns
+from fusedkd.models.columns import columns, spans
 from fusedkd.models.positions import most_positions
 
 
@@ -174,16 +173,11 @@ def _sequences(batch: dict[str, Any]) -> Iterator[tuple[int, Tensor, list[bool]]
     """The row and the positions of each sequence without padding, and which of them have a label.
     The first token of one that was packed with others has lost its label, as nothing comes before
     it."""
-    ids, labelled = batch["input_ids"], batch["labels"] != -100
-    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    positions = batch.get("position_ids")
-    for row in range(len(ids)):
-        here = real[row].nonzero()[:, 0]
-        starts = [] if positions is None else (positions[row, here] == 0).nonzero()[:, 0].tolist()
-        bounds = sorted({0, *starts, len(here)})
-        for places in (here[a:b] for a, b in pairwise(bounds)):
+    labelled, packed = batch["labels"] != -100, batch.get("position_ids") is not None
+    for row in range(len(labelled)):
+        for places in spans(batch, row):
             told = labelled[row, places].tolist()
-            yield row, places, [told[1], *told[1:]] if starts and len(told) > 1 else told
+            yield row, places, [told[1], *told[1:]] if packed and len(told) > 1 else told
 
 
 def _batch(

@@ -10,13 +10,12 @@ registers, spills, calls and access widths, by compiling for sm_80, sm_90, sm_10
 hardware's rounding of exp2. What follows is arithmetic, for an H200 (see launches.py).
 
 Bytes per entry (bf16): 2 student + 2 teacher + 2 gradient = 6 if the later sweeps find the row in
-L2; 10 (closed form) or 14 (middle sweep) if they never do.
+L2; 10 (two sweeps) or 14 (three) if they never do.
 
-Arithmetic per entry (sm_90, by benchmarks/resources.py; untaken branches are counted too): forward
-KL + CE 25 + 30 instructions, JSD 22 + 67 + 84. 6 bytes at 4.8 TB/s take as long as 36, so at the
-best forward KL reaches about 65 to 75 % of that bandwidth and JSD 20 to 25 %: instructions, not
-bytes, are what limits these kernels there. tl.log is libdevice's, some 20 instructions; lg2.approx
-is one, but its error of 2^-22 near 1 is more than eager PyTorch's where p is nearly q.
+Arithmetic per entry (sm_90, counted 2026-11-28): forward KL + CE 20 + 15 instructions, reverse
+18 + 12, alpha 21 + 33, JSD 15 + 35 + 18; 6 bytes at 4.3 TB/s, an H200's copy, take as long as 47.
+By that count the KLs and alpha reach 80 to 82 % of the copy, the third of L2 that a row per SM
+misses being the limit, and JSD 62, instructions being it. Before lean.py it was 69, 21 and 25.
 
 Against a teacher of K entries (sparse.py) only the student is swept: 4 bytes per entry, 6 if the
 second sweep never finds the row in L2, and 8 bytes for each of the K, which is nothing beside a
@@ -37,12 +36,12 @@ What else was weighed. Launches over blocks of 60 rows, statistics then gradient
 L2, but a pair moves 11 us worth of bytes and costs two launches: about 65 %, and 270 launches for
 8,192 rows. Two programs that both read the whole row for its statistics halve the rows in flight
 without talking to each other, for 25 more instructions where instructions are the limit.
-Programs that share a row and wait for each other's statistics need co-residency that neither
-Triton nor its interpreter grants; a cluster (quack's answer) is NVIDIA's alone, and was not built
-unseen. Of Hopper's own means, a tensor descriptor needs rows that are a multiple of 16 bytes apart,
-which 50,257 columns of bf16 are not, and warp specialisation hides loads behind arithmetic, which
-16 warps do already where arithmetic is the limit. Both save loads and their addresses: two loads
-for 8 entries, each of which takes 25 to 84 other instructions.
+Programs that share a row and wait for each other's statistics (launches.JOINT) are built, and have
+not run; a cluster (quack's answer) spills, or ends Triton 3.7. Of Hopper's own means, a tensor
+descriptor needs rows that are a multiple of 16 bytes apart, which 50,257 columns of bf16 are not,
+and warp specialisation hides loads behind arithmetic, which 16 warps do already where arithmetic is
+the limit. Both save loads and their addresses: two loads for 8 entries, each of which takes 12 to
+35 other instructions.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def _threads(launch: Launch, target: str) -> int:
 
 @dataclass(frozen=True, repr=False)
 class Tiling:
-    """How a kernel walks a row; see sweeps.py."""
+    """How a kernel walks a row; see row.py."""
 
     acc: tl.dtype
     lanes: int  # threads
@@ -225,7 +224,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         reverse=form.reverse,
         powers=powers,
         terms=form.terms is not None,
-        unroll_terms=1 if form.heavy or stage == "joint" else unroll,
+        unroll_terms=1 if form.heavy or stage == "joint" or lead == "grad" else unroll,
         sharp=form.sharp is not None and variant.kd and not exact,
         late=powers > 0 and variant.kd and variant.grad is not None and stage in AT_ONCE,
         mixes=variant.divergence in pointwise.MIXTURES,

@@ -117,7 +117,7 @@ def _mixed_closed(of, pair, a, b, plan: tl.constexpr):
 @triton.jit
 def _forward_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
     # 1 - (student's sum / teacher's), without the rounding of either
-    less = (of.teacher.sum - of.student.sum) * reciprocal(of.teacher.sum)
+    less = of.cross * reciprocal(of.teacher.sum)
     return kd * pair.student.over_sum, less.to(plan.acc)
 
 
@@ -359,11 +359,12 @@ def _sum_of_powers(of, a, b, plan: tl.constexpr):
     of_cross = exp_wide(-(a * log_t + b * log_s))
     if plan.powers == 2:
         of_s, of_t = exp_wide(-(a + b) * log_s), exp_wide(-(a + b) * log_t)
-        return of.cross * of_cross, of.power_s * of_s, of.power_t * of_t, of_cross, of_s, of_t
+        cross, power_s = of.cross + of.student.sum, of.power_s + of.student.sum
+        return cross * of_cross, power_s * of_s, of.power_t * of_t, of_cross, of_s, of_t
     else:
         one = tl.full([], 1.0, tl.float64)
         of_s, of_t = reciprocal(of.student.sum), reciprocal(of.teacher.sum)
-        return of.cross * of_cross, one, one, of_cross, of_s, of_t
+        return (of.cross + of.student.sum) * of_cross, one, one, of_cross, of_s, of_t
 
 
 @triton.jit
@@ -421,9 +422,9 @@ def _power_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
     _, _, _, of_cross, of_s, _ = _sum_of_powers(of, a, b, plan)
     over = reciprocal(of.student.sum)
     kd_a = (kd / a).to(tl.float64)
-    constant = (of.cross * over - 1.0) * of_cross
+    constant = of.cross * over * of_cross
     if plan.powers == 2:
-        constant -= (of.power_s * over - 1.0) * of_s
+        constant -= of.power_s * over * of_s
     return (
         (kd_a * constant).to(plan.acc), (kd_a * of_cross).to(plan.acc), (kd_a * of_s).to(plan.acc),
         a, b,

@@ -38,9 +38,11 @@ class Statistics(NamedTuple):
     teacher: Side
     unit: Any  # sum e^(s - max), T = 1
     mean: Any  # sum of s
-    cross: Any  # sum 2^(a a_t + b a_s), a divergence's powers; then of either's a + b
-    power_s: Any
-    power_t: Any
+    # Sums less the student's, entry by entry: at a sharp peak, where all are 1 and more, what is
+    # more keeps its digits.
+    cross: Any  # of 2^(a a_t + b a_s), a divergence's powers, or of the teacher's 2^a
+    power_s: Any  # of 2^((a + b) a_s)
+    power_t: Any  # of 2^((a + b) a_t), as it is
 
 
 class Softmax(NamedTuple):
@@ -90,6 +92,12 @@ def _power(total, exponent):
 
 
 @triton.jit
+def _excess(less, factor, sum_s, keep_s):
+    """A sum, less the student's, when either is multiplied by a factor of its own."""
+    return tl.where(sum_s == 0, 0.0, factor * less + (factor - keep_s) * sum_s)
+
+
+@triton.jit
 def moved(of, max_s, max_t, scales, plan: tl.constexpr):
     """The same statistics relative to other, not smaller, maxima."""
     student, teacher = of.student, of.teacher
@@ -116,10 +124,14 @@ def moved(of, max_s, max_t, scales, plan: tl.constexpr):
         if plan.metrics:
             own_t = _shifted(own_t, keep_t, by_t, teacher.sum)
         if plan.powers:
-            cross = _power(cross, scales.a * by_t + scales.b * by_s)
+            factor = tl.exp2(scales.a * by_t + scales.b * by_s)
+            cross = _excess(cross, factor, student.sum, keep_s)
             if plan.powers == 2:
-                power_s = _power(power_s, (scales.a + scales.b) * by_s)
+                factor = tl.exp2((scales.a + scales.b) * by_s)
+                power_s = _excess(power_s, factor, student.sum, keep_s)
                 power_t = _power(power_t, (scales.a + scales.b) * by_t)
+        elif plan.forward:
+            cross = _excess(cross, keep_t, student.sum, keep_s)
     return Statistics(
         Side(max_s, sum_s, gap_s, own_s, student.at), Side(max_t, sum_t, gap_t, own_t, teacher.at),
         unit, of.mean, cross, power_s, power_t,
@@ -187,11 +199,13 @@ def observe(of, tile, scales, plan: tl.constexpr):
             own_t += lane_sum(e_t * tl.maximum(a_t, -1e4), None)
             at_t = tl.where(here_t > old_t, tile.place, at_t)
         if plan.powers:
-            cross += lane_sum(tl.exp2(scales.a * a_t + scales.b * a_s), tile.mask)
+            cross += lane_sum(tl.exp2(scales.a * a_t + scales.b * a_s) - e_s, tile.mask)
             if plan.powers == 2:
                 both = scales.a + scales.b
-                power_s += lane_sum(tl.exp2(both * a_s), tile.mask)
+                power_s += lane_sum(tl.exp2(both * a_s) - e_s, tile.mask)
                 power_t += lane_sum(tl.exp2(both * a_t), tile.mask)
+        elif plan.forward:
+            cross += lane_sum(e_t - e_s, tile.mask)
     return Statistics(
         Side(max_s, sum_s, gap_s, own_s, at_s), Side(max_t, sum_t, gap_t, own_t, at_t),
         unit, mean, cross, power_s, power_t,

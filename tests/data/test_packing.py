@@ -18,6 +18,7 @@ from fusedkd.data.packing import best_fit, collator
 from fusedkd.data.rows import Encoder, encode
 from fusedkd.data.text import default_packing, pack
 from fusedkd.errors import UserError
+from fusedkd.models.columns import spans
 from fusedkd.models.positions import check_keeps_apart, check_length, most_positions
 from fusedkd.train import DistillationArguments, DistillationTrainer
 from fusedkd.train.on_policy import OnPolicy
@@ -215,3 +216,19 @@ def test_models_without_room_are_refused_before_training() -> None:
         check_fits(rows, {"student": llama()}, flags)
     flat = Dataset.from_dict({**rows.to_dict(), "position_ids": [[*range(40), *range(40)]]})
     check_fits(flat, {"student": llama(), "teacher": gpt2()}, flags)
+
+
+def test_spans_are_the_sequences_of_a_row() -> None:
+    """Padding on either side; packed rows, also one cut off at its beginning."""
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+
+    def found(**columns: list[list[int]]) -> list[list[list[int]]]:
+        batch = {"input_ids": ids, **{name: torch.tensor(x) for name, x in columns.items()}}
+        return [[span.tolist() for span in spans(batch, row)] for row in range(2)]
+
+    assert found() == [[[0, 1, 2, 3, 4, 5]]] * 2
+    masks = [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
+    assert found(attention_mask=masks) == [[[2, 3, 4, 5]], []]
+    places = [[0, 1, 2, 0, 0, 1], [4, 5, 0, 1, 2, 3]]
+    assert found(position_ids=places) == [[[0, 1, 2], [3], [4, 5]], [[0, 1], [2, 3, 4, 5]]]
+    assert found(position_ids=places, attention_mask=masks) == [[[2], [3], [4, 5]], []]

@@ -14,7 +14,10 @@ FILES = (
     "loss/test_custom",
     "loss/test_cut",
     "loss/test_precision",
+    "loss/test_sampled",
     "loss/test_sparse",
+    "loss/test_token_log_probs",
+    "loss/test_top_k",
 )
 TRITON = {"TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
 

@@ -49,7 +49,8 @@ def everything(student: Any, teacher: Any, labels: Tensor, **keywords: Any) -> l
     """Loss, metrics and gradients of a call."""
     inputs = leaves(student)
     loss, metrics = kd_loss_and_metrics(student, teacher, labels, ce_weight=0.5, **keywords)
-    return [loss.detach(), *metrics, *torch.autograd.grad(loss.sum(), inputs)]
+    known = [x for x in metrics if x is not None]
+    return [loss.detach(), *known, *torch.autograd.grad(loss.sum(), inputs)]
 
 
 # ---- default devices -----------------------------------------------------------------------------

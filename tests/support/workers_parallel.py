@@ -21,6 +21,7 @@ from fusedkd import (
     kd_loss_and_metrics,
     sampled_kd_loss_and_metrics,
     token_log_probs,
+    top_k,
 )
 
 fp16.SCRATCH_BYTES["cpu"] = 600  # so that these few rows are several chunks
@@ -271,6 +272,9 @@ def tokens(rank: int) -> dict[str, str | None]:
             t = -x["weights"] * 5
             results: Any = sampled_kd_loss_and_metrics(side, t, ids, **options)
             return results, torch.autograd.grad(results[0], trained, torch.tensor(1.5).to(t))
+        if "top" in name:
+            top = top_k(side, 6, also=ids[:, None].clamp(min=-1), **options)
+            return top, []
         if "several" in name:
             ids = torch.stack([ids, ids.flip(0), ids], -1)
         results = token_log_probs(side, ids, entropy=True, **options)
