@@ -115,7 +115,7 @@ def stages_of(
 ) -> tuple[str, ...]:
     variant = _variant(dtype, divergence, flags, tail)
     if tail:
-        return sparse_ops.stages(variant, launch, tail == "bucket")
+        return sparse_ops.stages(variant, launch, sparse_ops.tail_of(tail))
     return config.stages(variant, launch)
 
 
@@ -143,7 +143,7 @@ def source(job: Job) -> ASTSource:
         "sums": "*fp64",
         "arrived": "*i32",
     }
-    pointers["held"] = f"*{NAMES[variant.student]}"
+    pointers["id_logits"] = f"*{NAMES[variant.student]}"
     for name in ("student", "teacher", "grad"):
         pointers[name] = f"*{NAMES[getattr(variant, name)]}"
     signature = {}
@@ -157,7 +157,7 @@ def source(job: Job) -> ASTSource:
 def _kernel(job: Job, variant: config.Variant) -> tuple[Any, dict[str, Any]]:
     """The kernel and its constants, as the launchers have them."""
     if job.tail:
-        of = (variant, job.launch, job.stage, job.tail == "bucket", job.backend)
+        of = (variant, job.launch, job.stage, sparse_ops.tail_of(job.tail), job.backend)
         return sparse.sparse_kernel, sparse_ops.constants(*of)
     return programs.row_kernel, {"plan": plan_of(job)}
 

@@ -151,15 +151,15 @@ class _FusedLoss(torch.autograd.Function):
             grads = again(*tensors, scale, ctx.spec, plan)
             results = [x.to(dtype) for x, dtype in zip(grads, kept, strict=True)]
         else:
-            grads = list(ctx.saved_tensors)
+            saved = list(ctx.saved_tensors)
             if ctx.spec.reduction == "none":  # what comes for tokens that do not count may be NaN
-                upstream = upstream.masked_fill((grads.pop() == 0).view(upstream.shape), 0.0)
-            grads, rest = grads[: len(kept)], grads[len(kept) :]
-            late = bool(rest) and wanted.weight
-            if rest and not late:  # the powers of dense fp16 rows
-                upstream = upstream / rest[0].view(upstream.shape if upstream.dim() else (-1,))
+                upstream = upstream.masked_fill((saved.pop() == 0).view(upstream.shape), 0.0)
+            grads, more = saved[: len(kept)], saved[len(kept) :]
+            late = bool(more) and wanted.weight
+            if more and not late:  # the powers of dense fp16 rows
+                upstream = upstream / more[0].view(upstream.shape if upstream.dim() else (-1,))
             results = [
-                _multiplied(x, rest, upstream, dtype, ctx.plan.backend)
+                _multiplied(x, more, upstream, dtype, ctx.plan.backend)
                 if late and i == wanted.hidden
                 else scaled(x, upstream, dtype, ctx.plan.backend)
                 for i, (x, dtype) in enumerate(zip(grads, kept, strict=True))

@@ -113,7 +113,8 @@ class Call(NamedTuple):
         Raises:
             ValueError, TypeError: naming the argument, what came, what was expected, the remedy.
         """
-        s, t = student_side(given.student), teacher_side(given.teacher)
+        s = student_side(given.student)
+        t = teacher_side(given.teacher)  # type: ignore[arg-type]  # Routed is calls of its own
         check_pair(s, t)
         size = shards.vocab_size if shards else true_vocabulary(s, t, given.vocab_size)
         spec = given.spec(size, s.transform, t.transform)

@@ -148,7 +148,7 @@ def _teacher() -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).eval().requires_grad_(False)
 
 
-def _hidden(console: Console, work: Path, tokens: int = 128, rounds: int = 7) -> None:
+def _hidden(console: Console, work: Path, tokens: int = 64, rounds: int = 7) -> None:
     """Hidden states: writing them beside a forward pass to logits, and reading them and the head's
     product beside that."""
     run = LiveTeacher(_teacher())

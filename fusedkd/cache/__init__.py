@@ -10,7 +10,8 @@ from fusedkd.cache.build import Job, build
 from fusedkd.cache.errors import CacheError, Damaged
 from fusedkd.cache.layout import Layout, Target
 from fusedkd.cache.policy import Policy
-from fusedkd.cache.reader import TeacherCache, verify
+from fusedkd.cache.reader import TeacherCache
+from fusedkd.cache.verify import verify
 
 __all__ = [
     "CacheError",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
+from fusedkd.cache.batches import on, teacher_of
 from fusedkd.cache.errors import CacheError, Damaged
 from fusedkd.cache.head import open_head
 from fusedkd.cache.hidden import HiddenLayout
@@ -19,7 +19,7 @@ from fusedkd.cache.layout import Target
 from fusedkd.cache.manifest import Manifest
 from fusedkd.cache.policy import linear_in_teacher
 from fusedkd.cache.shard import REMEDY, open_index, open_shard
-from fusedkd.distributions import LMHead
+from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.divergences import Divergence
 
 
@@ -124,6 +124,32 @@ class TeacherCache:
             path = self.folder / self.manifest.index.name
             raise Damaged(f"{path} is damaged: {len(ids)} tokens are {tokens} there. {REMEDY}")
         return place
+
+    def teacher(
+        self, ids: Sequence[int] | np.ndarray, temperature: float = 1.0
+    ) -> SparseTeacher | LMHead:
+        """The teacher of a sequence without padding, as :func:`fusedkd.kd_loss` takes it: (L, ...).
+
+        Raises:
+            CacheError, Damaged: as :meth:`get`.
+        """
+        row = np.asarray(ids)
+        return teacher_of(self, [row], np.ones(len(row), bool), temperature)
+
+    def batch(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, temperature: float = 1.0
+    ) -> SparseTeacher | LMHead:
+        """The same of a batch (B, L), on its device: (B, L, ...), with nothing known at padding.
+
+        Raises:
+            CacheError, Damaged: as :meth:`get`.
+        """
+        ids = input_ids.cpu().numpy()
+        there = np.ones(ids.shape, bool)
+        if attention_mask is not None:
+            there = attention_mask.cpu().numpy().astype(bool)
+        rows = [row[mask] for row, mask in zip(ids, there, strict=True)]
+        return on(teacher_of(self, rows, there, temperature), input_ids.device)
 
     def get_many(
         self, sequences: Sequence[Sequence[int] | np.ndarray], temperature: float
@@ -241,40 +267,3 @@ SAME_DATA = (
     "Make the cache with the same flags for the data (--data, --eval_data, --eval_share, "
     "--max_length, --packing, --train_on, ...) as are trained with."
 )
-
-
-def verify(folder: str | Path) -> tuple[Manifest | None, list[str]]:
-    """Read every byte of a cache, and every answer in it.
-
-    Returns:
-        The manifest, unless it is itself damaged, and what is wrong, one line each.
-
-    Raises:
-        CacheError: no cache there.
-    """
-    folder = Path(folder)
-    try:
-        manifest = Manifest.load(folder)
-    except Damaged as error:
-        return None, [str(error)]
-    wrong: list[str] = []
-    index = _tried(wrong, open_index, folder, manifest)
-    for number in range(len(manifest.shards)):
-        _tried(wrong, open_shard, folder, manifest, number, index)
-    if (head := manifest.head) is not None:
-        _tried(wrong, open_head, folder, head, manifest.padded_vocab_size, manifest.layout.k)
-    if not manifest.complete:
-        expected = manifest.number_of_shards
-        wrong.append(f"{folder}: {len(manifest.shards)} of {expected} shards are there. {REMEDY}")
-    if not wrong:
-        _tried(wrong, TeacherCache(folder).check_answers)
-    return manifest, wrong
-
-
-def _tried(wrong: list[str], check: Callable[..., Any], *args: Any) -> Any:
-    """What ``check`` returns, or None and a line in ``wrong``."""
-    try:
-        return check(*args)
-    except Damaged as error:
-        wrong.append(str(error))
-        return None

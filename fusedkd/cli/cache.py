@@ -157,7 +157,7 @@ def _verify(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
-        from fusedkd.cache.reader import verify
+        from fusedkd.cache.verify import verify
     manifest, wrong = verify(args.folder)
     for line in wrong:
         print(line)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.kernels import Part, RowCall, Rows
-from fusedkd.kernels.pieces import block_rows, compare, finish, merge, observe
+from fusedkd.kernels import RowCall, Rows
+from fusedkd.kernels.pieces import block_rows, compare, finish, observe
 from fusedkd.kernels.tokens import token_gradient, token_statistics, top
 from fusedkd.spec import LossSpec
 
@@ -48,13 +48,8 @@ def rows(call: RowCall, *fields: Any) -> Rows:
     0.1, which goes with release 0.3)."""
     call = RowCall(call, *fields) if fields else call  # type: ignore[arg-type]
     ops, sparse_ops = _launchers()
-    if not isinstance(call.teacher, SparseRows):
-        return ops.rows(call)  # type: ignore[no-any-return]
-    if call.teacher.tail in ("generalized", "conditional"):  # sparse.py does not know them yet
-        whole = call._replace(part=Part(0, call.spec.vocab_size))
-        statistics = merge([observe(whole)])
-        return finish(whole, statistics, compare(whole, statistics))[0]
-    return sparse_ops.rows(call)  # type: ignore[no-any-return]
+    kind = sparse_ops if isinstance(call.teacher, SparseRows) else ops
+    return kind.rows(call)  # type: ignore[no-any-return]
 
 
 def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:

@@ -19,10 +19,11 @@ misses being the limit, and JSD 62, instructions being it. Before lean.py it was
 
 Against a teacher of K entries (sparse.py) only the student is swept: 4 bytes per entry, 6 if the
 second sweep never finds the row in L2, and 8 bytes for each of the K, which is nothing beside a
-row. 21 + 22 instructions (forward KL, and all divergences with the bucket), 21 + 23 + 34 for JSD
-without: 4 bytes take as long as 23, so about half of the bandwidth. A row is half as long as a
-dense pair, so 132 of them fit into L2. scale_kernel moves 4 bytes for 4 instructions: bytes are
-its limit, unless the factor is 1, when it moves none.
+row. 9 + 8 instructions, whatever the divergence and the tail; only alpha_beta sweeps once more
+where the teacher is absent outside the ids, 9 + 10 + 15 (benchmarks/counted.py, 2026-11-28). 4
+bytes take as long as 31, so memory is the limit. A row is half as long as a dense pair, so 132 of
+them fit into L2. scale_kernel moves 4 bytes for 4 instructions: bytes are its limit, unless the
+factor is 1, when it moves none.
 
 Rows in flight: a row of student and teacher at V = 151,936 is 608 kB, so 132 rows at a time are
 80 MB, more than L2's 50 MB. Hence one fat program per SM, sweeps that alternate in direction (what
@@ -130,6 +131,13 @@ class Plan(Tiling):
     @cached_property
     def cache_key(self) -> str:  # Triton's, so that an edited divergence is compiled anew
         return " ".join((self._text, self.careful.cache_key, self.form.cache_key))
+
+
+@dataclass(frozen=True, repr=False)
+class SparsePlan(Plan):
+    """Of a kernel that walks the student alone."""
+
+    outside: bool  # entries that are no ids have a say of their own
 
 
 @lru_cache(maxsize=1024)

@@ -156,3 +156,6 @@ MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 # Mixes of KL(p || q) and KL(q || p): infinite where q = 0 < p or p = 0 < q, so these tell a huge
 # gap from an infinite one.
 KLS = ("forward_kl", "reverse_kl", "mixed_kl")
+
+# Where p = 0 these, value and grad, are q times what they are at q = 1.
+HOMOGENEOUS = (*KLS, *MIXTURES, "total_variation", "alpha")

@@ -168,7 +168,7 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
 
 
 @triton.jit
-def _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan: tl.constexpr):
+def drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan: tl.constexpr):
     """A row that does not count."""
     if leader:
         tl.store(loss + n, scalar(0.0, plan.acc))
@@ -194,7 +194,7 @@ def _flat(of, label):
 
 
 @triton.jit
-def _leave(partial, n, piece, fields, plan: tl.constexpr):
+def leave(partial, n, piece, fields, plan: tl.constexpr):
     at = partial + n.to(tl.int64) * (len(fields) * plan.pieces) + piece
     for i in tl.static_range(len(fields)):
         tl.store(at + i * plan.pieces, fields[i].to(tl.float64))
@@ -461,7 +461,7 @@ def row_kernel(
     scale = tl.load(row_scale + n)
     if scale == 0:
         if plan.stage != "statistics" and plan.stage != "middle":
-            _drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
+            drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
         first, second = scalar(a, acc), scalar(b, acc)
         of_s, of_t, over = scalar(inverse_s, acc), scalar(inverse_t, acc), scalar(ratio, acc)
@@ -474,7 +474,7 @@ def row_kernel(
             )
             of = merged(resolved(of, sides, shape, plan), scales, plan)
             if plan.stage != "whole":
-                _leave(partial, n, piece, _flat(of, label), plan)
+                leave(partial, n, piece, _flat(of, label), plan)
             if plan.stage == "joint":
                 _meet(arrived + 2 * n, plan)
         if plan.stage != "whole" and plan.stage != "statistics":

@@ -5,6 +5,7 @@ Triton's own cache, and a launch does nothing. For compiling ahead, and for meas
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -54,12 +55,10 @@ class Rehearsal:
         device.PREBUILT = device.PREBUILT and device.TARGET == "cuda"
         device.check = lambda x: None
         device.guard = lambda x: contextlib.nullcontext()
-        device.processors = lambda of: processors
+        device.processors = functools.cache(lambda of: processors)
         device.unavailable = lambda: None
         true, holds = torch.ones(()), device.holds
-        device.holds = lambda right, message: holds(
-            true, message
-        )  # for nobody writes what is right
+        device.holds = lambda right, message: holds(true, message)  # nobody writes what is right
 
     def _listen(self, *, times: Any, cache_hit: bool, **rest: Any) -> None:
         if not cache_hit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def rows(call: RowCall) -> Rows:
     launch = config.choose(n, call.spec.vocab_size, device.processors(student.device))
     if debug.ENABLED:
         debug.note(f"{n:,} rows by {launch}")
-    variant, bucket = _variant(call), teacher.tail == "bucket"
+    variant, tail = _variant(call), tail_of(teacher.tail)
     arguments = {
         "student": student,
         "grad": call.grad,
@@ -39,54 +40,67 @@ def rows(call: RowCall) -> Rows:
         "row_scale": call.row_scale,
         "loss": results.loss,
         "metrics": results.metrics,
-        "held": student.new_empty(n, entries + 1),
+        "id_logits": student.new_empty(n, entries + 1),
         "entries": entries,
         "rounding": teacher.rounding,
         **ops.scratch(call, launch, config.SPARSE_PARTIALS),
         **_numbers(call),
     }
     with device.guard(student):
-        for launcher, pieces in _launchers(variant, launch, bucket):
+        for launcher, pieces in _launchers(variant, launch, tail):
             launcher((n, pieces), arguments)
     return results
 
 
-def stages(variant: config.Variant, launch: config.Launch, bucket: bool) -> tuple[str, ...]:
+def tail_of(name: str) -> str:
+    """Of a SparseTeacher, as the kernel distinguishes it."""
+    return "absent" if name in ("drop", "renormalize") else name
+
+
+def stages(variant: config.Variant, launch: config.Launch, tail: str) -> tuple[str, ...]:
     """The launches of one call, in order: "middle" only where what is outside the ids has a say of
     its own."""
-    skipped = "middle" if bucket or variant.divergence in pointwise.KLS else ""
-    return tuple(stage for stage in config.stages(variant, launch) if stage != skipped)
+    every = config.stages(variant, launch)
+    return tuple(stage for stage in every if stage != "middle" or _outside(variant, tail))
+
+
+def _outside(variant: config.Variant, tail: str) -> bool:
+    return tail == "absent" and variant.divergence not in pointwise.HOMOGENEOUS
 
 
 def _numbers(call: RowCall) -> dict[str, float | int]:
     numbers = ops.layout(call.student, call.student, call.grad) | ops.numbers(call.spec)
-    numbers["power"] = ops.power(call.spec)
     return {name: x for name, x in numbers.items() if name not in TEACHERS}
 
 
 def _variant(call: RowCall) -> config.Variant:
-    student, grad, wide = call.student, call.grad, call.row_scale.dtype == torch.float64
+    student, grad, spec = call.student, call.grad, call.spec
+    wide = call.row_scale.dtype == torch.float64
+    ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
     return config.Variant(
         student=student.dtype,
         teacher=torch.float64 if wide else student.dtype,  # decides the accumulation type only
         grad=None if grad is None else grad.dtype,
-        divergence=call.spec.divergence.key or call.spec.divergence.name,
+        divergence=spec.divergence.key or spec.divergence.name,
         aligned=config.aligned([student] if grad is None else [student, grad]),
-        ce=call.labels is not None and (call.spec.ce_weight != 0 or call.metrics),
+        kd=spec.kd_scale != 0,
+        ce=ce,
+        power=ops.power(spec) if ce else 1,
+        smoothing=ce and spec.label_smoothing != 0,
         metrics=call.metrics,
-        transformed_s=call.spec.student_transform != IDENTITY,
+        transformed_s=spec.student_transform != IDENTITY,
     )
 
 
 @functools.cache
 def _launchers(
-    variant: config.Variant, launch: config.Launch, bucket: bool
+    variant: config.Variant, launch: config.Launch, tail: str
 ) -> tuple[tuple[Launcher, int], ...]:
     made = []
-    for stage in stages(variant, launch, bucket):
+    for stage in stages(variant, launch, tail):
         launcher = Launcher(
             sparse.sparse_kernel,
-            constants(variant, launch, stage, bucket, device.TARGET),
+            constants(variant, launch, stage, tail, device.TARGET),
             config.options(launch, device.TARGET),
         )
         made.append((launcher, ops.programs_a_row(variant, launch, stage)))
@@ -94,11 +108,9 @@ def _launchers(
 
 
 def constants(
-    variant: config.Variant, launch: config.Launch, stage: str, bucket: bool, target: str
+    variant: config.Variant, launch: config.Launch, stage: str, tail: str, target: str
 ) -> dict[str, Any]:
     """The constexpr arguments of ``sparse_kernel`` on "cuda" or "hip"."""
-    return {
-        "DIVERGENCE": config.function(variant.divergence),
-        "BUCKET": bucket,
-        "plan": config.plan(variant, launch, stage, target),
-    }
+    plan = config.plan(variant, launch, stage, target)
+    values = {f.name: getattr(plan, f.name) for f in fields(plan)} | {"teacher": False}
+    return {"TAIL": tail, "plan": config.SparsePlan(**values, outside=_outside(variant, tail))}

@@ -1,135 +1,179 @@
-"""The sweeps over the student of a row whose teacher has K entries.
+"""What the sweeps do with a tile of a row whose teacher has K entries; steps of row.sweep, over the
+student alone.
 
-Those of sweeps.py for one side. In the first two the row's ids are covered with -inf, so that what
-the student has outside them is summed as it is, not as a small difference. They are sorted, so a
-cursor walks along with the tiles: a tile without ids costs one comparison, each id one more pass
-over its tile's registers. The third sweep writes anything over the ids; sparse.py writes their
-gradients when it is done.
+In the first two the row's ids are covered with -inf, so that what the student has outside them is
+summed as it is, not as a small difference. They are sorted, so a cursor walks along with the tiles:
+a tile without ids costs one comparison, each id one more pass over its tile's registers. The third
+sweep writes anything over the ids; sparse.py writes their gradients when it is done.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, lowest, rounded
-from .row import INFINITY, NO_COLUMN
-from .sparse_walk import (
-    _add,
-    _at_one,
-    _edge_columns,
-    _first,
-    _load,
-    _log_prob,
-    _offsets,
-    _shifted,
-    _tile,
-    _total,
+from .row import INFINITY, NO_COLUMN, Tile, sweep
+from .stats import (
+    Side,
+    Statistics,
+    added,
+    at_unit,
+    first_columns,
+    lane_max,
+    lane_sum,
+    moved,
+    nothing_seen,
+    observe,
 )
+from .sweeps import log_prob, store
 
 BLOCK = tl.constexpr(128)
 
+
+class Ids(NamedTuple):
+    """Of a row, ascending; padding behind them."""
+
+    at: Any  # pointer
+    count: Any  # slots
+
+
+class Seen(NamedTuple):
+    """Of the student: (lanes,) while it is walked."""
+
+    of: Statistics  # of what is no id; but the mean is that of all entries
+    best: Any  # for the metrics, the largest logit of all entries
+    at: Any  # and where that is first
+    cursor: Any  # the next of the ids
+
+
+class Walking(NamedTuple):
+    value: Any
+    grad: Any
+    cursor: Any
+
+
+class Watching(NamedTuple):
+    ids: Any
+    shape: Any
+    scales: Any
+
+
+class Absent(NamedTuple):
+    """What the sweep between statistics and gradient wants, where the teacher has nothing."""
+
+    ids: Any
+    shape: Any
+    softmax: Any
+    a: Any
+    b: Any
+
+
+class Outside(NamedTuple):
+    """What the last sweep wants; without the ids the gradient is soft 2^a + unit e^(z - max)."""
+
+    grad: Any  # where the row's gradient goes
+    shape: Any
+    max: Any  # outside the ids
+    softmax: Any
+    soft: Any
+    kd: Any
+    unit: Any
+    smooth: Any
+    a: Any
+    b: Any
+
+
 # --------------------------------------------------------------------------------------------------
-# ids among columns; ``known`` is (their pointer, how many slots)
+# ids among columns
 
 
 @triton.jit
-def _rank(known, column):
+def rank(ids, column):
     """How many ids come before a column."""
-    ids, entries = known
     count = tl.full([], 0, tl.int32)
-    for start in range(0, entries, BLOCK):
+    for start in range(0, ids.count, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        id = tl.load(ids + slot, mask=slot < entries, other=NO_COLUMN)
+        id = tl.load(ids.at + slot, mask=slot < ids.count, other=NO_COLUMN)
         count += tl.sum((id < column).to(tl.int32), axis=0)
     return count
 
 
 @triton.jit
-def _cover(z, at, stop, known, cursor):
+def _cover(z, columns, stop, ids, cursor):
     """(z with -inf over the ids from the cursor on that lie before ``stop``, the cursor then)"""
-    ids, entries = known
-    id = tl.load(ids + cursor, mask=cursor < entries, other=NO_COLUMN)
+    id = tl.load(ids.at + cursor, mask=cursor < ids.count, other=NO_COLUMN)
     while id < stop:
-        z = tl.where(at == id, -INFINITY, z)
+        z = tl.where(columns == id, -INFINITY, z)
         cursor += 1
-        id = tl.load(ids + cursor, mask=cursor < entries, other=NO_COLUMN)
+        id = tl.load(ids.at + cursor, mask=cursor < ids.count, other=NO_COLUMN)
     return z, cursor
 
 
 @triton.jit
-def _cover_edges(z, at, shape, known, plan: tl.constexpr):
-    head, tiles, _ = shape
-    z, _ = _cover(z, at, head, known, tl.full([], 0, tl.int32))
-    behind = _rank(known, head + tiles * (plan.lanes * plan.width))
-    z, _ = _cover(z, at, NO_COLUMN, known, behind)
-    return z
+def _covered(tile, cursor, ids, shape, plan: tl.constexpr):
+    """The student's logits without the ids, and the cursor behind them."""
+    if tile.columns is not None:  # edges, which lie on both sides of all tiles
+        start = tl.full([], 0, tl.int32)
+        z, _ = _cover(tile.student, tile.columns, shape.head, ids, start)
+        z, _ = _cover(z, tile.columns, NO_COLUMN, ids, rank(ids, shape.end))
+    else:
+        unroll: tl.constexpr = tile.student.shape[0]
+        size: tl.constexpr = unroll * plan.lanes * plan.width
+        start = shape.head + tile.place * size
+        stop = tl.minimum(start + size, shape.end)
+        line = tl.arange(0, unroll)[:, None, None] * plan.lanes
+        line += tl.arange(0, plan.lanes)[None, :, None]
+        columns = start + line * plan.width + tl.arange(0, plan.width)[None, None, :]
+        z, cursor = _cover(tile.student, columns, stop, ids, cursor)
+    return z, cursor
 
 
 # --------------------------------------------------------------------------------------------------
-# statistics of the student: outside the ids, with a = (z - top) log2(e) / T,
-#   top  largest logit    total  sum 2^a    one  sum e^(z - top)    own  sum 2^a a
-# and of all entries
-#   mean  sum z / V       best  largest logit, ``at`` its first column
+# statistics
 
 
 @triton.jit
-def _move(state, new, k):
-    top, total, one, own, mean, best, at = state
-    by = (top - new) * k
-    keep = tl.exp2(by)
-    own = _shifted(own, keep, by, total)
-    return new, total * keep, one * tl.exp2((top - new) * LOG2E), own, mean, best, at
-
-
-@triton.jit
-def _observe(state, z, rest, columns, mask, numbers, plan: tl.constexpr):
-    """Take a tile into the statistics; ``rest`` is z with the ids covered."""
-    k, share, power = numbers
-    here = tl.max(z, axis=1)
-    state = _move(state, tl.maximum(state[0], tl.max(rest, axis=1)), k)
-    top, total, one, own, mean, best, at = state
-    below = rest - top[:, None]
-    a = below * k
-    e = tl.exp2(a)
-    total += tl.sum(e, axis=1)
-    if plan.ce:
-        one += tl.sum(_at_one(e, below, power), axis=1)
-        mean += _total(z * share, mask)
+def _see(seen, tile, context, plan: tl.constexpr):
+    z, cursor = _covered(tile, seen.cursor, context.ids, context.shape, plan)
+    rest = Tile(z, z, tile.slope, tile.columns, tile.mask, tile.place)
+    of = observe(seen.of, rest, context.scales, plan)
+    mean, best, at = seen.of.mean, seen.best, seen.at
+    if plan.smoothing:
+        mean += lane_sum(tile.student, tile.mask)
     if plan.metrics:
-        own += tl.sum(tl.where(e == 0, 0.0, e * a), axis=1)
-        at = _first(z, here, best, at, columns)
-    return top, total, one, own, mean, tl.maximum(best, here), at
+        here = lane_max(tile.student)
+        at = tl.where(here > best, tile.place, at)
+        best = tl.maximum(here, best)
+    of = Statistics(of.student, of.teacher, of.unit, mean, of.cross, of.power_s, of.power_t)
+    return Seen(of, best, at, cursor)
 
 
 @triton.jit
-def _merge(state, k):
-    """Statistics of (pieces,) -> of the whole, the sums among them in fp64."""
-    best = tl.max(state[5], axis=0)
-    at = tl.min(tl.where(state[5] == best, state[6], NO_COLUMN), axis=0)
-    top, total, one, own, mean, _, _ = _move(state, tl.max(state[0], axis=0), k)
-    return top, _add(total), _add(one), _add(own), _add(mean), best, at
+def seen_by(sides, ids, shape, span, scales, plan: tl.constexpr):
+    """All of a span, merged."""
+    size: tl.constexpr = plan.unroll * plan.lanes * plan.width
+    of = nothing_seen(plan)
+    first = rank(ids, shape.head + span.first * size)
+    seen = Seen(of, of.student.max, of.student.at, first)
+    by = Watching(ids, shape, scales)
+    seen = sweep(_see, seen, sides, shape, span, by, False, "evict_last", plan.unroll, plan)
+    at = seen.at
+    if plan.metrics:
+        at = first_columns(sides.student, sides.of_student, shape, at, plan, plan.transformed_s)
+    return merged_seen(Seen(seen.of, seen.best, at, seen.cursor), scales, plan)
 
 
 @triton.jit
-def _statistics(student, known, shape, span, bend, numbers, plan: tl.constexpr):
-    first, last, edges = span
-    size: tl.constexpr = plan.lanes * plan.width
-    zero = tl.full([plan.lanes], 0, plan.acc)
-    low = zero + lowest(plan.acc)
-    state = (low, zero, zero, zero, zero, low, tl.full([plan.lanes], 0, tl.int32))
-    cursor = _rank(known, shape[0] + first * size)
-    for tile in range(first, last):
-        start = shape[0] + tile * size
-        at = start + _offsets(plan)
-        pointers = _tile(student, shape[0], tile, plan)
-        z, _ = _load(pointers, None, bend, plan.acc, plan.transformed_s, "evict_last")
-        rest, cursor = _cover(z, at, start + size, known, cursor)
-        state = _observe(state, z, rest, at, None, numbers, plan)
-    for start in range(0, edges, size):
-        at, mask = _edge_columns(start, shape, plan)
-        z, _ = _load(student + at, mask, bend, plan.acc, plan.transformed_s, "")
-        rest = _cover_edges(z, at, shape, known, plan)
-        state = _observe(state, z, rest, at, mask, numbers, plan)
-    return _merge(state, numbers[0])
+def merged_seen(seen, scales, plan: tl.constexpr):
+    """Of (pieces,) -> of the whole, the sums among them in fp64."""
+    of, best, at = seen.of, tl.max(seen.best, axis=0), tl.full([], 0, tl.int32)
+    if plan.metrics:
+        at = tl.min(tl.where(seen.best == best, seen.at, NO_COLUMN), axis=0)
+    most = tl.max(of.student.max, axis=0)
+    of = moved(of, most, most, scales, plan)
+    student = Side(most, added(of.student.sum), 0.0, added(of.student.own), 0)
+    of = Statistics(student, student, added(of.unit), added(of.mean), 0.0, 0.0, 0.0)
+    return Seen(of, best, at, seen.cursor)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,84 +181,59 @@ def _statistics(student, known, shape, span, bend, numbers, plan: tl.constexpr):
 
 
 @triton.jit
-def _without(z, norm, a_b, DIVERGENCE: tl.constexpr, plan: tl.constexpr):
+def _without(z, by, plan: tl.constexpr):
     """The divergence where the teacher has nothing."""
-    lq = _log_prob(z, z - norm[0], norm[1], norm[2], plan)
+    softmax = by.softmax
+    lq = log_prob(z, z - softmax.max, softmax.inverse_t, softmax.log_sum, plan)
     nothing = tl.zeros_like(lq)
-    value, grad = DIVERGENCE(nothing - INFINITY, lq, nothing - INFINITY, nothing, tl.exp(lq), *a_b)
-    absent = z == -INFINITY
-    return tl.where(absent, 0.0, value), tl.where(absent, 0.0, grad)
+    value, grad = plan.careful(
+        nothing - INFINITY, lq, nothing - INFINITY, nothing, tl.exp(lq), by.a, by.b
+    )
+    masked = z == -INFINITY
+    return tl.where(masked, 0.0, value), tl.where(masked, 0.0, grad)
 
 
 @triton.jit
-def _middle(
-    student, known, shape, span, bend, norm, a_b, DIVERGENCE: tl.constexpr, plan: tl.constexpr
-):
-    """(value, sum of grad) outside the ids."""
-    first, last, edges = span
-    size: tl.constexpr = plan.lanes * plan.width
-    value = tl.full([plan.lanes], 0, plan.acc)
-    slope = value
-    cursor = _rank(known, shape[0] + first * size)
-    for tile in range(first, last):
-        start = shape[0] + tile * size
-        pointers = _tile(student, shape[0], tile, plan)
-        z, _ = _load(pointers, None, bend, plan.acc, plan.transformed_s, "evict_last")
-        z, cursor = _cover(z, start + _offsets(plan), start + size, known, cursor)
-        v, g = _without(z, norm, a_b, DIVERGENCE, plan)
-        value += tl.sum(v, axis=1)
-        slope += tl.sum(g, axis=1)
-    for start in range(0, edges, size):
-        at, mask = _edge_columns(start, shape, plan)
-        z, _ = _load(student + at, mask, bend, plan.acc, plan.transformed_s, "")
-        v, g = _without(_cover_edges(z, at, shape, known, plan), norm, a_b, DIVERGENCE, plan)
-        value += tl.sum(v, axis=1)
-        slope += tl.sum(g, axis=1)
-    return _add(value), _add(slope)
+def _add_absent(state, tile, by, plan: tl.constexpr):
+    z, cursor = _covered(tile, state.cursor, by.ids, by.shape, plan)
+    value, grad = _without(z, by, plan)
+    value, grad = lane_sum(value, tile.mask), lane_sum(grad, tile.mask)
+    return Walking(state.value + value, state.grad + grad, cursor)
 
 
 @triton.jit
-def _slope(
-    z, bent, at, start, top, norm, pull, a_b,
-    DIVERGENCE: tl.constexpr, OUTSIDE: tl.constexpr, plan: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a tile, right outside the ids."""
-    soft, kd, one = pull[0], pull[1], pull[3]
-    smooth, hot, label, power = pull[5], pull[6], pull[7], pull[8]
-    below = z - top
-    e = tl.exp2(below * norm[1] * LOG2E)
-    g = e * soft
-    if OUTSIDE:  # noqa: SIM102 - known when compiled, the other is not
-        if kd != 0:
-            _, own = _without(z, norm, a_b, DIVERGENCE, plan)
-            g += own * kd
-    if plan.ce:
-        g += _at_one(e, below, power) * one - smooth
-        if (label >= start) & (label - start < plan.lanes * plan.width):  # uniform
-            g = tl.where(at == label, g - hot, g)
-    if plan.transformed_s:
-        g *= bent
-    return tl.where(z == -INFINITY, 0.0, g)
+def absent(sides, shape, span, by, plan: tl.constexpr):
+    """(value, sum of grad) outside the ids, where the teacher has nothing."""
+    size: tl.constexpr = plan.unroll * plan.lanes * plan.width
+    nothing = tl.full([plan.lanes], 0, plan.acc)
+    state = Walking(nothing, nothing, rank(by.ids, shape.head + span.first * size))
+    state = sweep(_add_absent, state, sides, shape, span, by, False, "evict_last", 1, plan)
+    return added(state.value), added(state.grad)
 
 
 @triton.jit
-def _gradient(
-    student, grad, shape, span, bend, top, norm, pull, a_b,
-    DIVERGENCE: tl.constexpr, OUTSIDE: tl.constexpr, plan: tl.constexpr,
-):  # fmt: skip
-    first, last, edges = span
-    size: tl.constexpr = plan.lanes * plan.width
-    for step in range(first, last):
-        tile = last - 1 - (step - first)  # backwards: what was read last is still in L2
-        start = shape[0] + tile * size
-        pointers = _tile(student, shape[0], tile, plan)
-        z, bent = _load(pointers, None, bend, plan.acc, plan.transformed_s, "evict_first")
-        g = _slope(z, bent, start + _offsets(plan), start, top, norm, pull, a_b, DIVERGENCE,
-                   OUTSIDE, plan)  # fmt: skip
-        out = _tile(grad, shape[0], tile, plan)
-        tl.store(out, rounded(g, grad.dtype.element_ty), eviction_policy="evict_first")
-    for begin in range(0, edges, size):
-        at, mask = _edge_columns(begin, shape, plan)
-        z, bent = _load(student + at, mask, bend, plan.acc, plan.transformed_s, "")
-        g = _slope(z, bent, at, pull[7], top, norm, pull, a_b, DIVERGENCE, OUTSIDE, plan)
-        tl.store(grad + at, rounded(g, grad.dtype.element_ty), mask=mask)
+def slope_outside(z, by, plan: tl.constexpr):
+    """d loss / d logit of an entry that is no id, before the transform, and but for the label's."""
+    below = z - by.max
+    e = tl.exp2(below * by.softmax.scale)
+    f, g = tl.zeros_like(e) + by.soft, 0.0
+    if plan.ce and plan.power == 1:
+        f += by.unit
+    elif plan.ce and plan.power == 2:
+        f += e * by.unit
+    elif plan.ce:
+        g += at_unit(e, below, plan) * by.unit
+    g += e * f
+    if plan.outside and plan.kd:
+        _, own = _without(z, by, plan)
+        g += own * by.kd
+    if plan.ce and plan.smoothing:
+        g = tl.where(z == -INFINITY, 0.0, g - by.smooth)
+    return g
+
+
+@triton.jit
+def write_outside(none, tile, by, plan: tl.constexpr):
+    """Right outside the ids."""
+    store(slope_outside(tile.student, by, plan), tile, by, plan)
+    return none

@@ -213,7 +213,7 @@ def observe(of, tile, scales, plan: tl.constexpr):
 
 
 @triton.jit
-def _first(base, by, shape, at, plan: tl.constexpr, transformed: tl.constexpr):
+def first_columns(base, by, shape, at, plan: tl.constexpr, transformed: tl.constexpr):
     """The column of each lane's maximum, the first of several, given its tile: read again."""
     columns = shape.head + at[None, :, None] * (plan.unroll * plan.lanes * plan.width)
     columns += offsets(plan)
@@ -231,8 +231,8 @@ def resolved(of, sides, shape, plan: tl.constexpr):
     student, teacher = of.student, of.teacher
     at_s, at_t = student.at, teacher.at
     if plan.metrics:
-        at_s = _first(sides.student, sides.of_student, shape, at_s, plan, plan.transformed_s)
-        at_t = _first(sides.teacher, sides.of_teacher, shape, at_t, plan, plan.transformed_t)
+        at_s = first_columns(sides.student, sides.of_student, shape, at_s, plan, plan.transformed_s)
+        at_t = first_columns(sides.teacher, sides.of_teacher, shape, at_t, plan, plan.transformed_t)
     return Statistics(
         Side(student.max, student.sum, student.gap, student.own, at_s),
         Side(teacher.max, teacher.sum, teacher.gap, teacher.own, at_t),

@@ -154,7 +154,7 @@ def slope_carefully(z_s, z_t, by, plan: tl.constexpr):
 
 
 @triton.jit
-def _store(g, tile, by, plan: tl.constexpr):
+def store(g, tile, by, plan: tl.constexpr):
     if plan.transformed_s:
         g *= tile.slope
     g = rounded(g, by.grad.dtype.element_ty)
@@ -170,7 +170,7 @@ def _store(g, tile, by, plan: tl.constexpr):
 
 @triton.jit
 def write(sums, tile, by, plan: tl.constexpr):
-    _store(slope(tile.student, tile.teacher, by, plan), tile, by, plan)
+    store(slope(tile.student, tile.teacher, by, plan), tile, by, plan)
     if plan.late:
         sums = compare(sums, tile, Comparing(by.pair, by.terms, by.a, by.b), plan)
     return sums
@@ -178,11 +178,11 @@ def write(sums, tile, by, plan: tl.constexpr):
 
 @triton.jit
 def write_sharply(sums, tile, by, plan: tl.constexpr):
-    _store(slope_sharply(tile.student, tile.teacher, by, plan), tile, by, plan)
+    store(slope_sharply(tile.student, tile.teacher, by, plan), tile, by, plan)
     return sums
 
 
 @triton.jit
 def write_carefully(sums, tile, by, plan: tl.constexpr):
-    _store(slope_carefully(tile.student, tile.teacher, by, plan), tile, by, plan)
+    store(slope_carefully(tile.student, tile.teacher, by, plan), tile, by, plan)
     return sums

@@ -351,6 +351,27 @@ def test_batches_are_found_however_they_are_made(disk: Path, cache: Path) -> Non
         teacher({"input_ids": ids})
 
 
+def test_a_loop_of_ones_own(disk: Path, cache: Path, sampled: Path) -> None:
+    """The teacher of a sequence and of a padded batch, as the trainer has it."""
+    from fusedkd.teachers import CachedTeacher
+
+    row = torch.tensor(blocks(disk)["input_ids"][5])
+    ids, mask = torch.full((2, 40), 7), torch.zeros(2, 40, dtype=torch.int64)
+    ids[0, 8:], mask[0, 8:], ids[1, :32], mask[1, :32] = row, 1, row, 1
+    for folder, heat in ((cache, 2.0), (cache, 1.0), (sampled, 1.0)):
+        read = TeacherCache(folder)
+        side = CachedTeacher(read, divergences.forward_kl(), heat, "bucket")
+        want = side(side.answered({"input_ids": ids, "attention_mask": mask}))
+        got, alone = read.batch(ids, mask, heat), read.teacher(row.tolist(), heat)
+        assert got.tail == want.tail == alone.tail
+        assert torch.equal(got.indices, want.indices.long())
+        assert torch.equal(got.log_probs, want.log_probs)
+        assert torch.equal(alone.log_probs, got.log_probs[1, :32])
+        assert (got.entropy is None) == (want.entropy is None) == (heat != 1)
+        if want.entropy is not None:
+            assert torch.equal(got.entropy, want.entropy)
+
+
 def test_batch_size_and_order_change_no_key(disk: Path, cache: Path, tmp_path: Path) -> None:
     assert main(command(disk, tmp_path / "other", "--batch-size", "3", "--top-k", "40")) == 0
     one, other = TeacherCache(cache), TeacherCache(tmp_path / "other")

@@ -140,6 +140,9 @@ def test_padding_and_packed_rows(tmp_path: Path) -> None:
     found = teacher(teacher.answered({"input_ids": packed, "position_ids": positions}))
     assert isinstance(found, LMHead)
     assert torch.equal(found.hidden[0], torch.cat([cache.states(a), cache.states(b)]))
+    assert torch.equal(cache.teacher(a).hidden, cache.states(a))  # type: ignore[union-attr]
+    batch = cache.batch(ids, mask)
+    assert isinstance(batch, LMHead) and torch.equal(batch.hidden[0, 5:], cache.states(a))
     with pytest.raises(CacheError, match=r"use states\(\)"):
         cache.get(a, 1.0)
     with pytest.raises(ValueError, match="teacher_tail='conditional'"):
