@@ -43,7 +43,7 @@ def test_what_it_compiles_is_what_a_loss_launches(tmp_path: Path) -> None:
     said = _run([*COMMAND, *SMALL, "--form", "logits", "bucket"], tmp_path)
     assert "[2/2]" in said and str(tmp_path) in said
     compiled, launched = map(int, _run([sys.executable, "-c", CALL], tmp_path).split())
-    assert (compiled, launched) == (0, 4)
+    assert (compiled, launched) == (0, 6)  # labels, rows, their sum, and scaling; rows and scaling
 
 
 @pytest.mark.parametrize(

@@ -285,17 +285,17 @@ def test_from_a_module_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         other = 3
     """
-    (tmp_path / "my_losses.py").write_text(textwrap.dedent(body))
+    (tmp_path / "losses_by_name.py").write_text(textwrap.dedent(body))
     monkeypatch.chdir(tmp_path)
-    made = divergences.make("my_losses:hellinger(scale=2)")
+    made = divergences.make("losses_by_name:hellinger(scale=2)")
     assert made.name == "hellinger" and made.params == (2.0,)
-    assert divergences.make("my_losses:hellinger").params == (1.0,)
+    assert divergences.make("losses_by_name:hellinger").params == (1.0,)
     s, t = torch.randn(2, 4, 9, dtype=torch.float64).unbind()
     expected = 2 * ((t.softmax(-1).sqrt() - s.softmax(-1).sqrt()) ** 2).sum(-1).mean() / 2
     torch.testing.assert_close(kd_loss(s, t, divergence=made, backend="reference"), expected)
     for name, said in (
-        ("my_losses:other", "no other that"),
-        ("my_losses:hellinger(size=2)", "parameters of hellinger are: scale"),
+        ("losses_by_name:other", "no other that"),
+        ("losses_by_name:hellinger(size=2)", "parameters of hellinger are: scale"),
         ("no_such_module:f", "no_such_module"),
     ):
         with pytest.raises(ValueError, match=said):
