@@ -267,8 +267,8 @@ def support(seed: int, noise: float, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("tail", ["generalized", "conditional"])
 def test_a_support_is_never_negative(backend, name, tail):
     """And 0 where q = p; however near they are, where a sum of terms +-p would round below."""
-    for seed in range(1 if INTERPRETED else 25):  # interpreted, a call takes 0.1 s
-        for noise in (0.0, 1e-9, 1e-4, 0.1, 3.0):
+    for seed in range(1 if INTERPRETED else 25):
+        for noise in (0.0, 0.1) if INTERPRETED else (0.0, 1e-9, 1e-4, 0.1, 3.0):
             for dtype in (torch.float32, torch.float64):
                 s, ids, lp = support(seed, noise, dtype)
                 loss, grad = both(s, SparseTeacher(ids, lp, tail), divergence=name,
