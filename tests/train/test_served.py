@@ -84,8 +84,9 @@ def test_temperature_that_a_server_honours(tmp_path: Path) -> None:
         check(served(tmp_path, server, temperature=2.0), sequences(5), 2.0)
 
 
-def test_ten_thousand_questions_of_which_a_fifth_goes_wrong(tmp_path: Path) -> None:
-    asked = sequences(10_000, length=4)
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_questions_of_which_a_fifth_goes_wrong(tmp_path: Path, count: int) -> None:
+    asked = sequences(count, length=4)
     with (
         TeacherServer(TRUTH, tokenizer(), stall=0.6) as one,
         TeacherServer(TRUTH, tokenizer(), stall=0.6) as other,
@@ -95,7 +96,7 @@ def test_ten_thousand_questions_of_which_a_fifth_goes_wrong(tmp_path: Path) -> N
             server.now.faults, server.now.latency = 0.2, 0.001
         check(teacher, asked)
         faults = one.faults + other.faults
-        assert set(faults) == set(FAULTS) and sum(faults.values()) > 2000
+        assert set(faults) == set(FAULTS) and sum(faults.values()) > count / 5
 
 
 @pytest.mark.parametrize(
