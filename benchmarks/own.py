@@ -7,12 +7,12 @@ rounds; its first use in a process of its own and a cache folder of its own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,23 +42,13 @@ def written_jsd(lp: Tensor, lq: Tensor, *, beta: float = 0.5) -> Tensor:
 def first_uses() -> dict[str, float]:
     """Seconds of calls beyond a built-in one's: compiled; again in a new process; with another
     parameter there."""
-    with _cache_folder():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, FUSEDKD_CACHE=folder),
+    ):
         first, _ = in_child(_first_use, timeout=300)
         again, other = in_child(_first_use, timeout=300)
     return {"first use": first, "first use in a new process": again, "another parameter": other}
-
-
-@contextlib.contextmanager
-def _cache_folder() -> Iterator[None]:
-    before = os.environ.get("FUSEDKD_CACHE")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["FUSEDKD_CACHE"] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop("FUSEDKD_CACHE")
-            if before is not None:
-                os.environ["FUSEDKD_CACHE"] = before
 
 
 def _first_use() -> list[float]:

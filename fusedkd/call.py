@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fusedkd import backends, divergences
-from fusedkd.checks import check_constant, check_device, check_heat, check_normalizer, check_tensor
+from fusedkd.checks import (
+    check_constant,
+    check_device,
+    check_divides,
+    check_heat,
+    check_normalizer,
+    check_tensor,
+)
 from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.distributions.side import Side, autocast_dtype, check_pair, true_vocabulary
 from fusedkd.divergences import Divergence
@@ -52,11 +59,7 @@ class Arguments(NamedTuple):
 
     def spec(self, vocab_size: int, student: Transform, teacher: Transform) -> LossSpec:
         """The hyper-parameters, checked."""
-        if self.normalizer is not None and str(self.reduction) == "none":
-            raise ValueError(
-                "normalizer was given with reduction='none', which adds nothing up: expected None. "
-                "Divide the result, or use reduction='sum'."
-            )
+        check_divides(self.normalizer, self.reduction)
         heat = self.teacher_temperature
         spec = LossSpec(
             divergence=divergences.resolve(self.divergence),

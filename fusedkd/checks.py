@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,31 @@ def check_normalizer(normalizer: float | Tensor) -> None:
             f"normalizer={normalizer!r}: expected a finite number of at least 0, such as the "
             "number of tokens that count."
         )
+
+
+def check_divides(normalizer: float | Tensor | None, reduction: str) -> None:
+    """Raise unless there is a sum that ``normalizer`` can divide."""
+    if normalizer is not None and str(reduction) == "none":
+        raise ValueError(
+            "normalizer was given with reduction='none', which adds nothing up: expected None. "
+            "Divide the result, or use reduction='sum'."
+        )
+
+
+def with_defaults(
+    function: str, keywords: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """All keywords of a call; of no others than the function has.
+
+    Raises:
+        TypeError: one that it has not.
+    """
+    if unknown := keywords.keys() - defaults.keys():
+        raise TypeError(
+            f"{function}() got an unexpected keyword argument {', '.join(sorted(unknown))}: "
+            f"expected some of {', '.join(defaults)}."
+        )
+    return {**defaults, **keywords}
 
 
 def _check_tensor_of_one(normalizer: Tensor) -> None:

@@ -57,7 +57,8 @@ class Divergence:
     """A divergence and its parameters, as :func:`fusedkd.kd_loss` takes it.
 
     ``value(lp, lq)`` maps log-probabilities of one shape to the elementwise contributions; their
-    sum over the vocabulary is the divergence in nats. Two are equal when name and parameters are.
+    sum over the vocabulary is the divergence in nats. Two are equal when name, key and parameters
+    are.
 
     Make one of your own with :func:`custom`; one made by hand needs a name of its own, and runs on
     ``backend="reference"`` only.
@@ -70,8 +71,8 @@ class Divergence:
     name: str
     params: tuple[float, ...] = ()
     value: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True, compare=False, repr=False)
-    tape: Tape | None = field(default=None, kw_only=True, repr=False)
-    key: str | None = field(default=None, init=False, compare=False, repr=False)
+    tape: Tape | None = field(default=None, kw_only=True, compare=False, repr=False)
+    key: str | None = field(default=None, init=False, repr=False)
 
     @property
     def builtin(self) -> bool:
@@ -88,9 +89,9 @@ class Divergence:
 def recorded(name: str, params: tuple[float, ...], tape: Tape) -> Divergence:
     """The divergence that ``tape`` computes with these parameters."""
     value = functools.partial(_Recorded.apply, tape, params)
-    made = Divergence(name, params, value=value, tape=tape)
-    object.__setattr__(made, "key", f"{name}#{tape.key}")
-    _TAPES[f"{name}#{tape.key}"] = name, tape
+    made, key = Divergence(name, params, value=value, tape=tape), f"{name}#{tape.key}"
+    object.__setattr__(made, "key", key)
+    _TAPES[key] = name, tape
     return made
 
 

@@ -15,6 +15,7 @@ from fusedkd.distributions.side import NOTHING, Side, autocast_dtype, true_vocab
 from fusedkd.inputs import Wanted
 from fusedkd.kernels import tokens as token_kernels
 from fusedkd.kernels.tokens import Factors
+from fusedkd.modes import stand_in
 from fusedkd.token_rows import TokenInputs, TokenSpec
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class TokenRequest(NamedTuple):
         wrong = (ids != ids.clamp(0, size - 1)) & ~nothing
         padding = ", or -1 for padding" if columns else ""
         expected = f"expected 0 to {size - 1}"
-        if ids.device.type != "cpu" or token_ops.stand_in(ids):
+        if ids.device.type != "cpu" or stand_in(ids):
             torch._assert_async(~wrong.any(), f"tokens: {expected}")
         elif wrong.any():
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedkd import autograd, backends, parallel
 from fusedkd.call import Arguments, Call
-from fusedkd.checks import check_whole
+from fusedkd.checks import check_whole, with_defaults
 from fusedkd.direct import direct_loss
 from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.divergences import Divergence
@@ -171,19 +171,10 @@ def kd_loss_and_metrics(
     Returns:
         ``(loss, metrics)``; only the loss has a graph.
     """
-    keywords = _with_defaults("kd_loss_and_metrics", kwargs)
+    keywords = with_defaults("kd_loss_and_metrics", kwargs, DEFAULTS)
     loss, metrics = _compute(Arguments(student, teacher, labels, **keywords), metrics=True)
     assert metrics is not None
     return loss, metrics
-
-
-def _with_defaults(function: str, keywords: dict[str, Any]) -> dict[str, Any]:
-    if unknown := keywords.keys() - DEFAULTS.keys():
-        raise TypeError(
-            f"{function}() got an unexpected keyword argument {', '.join(sorted(unknown))}: "
-            f"expected some of {', '.join(DEFAULTS)}."
-        )
-    return {**DEFAULTS, **keywords}
 
 
 class KDLoss(nn.Module):
@@ -195,7 +186,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        keywords = _with_defaults("KDLoss", kwargs)
+        keywords = with_defaults("KDLoss", kwargs, DEFAULTS)
         Arguments(torch.empty(0), None, None, **keywords).check()
         self.kwargs = kwargs
 
@@ -220,7 +211,7 @@ def losses_by_teacher(
     student: Tensor | LMHead, teacher: Routed, labels: Tensor | None = None, **keywords: Any
 ) -> tuple[Tensor, dict[str, KDMetrics]]:
     """:func:`kd_loss` of several teachers, and the metrics of each one's rows."""
-    keywords = _with_defaults("losses_by_teacher", keywords)
+    keywords = with_defaults("losses_by_teacher", keywords, DEFAULTS)
     return routed_loss(Arguments(student, teacher, labels, **keywords), teacher, True, _compute)
 
 

@@ -12,15 +12,22 @@ from torch import Tensor
 from fusedkd import divergences, token_ops
 from fusedkd.autograd import once_differentiable, roots, scaled
 from fusedkd.call import row_scale_of
-from fusedkd.checks import check_constant, check_device, check_logits, check_tensor, is_finite
+from fusedkd.checks import (
+    check_constant,
+    check_device,
+    check_divides,
+    check_logits,
+    check_tensor,
+    is_finite,
+    with_defaults,
+)
 from fusedkd.distributions import LMHead
 from fusedkd.inputs import Plan, Wanted
 from fusedkd.kernels import tokens as token_kernels
 from fusedkd.log_probs import CheckedTokens, TokenRequest
 from fusedkd.modes import stand_in
 from fusedkd.spec import LossSpec
-from fusedkd.token_ops import Judged
-from fusedkd.token_rows import TokenInputs, TokenSpec
+from fusedkd.token_rows import Judged, TokenInputs, TokenSpec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -142,12 +149,8 @@ def sampled_kd_loss_and_metrics(
     Returns:
         ``(loss, metrics)``; only the loss has a graph.
     """
-    if unknown := kwargs.keys() - DEFAULTS.keys():
-        raise TypeError(
-            "sampled_kd_loss_and_metrics() got an unexpected keyword argument "
-            f"{', '.join(sorted(unknown))}: expected some of {', '.join(DEFAULTS)}."
-        )
-    given = Arguments(student, teacher_log_probs, tokens, **{**DEFAULTS, **kwargs})
+    keywords = with_defaults("sampled_kd_loss_and_metrics", kwargs, DEFAULTS)
+    given = Arguments(student, teacher_log_probs, tokens, **keywords)
     loss, metrics = _compute(given, metrics=True)
     assert metrics is not None
     return loss, metrics
@@ -276,11 +279,7 @@ def _judged(given: Arguments, call: CheckedTokens) -> tuple[CheckedTokens, Judge
         ignore_index=-1,
         reduction=given.reduction,
     ).checked()
-    if given.normalizer is not None and given.reduction == "none":
-        raise ValueError(
-            "normalizer was given with reduction='none', which adds nothing up: expected None. "
-            "Divide the result, or use reduction='sum'."
-        )
+    check_divides(given.normalizer, given.reduction)
     weights = inputs.counts.to(dtype)
     if given.token_weights is not None:
         heavy = given.token_weights.detach().reshape(-1).to(dtype)

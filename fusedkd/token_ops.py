@@ -16,8 +16,6 @@ from fusedkd.modes import stand_in
 from fusedkd.spec import Transform
 from fusedkd.token_rows import Judged, TokenInputs, TokenSpec
 
-__all__ = ["Judged", "gradients", "judged", "stand_in", "statistics"]
-
 
 def statistics(inputs: TokenInputs, spec: TokenSpec, keep: int) -> list[Tensor]:
     """As :func:`fusedkd.token_rows.statistics`."""
@@ -70,25 +68,11 @@ def _statistics(
 
 
 @_statistics.register_fake
-def _(
-    student: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tokens: Tensor,
-    counts: Tensor,
-    numbers: Tensor,
-    vocab_size: int,
-    entropy: bool,
-    backend: str | None,
-    chunk_bytes: int | None,
-    autocast: torch.dtype | None,
-    keep: int,
-) -> list[Tensor]:
-    shape = (tokens.shape[0], len(FIELDS) + tokens.shape[1])
-    known = student.new_empty(shape, dtype=torch.float64)
+def _(student: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> list[Tensor]:
+    tokens, keep = rest[0], rest[-1]
     dtype = stored_dtype(student, head=True)
     kept = [student.new_empty(student.shape, dtype=dtype) for _ in range(keep)]
-    return [known, *kept]
+    return [_known(student, tokens), *kept]
 
 
 @torch.library.custom_op("fusedkd::token_gradients", mutates_args=())
@@ -152,8 +136,13 @@ def _judged(
 @_judged.register_fake
 def _(student: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> list[Tensor]:
     tokens, wanted = rest[0], next(x for x in rest if isinstance(x, list))
+    return [_known(student, tokens), *_made(student, weight, bias, wanted)]
+
+
+def _known(student: Tensor, tokens: Tensor) -> Tensor:
+    """Statistics without memory."""
     shape = (tokens.shape[0], len(FIELDS) + tokens.shape[1])
-    return [student.new_empty(shape, dtype=torch.float64), *_made(student, weight, bias, wanted)]
+    return student.new_empty(shape, dtype=torch.float64)
 
 
 def _made(

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.divergences import Divergence
+from fusedkd.divergences import Divergence, recorded_tape
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
 from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, Top, put_tokens, row_factors
 from fusedkd.spec import LossSpec
-from fusedkd.tape import Tape
 
 from .products import head_dtypes, mm_
 
@@ -96,10 +95,10 @@ def _ops() -> torch._ops._OpNamespace:
 
 def _listed(divergence: Divergence) -> tuple[str, tuple[float, ...]]:
     """What the extension calls it, and its parameters there."""
-    if divergence.tape is None:
+    if divergence.tape is None or divergence.key is None:
         _check(divergence.name, divergence.key)
         return divergence.name, divergence.params
-    name, address = _own(divergence.tape)
+    name, address = _own(divergence.key)
     if address is None:
         return name, divergence.params
     blank = (0.0,) * (PARAMETERS - 1 - len(divergence.params))
@@ -107,10 +106,12 @@ def _listed(divergence: Divergence) -> tuple[str, tuple[float, ...]]:
 
 
 @functools.cache
-def _own(tape: Tape) -> tuple[str, int | None]:
+def _own(key: str) -> tuple[str, int | None]:
     """One of somebody's own: compiled where it is not yet, or else the address of its tape."""
     from . import emit
 
+    tape = recorded_tape(key)
+    assert tape is not None
     if emit.compiler() is not None:
         return emit.load(tape, instruction_set(), _ops().register_set), None
     warnings.warn(

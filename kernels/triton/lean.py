@@ -16,7 +16,7 @@ the row's factors, as (f, r): it is e_s f + r, since cross-entropy adds to f.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import triton
@@ -439,6 +439,16 @@ def _power_slope(at, by, pair, plan: tl.constexpr):
     return by[0], rest
 
 
+_POWERS = Lean(
+    _power_factors,
+    _power_slope,
+    _power_closed,
+    _power_constants,
+    _power_terms,
+    _power_summed,
+    powers=1,
+    rest=True,
+)
 NONE = Lean(_reverse_factors, _reverse_slope)  # of a divergence that has none: none is called
 FORMS = {
     "forward_kl": Lean(_forward_factors, _forward_slope, _forward_closed, forward=True, rest=True),
@@ -473,24 +483,6 @@ FORMS = {
         _variation_terms,
         _variation_summed,
     ),
-    "alpha": Lean(
-        _power_factors,
-        _power_slope,
-        _power_closed,
-        _power_constants,
-        _power_terms,
-        _power_summed,
-        powers=1,
-        rest=True,
-    ),
-    "alpha_beta": Lean(
-        _power_factors,
-        _power_slope,
-        _power_closed,
-        _power_constants,
-        _power_terms,
-        _power_summed,
-        powers=2,
-        rest=True,
-    ),
+    "alpha": _POWERS,
+    "alpha_beta": replace(_POWERS, powers=2),
 }
