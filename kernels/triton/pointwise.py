@@ -5,12 +5,11 @@ A divergence is one function here, called as there:
     (lp, lq, gap, p, q, by) -> (value, grad)
 
 for log p, log q, their difference (known to more digits than the two), p, q, and the run-time
-parameters, a tuple of two (0 where there are fewer). ``grad`` is d value / d lq. The kernels take the function as a
-``tl.constexpr`` and inline it, so it needs no other registration. Edge semantics are those of
-``fusedkd.divergences``: a zero weight silences whatever it multiplies, an infinite value comes with
-a finite gradient. A NaN logit need not come through: its row's normaliser is NaN, and with that the
-kernels poison the row.
-
+parameters, a tuple of two (0 where there are fewer). ``grad`` is d value / d lq. The kernels take
+the function as a ``tl.constexpr`` and inline it, so it needs no other registration. Edge semantics
+are those of ``fusedkd.divergences``: a zero weight silences whatever it multiplies, an infinite
+value comes with a finite gradient. A NaN logit need not come through: its row's normaliser is NaN,
+and with that the kernels poison the row.
 
 These are the careful ones, for what they are called with one by one; whole rows that hold nothing
 special go by lean.py.
