@@ -162,10 +162,10 @@ class Builder:
                 slope = OPERATIONS[node.op].slope(self, position, node.inputs, inner)
             slopes.append(slope)
         grad = slopes[value]
-        return None if grad is None else _pruned(self.nodes, value, grad)
+        return None if grad is None else pruned(self.nodes, value, grad)
 
 
-def _pruned(nodes: Sequence[Node], value: int, grad: int) -> Tape:
+def pruned(nodes: Sequence[Node], value: int, grad: int) -> Tape:
     """What the two need, and nothing else."""
     wanted = {value, grad}
     for position in reversed(range(len(nodes))):

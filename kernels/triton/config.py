@@ -108,8 +108,11 @@ class Plan(Tiling):
     nvidia: bool  # its approximate instructions are there
     careful: Any  # the divergence's function in pointwise.py, or the one that emit.py made of it
     own: bool  # the latter, with parameters of its own
+    weighted: bool  # and a weight in front of the form, which is a built-in divergence's
+    emitted: bool  # or a form of its own,
+    doubted: bool  # which may prove not to be right for a row
     form: lean.Lean
-    exact: bool  # entry by entry: fp64, and divergences of somebody's own
+    exact: bool  # entry by entry: fp64, and some of somebody's own
     closed: bool  # the statistics give the divergence, ...
     kls: bool  # ... as a mix of KL(p || q) and KL(q || p)
     forward: bool  # they hold the gaps weighted by p
@@ -199,9 +202,11 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     lead = min(named, key=lambda name: named[name].itemsize)
     item = named[lead].itemsize
     wide = torch.float64 in (variant.student, variant.teacher)
-    form = lean.FORMS.get(variant.divergence, lean.NONE)
-    exact = wide or form is lean.NONE
-    kls, powers = variant.divergence in pointwise.KLS, 0 if exact else form.powers
+    form, own = form_of(variant.divergence), recorded_tape(variant.divergence) is not None
+    # what is doubted is tried and done again by one program, which has all of the row
+    exact = wide or (form.emitted and stage != "whole")
+    kls = (form.forward or form.reverse) and not (own and exact)
+    powers = 0 if exact else form.powers
     # with twice the lines these spill (benchmarks/resources.py)
     unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
     return Plan(
@@ -217,13 +222,16 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         aligned_to=lead,
         nvidia=target == "cuda" and not INTERPRETED,
         careful=function(variant.divergence),
-        own=recorded_tape(variant.divergence) is not None,
+        own=own,
+        weighted=own and not form.emitted and not exact,
+        emitted=form.emitted and not exact,
+        doubted=form.doubted and not exact,
         form=form,
         exact=exact,
         closed=kls or powers > 0,
         kls=kls,
-        forward=form.forward,
-        reverse=form.reverse,
+        forward=form.forward and kls,
+        reverse=form.reverse and kls,
         powers=powers,
         terms=form.terms is not None,
         unroll_terms=1 if form.heavy or stage == "joint" or lead == "grad" else unroll,
@@ -281,6 +289,15 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
         item=dtype.itemsize,
         aligned=True,  # a tensor is always aligned with itself
     )
+
+
+def form_of(divergence: str) -> lean.Lean:
+    """The lean form of a divergence."""
+    if (tape := recorded_tape(divergence)) is not None:
+        from . import emit
+
+        return emit.form(tape)
+    return lean.FORMS[divergence]
 
 
 def function(divergence: str) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import debug
+from fusedkd.algebra import simplified
 from fusedkd.divergences import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec
@@ -125,8 +126,12 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
     parameters = tuple(map(float, spec.divergence.params))
     a, b = (*parameters, 0.0, 0.0)[:2]
     own = (*parameters, *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
-    if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
+    weight, constant = 1.0, 0.0
+    if spec.divergence.name in ("alpha", "mixed_kl"):  # of a sum of 1
         b = 1.0 - a
+    tape = spec.divergence.tape
+    if tape is not None and (known := simplified(tape).known):
+        a, b, weight, constant = known.numbers(parameters)
     return {
         "vocab": spec.vocab_size,
         "inverse_s": 1.0 / spec.temperature,
@@ -141,6 +146,8 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
+        "weight": weight,
+        "constant": constant,
         **{f"own_{i}": number for i, number in enumerate(own)},
     }
 

@@ -17,7 +17,7 @@ from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-TEACHERS = ("t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
+TEACHERS = ("t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap", "weight", "constant")
 
 
 def rows(call: RowCall) -> Rows:
