@@ -99,9 +99,11 @@ def _without_cursor(widths: list[int]) -> list[int]:
 
 def _budget(job: Job) -> int:
     """Registers of a thread, for one program of that many warps to fit."""
+    plan = plan_of(job)
+    warps = config.options(job.launch, job.backend, plan)["num_warps"]
     if job.backend == "hip":  # 4 SIMDs with 512 each
-        return min(512, 512 // -(-config.options(job.launch, "hip")["num_warps"] // 4))
-    return min(config.most_registers(plan_of(job)), 65536 // (32 * job.launch.warps))
+        return min(512, 512 // -(-warps // 4))
+    return min(config.most_registers(plan), 65536 // (32 * warps))
 
 
 def _entries_per_thread(job: Job) -> int:

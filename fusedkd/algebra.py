@@ -219,6 +219,8 @@ class Sums:
             return None if adds else known[0]
         if node.op == "log":
             return None if adds else Degree(by, adds=True)
+        if node.op == "exp" and adds:
+            return Degree(by)
         if node.op == "sqrt":
             return None if adds else Degree(_scaled(by, Fraction(1, 2)))
         if node.op == "pow" and self.numeric[node.inputs[1]]:
@@ -461,13 +463,18 @@ def _found(sums: Sums, x: Sum, before: int) -> int | None:
 
 
 def _cost(tape: Tape) -> int:
-    """Operations of an entry that the derivative takes."""
-    alone = pruned(tape.nodes, tape.grad, tape.grad)
-    numeric = alone.numeric()
+    """Of the derivative."""
+    return operations(pruned(tape.nodes, tape.grad, tape.grad))
+
+
+def operations(tape: Tape) -> int:
+    """How many there are of an entry, beside log p, log q, p and q; costly ones count for more."""
+    costly = {"div": 4, "log": 4, "sqrt": 4, "where": 2, "expm1": 8, "sigmoid": 8}
+    costly |= dict.fromkeys(("pow", "tanh", "log1p", "logaddexp"), 12)
     return sum(
-        4 if node.op in ("div", "log", "pow", "where") else 1
-        for node, number in zip(alone.nodes, numeric, strict=True)
-        if node.op in OPERATIONS and not number and alone.entry(node) is None
+        costly.get(node.op, 1)
+        for node, number in zip(tape.nodes, tape.numeric(), strict=True)
+        if node.op in OPERATIONS and not number and tape.entry(node) is None
     )
 
 

@@ -47,7 +47,7 @@ the limit. Both save loads and their addresses: two loads for 8 entries, each of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -66,6 +66,8 @@ INTERPRETED = bool(_INTERPRETED.value)
 # Threads of a warp on NVIDIA; AMD's CDNA has 64.
 WARP = {"cuda": 32, "hip": 64}
 MOST_REGISTERS = 128  # per thread, on NVIDIA
+# What a divergence of many operations is launched as at most, with all of an SM's registers.
+LARGE = Launch(pieces=1, warps=8, unroll=1)
 # Statistics that the programs of a row hand on (programs.py, sparse.py), and sums after them.
 PARTIALS, SPARSE_PARTIALS, SUMS = 17, 7, 2
 AT_ONCE = ("whole", "joint")  # the stages that do all of a row
@@ -111,6 +113,7 @@ class Plan(Tiling):
     weighted: bool  # and a weight in front of the form, which is a built-in divergence's
     emitted: bool  # or a form of its own,
     doubted: bool  # which may prove not to be right for a row
+    large: bool  # so many operations that 128 registers are too few
     form: lean.Lean
     exact: bool  # entry by entry: fp64, and some of somebody's own
     closed: bool  # the statistics give the divergence, ...
@@ -120,6 +123,7 @@ class Plan(Tiling):
     powers: int  # ... sums of powers, see Lean
     terms: bool  # there is a sweep for the divergence's value
     unroll_terms: int  # its lines of a lane
+    unroll_slope: int  # the gradient's
     late: bool  # it is that of the gradient
     sharp: bool  # rows of one sharp peak have a gradient of their own
     mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
@@ -207,6 +211,8 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     exact = wide or (form.emitted and stage != "whole")
     kls = (form.forward or form.reverse) and not (own and exact)
     powers = 0 if exact else form.powers
+    if form.large and launch.warps > LARGE.warps:
+        launch = replace(launch, warps=LARGE.warps, unroll=LARGE.unroll)
     # with twice the lines these spill (benchmarks/resources.py)
     unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
     return Plan(
@@ -226,6 +232,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         weighted=own and not form.emitted and not exact,
         emitted=form.emitted and not exact,
         doubted=form.doubted and not exact,
+        large=form.large,
         form=form,
         exact=exact,
         closed=kls or powers > 0,
@@ -235,6 +242,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         powers=powers,
         terms=form.terms is not None,
         unroll_terms=1 if form.heavy or stage == "joint" or lead == "grad" else unroll,
+        unroll_slope=1 if form.emitted else unroll,
         sharp=form.sharp is not None and variant.kd and not exact,
         late=powers > 0 and variant.kd and variant.grad is not None and stage in AT_ONCE,
         mixes=variant.divergence in pointwise.MIXTURES,
@@ -256,7 +264,7 @@ def options(launch: Launch, target: str, plan: Plan | None = None) -> dict[str, 
     lower on its own, for small programs, and spills: skew_reverse_kl with 4 warps on sm_90 took 96
     registers and 8 bytes of stack, and with the bound 125 and none (Triton 3.7.1).
     """
-    warps = _threads(launch, target) // WARP[target]
+    warps = (_threads(launch, target) if plan is None else plan.lanes) // WARP[target]
     return {"num_warps": warps} | ({"maxnreg": most_registers(plan)} if target == "cuda" else {})
 
 
@@ -265,6 +273,8 @@ def most_registers(plan: Plan | None) -> int:
     bent, take more: with 128 they spill 24 to 48 bytes on sm_100 (Triton 3.7.1, 2026-11-25). That
     costs the second program of an SM, in calls of fewer rows than there are SMs.
     """
+    if plan is not None and plan.large:
+        return 255
     if plan is None or plan.stage != "statistics":
         return MOST_REGISTERS
     head = plan.aligned_to == "grad"  # its logits are wider than their gradient

@@ -16,7 +16,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from fusedkd.algebra import simplified
+from fusedkd.algebra import operations, simplified
 from fusedkd.files import private_folder, replace_file
 from fusedkd.tape import OPERATIONS, Tape
 
@@ -35,6 +35,9 @@ FUNCTIONS |= {"pow": "power"}  # of elementwise.py
 FUNCTIONS |= {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs"}
 FUNCTIONS |= {"minimum": "tl.minimum", "maximum": "tl.maximum", "where": "tl.where"}
 # Of the lean forms; those of the second line are asked for a plan.
+# Operations of an entry, value and gradient, beyond which 128 registers are too few (found by
+# compiling random formulas, benchmarks/resources.py --own).
+MANY = 40
 QUICK = {"exp": "exp_near", "sqrt": "tl.sqrt"}
 QUICKEST = QUICK | {"log": "log_near", "div": "divided"}
 PLANNED = ("log_near", "divided")
@@ -116,7 +119,9 @@ def form(tape: Tape) -> lean.Lean:
         made.terms,
         made.summed,
         rest=True,
+        heavy=True,
         emitted=True,
+        large=operations(simple.tape) > MANY,
         doubted=simple.homogeneous,
     )
 

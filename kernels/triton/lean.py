@@ -77,6 +77,7 @@ class Lean:
     heavy: bool = False  # ``terms`` wants the registers of a second line
     # made of somebody's own (emit.py): ``a`` is a tuple of its parameters, and
     emitted: bool = False
+    large: bool = False  # of many operations
     doubted: bool = False  # sums that are not finite say that the row is not ordinary
 
     @property

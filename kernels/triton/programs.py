@@ -399,7 +399,9 @@ def _gradient_leanly(label, shared, n, piece, sides, span, shape, by, compared, 
     value, back, known = compared.value, not compared.forwards, piece == 0
     if plan.late:
         swept = nothing_summed(plan)
-        swept = sweep(write, swept, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+        swept = sweep(
+            write, swept, sides, shape, span, by, back, "evict_first", plan.unroll_slope, plan
+        )
         first, second = added(swept.first), added(swept.second)
         if plan.stage == "joint":  # whoever comes last has them all
             _leave_sums(shared.sums, n, piece, first, second, plan)
@@ -414,7 +416,7 @@ def _gradient_leanly(label, shared, n, piece, sides, span, shape, by, compared, 
         value += compared.sum_grad - compared.sum_grad
     else:
         nothing = tl.full([], 0, tl.int32)  # it carries nothing
-        sweep(write, nothing, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+        sweep(write, nothing, sides, shape, span, by, back, "evict_first", plan.unroll_slope, plan)
     if plan.ce:
         _write_label(label, sides, span, shape, by, slope, plan)
     return value, known

@@ -98,11 +98,9 @@ def _launchers(
 ) -> tuple[tuple[Launcher, int], ...]:
     made = []
     for stage in stages(variant, launch, tail):
-        launcher = Launcher(
-            sparse.sparse_kernel,
-            constants(variant, launch, stage, tail, device.TARGET),
-            config.options(launch, device.TARGET),
-        )
+        of = constants(variant, launch, stage, tail, device.TARGET)
+        options = config.options(launch, device.TARGET, of["plan"])
+        launcher = Launcher(sparse.sparse_kernel, of, options)
         made.append((launcher, ops.programs_a_row(variant, launch, stage)))
     return tuple(made)
 
