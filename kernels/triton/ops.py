@@ -26,24 +26,31 @@ def rows(call: RowCall) -> Rows:
     launch = config.choose(n, call.spec.vocab_size, device.processors(call.student.device))
     if debug.ENABLED:
         debug.note(f"{n:,} rows by {launch}")
-    variant = _variant(call)
+    variant = variant_of(call)
     arguments = {
-        "student": call.student,
-        "teacher": call.teacher_logits,
-        "grad": call.grad,
-        "labels": call.labels if variant.ce else None,
-        "row_scale": call.row_scale,
+        **inputs(call, variant),
         "loss": results.loss,
         "metrics": results.metrics,
         **scratch(call, launch, config.PARTIALS),
         "arrived": _arrived(call, config.stages(variant, launch)),
-        **layout(call.student, call.teacher_logits, call.grad),
-        **numbers(call.spec),
     }
     with device.guard(call.student):
         for launcher, rows, pieces in _launchers(variant, launch):
             launcher((n * rows, pieces), arguments)
     return results
+
+
+def inputs(call: RowCall, variant: config.Variant) -> dict[str, Any]:
+    """What a kernel reads of a call, and where its gradient goes."""
+    return {
+        "student": call.student,
+        "teacher": call.teacher_logits,
+        "grad": call.grad,
+        "labels": call.labels if variant.ce else None,
+        "row_scale": call.row_scale,
+        **layout(call.student, call.teacher_logits, call.grad),
+        **numbers(call.spec),
+    }
 
 
 def scratch(call: RowCall, launch: config.Launch, partials: int) -> dict[str, Tensor | None]:
@@ -63,7 +70,7 @@ def _arrived(call: RowCall, stages: tuple[str, ...]) -> Tensor | None:
     return call.row_scale.new_zeros(n, 2, dtype=torch.int32) if joint else None
 
 
-def _variant(call: RowCall) -> config.Variant:
+def variant_of(call: RowCall) -> config.Variant:
     sides, spec = [call.student, call.teacher_logits], call.spec
     ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
     return config.Variant(
@@ -79,6 +86,7 @@ def _variant(call: RowCall) -> config.Variant:
         metrics=call.metrics,
         transformed_s=spec.student_transform != IDENTITY,
         transformed_t=spec.teacher_transform != IDENTITY,
+        part=call.part is not None,
     )
 
 
@@ -89,12 +97,16 @@ def _launchers(
     """The kernels of a call, in order, each with its programs a row, on the grid's axes."""
     made = []
     for stage in config.stages(variant, launch):
-        plan = config.plan(variant, launch, stage, device.TARGET)
-        options = config.options(launch, device.TARGET, plan)
-        launcher = Launcher(programs.row_kernel, {"plan": plan}, options)
+        launcher = stage_launcher(variant, launch, stage)
         count = programs_a_row(variant, launch, stage)
         made.append((launcher, *((count, 1) if stage == "joint" else (1, count))))
     return tuple(made)
+
+
+def stage_launcher(variant: config.Variant, launch: config.Launch, stage: str) -> Launcher:
+    plan = config.plan(variant, launch, stage, device.TARGET)
+    options = config.options(launch, device.TARGET, plan)
+    return Launcher(programs.row_kernel, {"plan": plan}, options)
 
 
 def programs_a_row(variant: config.Variant, launch: config.Launch, stage: str) -> int:
@@ -126,6 +138,8 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         b = 1.0 - a
     return {
         "vocab": spec.vocab_size,
+        "offset": 0,
+        "total": spec.vocab_size,
         "inverse_s": 1.0 / spec.temperature,
         "inverse_t": 1.0 / spec.teacher_temperature,
         "ratio": spec.temperature / spec.teacher_temperature,
