@@ -46,7 +46,7 @@ def alm_loss(
             (:func:`fusedkd.token_log_probs` at the tokens themselves), where it was chosen.
         teacher_log_probs: (L',) or (B, L'), likewise; a constant.
         student_spans, teacher_spans: (M, 2) or (B, M, 2) int64 ranges of tokens that cover the same
-            bytes (:func:`align`, :func:`pad_spans`); of -1 where there is none. A span's first token
+            bytes (:func:`align`, :func:`pad_spans`); -1 where there is none. Each of their tokens
             must have a log-probability: the first of a sequence without BOS has none.
         threshold_temperature: above 1 it makes long spans, whose probabilities are small, count.
         form: "kl" or "tv".
@@ -89,7 +89,7 @@ def _span_sums(log_probs: Tensor, spans: Tensor) -> Tensor:
     runs = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
     length = runs.shape[-1]
     at, rest = spans[..., 0].clamp(min=0), (spans[..., 1] - spans[..., 0]).clamp(min=0)
-    total = runs.new_zeros(at.shape)
+    total = runs[..., :0].sum(-1, keepdim=True).expand(at.shape)  # 0, with a graph
     for bit in range(length.bit_length()):
         has = (rest >> bit) & 1 == 1
         total = torch.where(has, total + runs.gather(-1, at.where(has, 0)), total)
@@ -109,8 +109,9 @@ def _bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, as if x were at most the logarithm of the number below 1."""
-    x = x.clamp(max=-torch.finfo(x.dtype).eps / 2)
+    """log(1 - e^x) for x <= 0; 0, to which logarithms are rounded, counts as that of the number
+    below 1."""
+    x = x.masked_fill(x >= 0, -torch.finfo(x.dtype).eps / 2)
     near = (-x.clamp(min=-1.0).expm1()).log()
     far = (-x.clamp(max=-0.5).exp()).log1p()
     return torch.where(x > -math.log(2), near, far)

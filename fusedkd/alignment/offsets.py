@@ -42,18 +42,20 @@ def byte_offsets(tokenizer: Any, text: str, ids: Sequence[int] | Tensor) -> Tens
     if not isinstance(text, str):
         raise TypeError(f"text is a {type(text).__name__}: expected a str.")
     known, numbers = spelling(tokenizer), _numbers(ids)
-    ranges = _read(known, text.encode(), numbers)
-    if isinstance(ranges, _Lost):  # normalizers, unknown tokens, tokens that drop spaces
-        ranges = _encoded(known, text, numbers, ranges)
-    return torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
+    read = _read(known, text.encode(), numbers)
+    if isinstance(read, _Lost):  # normalizers, unknown tokens, tokens that drop spaces
+        ranges = np.array(_encoded(known, text, numbers, read), np.int64).reshape(-1, 2)
+    else:
+        ranges = np.stack([np.array([0, *read[:-1]][: len(read)]), read], 1).astype(np.int64)
+    return torch.from_numpy(ranges)
 
 
 def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
     array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(
-            f"ids has shape {tuple(array.shape)} and is {array.dtype}: expected (L,) whole numbers, "
-            "the tokens of one text."
+            f"ids has shape {tuple(array.shape)} and is {array.dtype}: expected (L,) whole "
+            "numbers, the tokens of one text."
         )
     numbers: list[int] = array.tolist()
     return numbers
@@ -66,43 +68,48 @@ class _Lost:
         self.token, self.byte = token, byte
 
 
-def _read(known: Spelling, data: bytes, ids: list[int]) -> Ranges | _Lost:
-    """Read the text token by token, each by its own bytes. Where there are two ways to go on, as
-    at a special token that the text spells, too, the other is tried once the first has failed."""
-    pieces, ranges = known.pieces, [(0, 0)] * len(ids)
-    others: list[tuple[int, int, int]] = []  # what has not been tried: token, start, end
+def _read(known: Spelling, data: bytes, ids: list[int]) -> list[int] | _Lost:
+    """Where each token ends, and the next begins, read by their own bytes. Where there are two ways
+    to go on, as at a special token that the text spells, too, the other is tried once the first has
+    failed."""
+    pieces, ends = known.pieces, [0] * len(ids)
+    others: list[tuple[int, int]] = []  # what has not been tried: a token, and where it may end
     been: set[tuple[int, int]] = set()  # where ways have parted
     lost = _Lost(0, 0)
     i = at = 0
     while True:
         while i < len(ids):
             piece = pieces.get(ids[i])
-            fresh = i == 0 or ids[i - 1] in known.added or ids[i - 1] in known.special
-            if piece is not None and not (fresh and known.prefix):  # nearly always
+            if piece is not None and not (known.prefix and _opens(known, ids, i)):  # nearly always
                 if not data.startswith(piece, at):
                     break
-                end = at + len(piece)
+                at += len(piece)
             else:
-                ends = _ends(known, data, ids[i], at, fresh)
-                if not ends or (len(ends) > 1 and (i, at) in been):
+                found = _ends(known, data, ids[i], at, _opens(known, ids, i))
+                if not found or (len(found) > 1 and (i, at) in been):
                     break
                 been.add((i, at))
-                others += [(i, at, other) for other in ends[:0:-1]]
-                end = ends[0]
-            ranges[i] = at, end
-            i, at = i + 1, end
+                others += [(i, other) for other in found[:0:-1]]
+                at = found[0]
+            ends[i] = at
+            i += 1
         if i == len(ids) and at == len(data):
-            return ranges
+            return ends
         if i >= lost.token:
             lost = _Lost(i, at)
         if not others:
             return lost
-        i, start, at = others.pop()
-        ranges[i] = start, at
+        i, at = others.pop()
+        ends[i] = at
         i += 1
 
 
-def _ends(known: Spelling, data: bytes, number: int, at: int, fresh: bool) -> list[int]:
+def _opens(known: Spelling, ids: list[int], i: int) -> bool:
+    """Whether a tokenizer may put a space before this token."""
+    return i == 0 or ids[i - 1] in known.added or ids[i - 1] in known.special
+
+
+def _ends(known: Spelling, data: bytes, number: int, at: int, opens: bool) -> list[int]:
     """Where a token that begins at a byte may end, the likeliest first."""
     piece = known.pieces.get(number)
     if number in known.special:
@@ -112,7 +119,7 @@ def _ends(known: Spelling, data: bytes, number: int, at: int, fresh: bool) -> li
     if piece is None:
         return []
     ends = [at + len(piece)] if data.startswith(piece, at) else []
-    if fresh and known.prefix and piece[:1] == b" " and data.startswith(piece[1:], at):
+    if opens and known.prefix and piece[:1] == b" " and data.startswith(piece[1:], at):
         ends.append(at + len(piece) - 1)
     return ends
 

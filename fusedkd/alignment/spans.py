@@ -22,8 +22,8 @@ def align(student_offsets: Tensor, teacher_offsets: Tensor) -> tuple[Tensor, Ten
             have, such as a chat template of its own, and no range goes over it.
 
     Returns:
-        student_spans, teacher_spans: (M, 2) int64 on the CPU; tokens ``a`` to ``b`` without ``b`` of
-        one cover the bytes that tokens ``c`` to ``d`` without ``d`` of the other do.
+        student_spans, teacher_spans: (M, 2) int64 on the CPU: first token and the one after the
+        last, of as many ranges on both sides, which cover the same bytes.
 
     Raises:
         ValueError, TypeError: of another shape, no whole numbers, or not in the order of the text.
@@ -61,7 +61,9 @@ def _cuts(name: str, offsets: Tensor) -> _Cuts:
     # a token that begins before this one's end shares bytes with it: no cut between them
     later = np.full(len(tokens), np.iinfo(np.int64).max)
     later[:-1] = np.minimum.accumulate(start[::-1])[::-1][1:]
-    cuts = np.unique(np.concatenate([start[first], ends[ends <= later]]))
+    # two sorted runs; np.unique, which hashes, takes 2 s for a million (2026-11-28, busy machine)
+    cuts = np.sort(np.concatenate([start[first], ends[ends <= later]]), kind="stable")
+    cuts = cuts[np.diff(cuts, prepend=-1) > 0]
     return _Cuts(cuts, ends, np.where(first, start, -1), stretch, tokens)
 
 

@@ -94,13 +94,12 @@ def _read(tokenizer: Any, size: int, special_ids: tuple[int, ...]) -> Spelling:
     falls_back = kind == "sentencepiece" and model.get("byte_fallback")
     fallback = {i for i, token in tokens.items() if falls_back and _BYTE.fullmatch(token)}
     roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
-    if roles["unk"] is None:
-        roles["unk"] = _unknown(model, tokens)
-    roles = {role: number for role, number in roles.items() if number in tokens}
+    roles["unk"] = _unknown(model, tokens) if roles["unk"] is None else roles["unk"]
+    by_role = {role: number for role, number in roles.items() if number is not None}
     entries = [entry for entry in about["added_tokens"] if entry["id"] not in fallback]
     added = {entry["id"]: entry["content"].encode() for entry in entries}
     special = {entry["id"] for entry in entries if entry["special"]}
-    special |= {*special_ids, *roles.values()}
+    special |= {*special_ids, *by_role.values()}
     pieces = {
         number: None
         if number in special
@@ -114,7 +113,7 @@ def _read(tokenizer: Any, size: int, special_ids: tuple[int, ...]) -> Spelling:
         for part in before
     )
     return Spelling(
-        kind, tokens, pieces, added, frozenset(special), roles, frozenset(fallback), prefix, about
+        kind, tokens, pieces, added, frozenset(special), by_role, frozenset(fallback), prefix, about
     )
 
 

@@ -82,7 +82,9 @@ def test_tokens_decode_to_their_bytes(name: str, sample: str) -> None:
 )
 def test_by_hand(name: str, text: str, expected: list[tuple[int, int]]) -> None:
     tokenizer = kind(name)
-    assert list(map(tuple, byte_offsets(tokenizer, text, ids(tokenizer, text)).tolist())) == expected
+    assert (
+        list(map(tuple, byte_offsets(tokenizer, text, ids(tokenizer, text)).tolist())) == expected
+    )
 
 
 def test_special_tokens_that_the_text_spells_otherwise() -> None:
@@ -102,7 +104,10 @@ def test_unknown_tokens_cover_what_they_stand_for() -> None:
     assert encoded.tokens == ["▁", "a", "▁", "<unk>", "<unk>", "a"]
     found = byte_offsets(tokenizer, "a ö🙂a", encoded.ids).tolist()
     assert found[2:] == [[1, 2], [2, 4], [4, 8], [8, 9]]
-    assert align(torch.tensor(found), torch.tensor([[0, 1], [1, 9]]))[0].tolist() == [[0, 2], [2, 6]]
+    assert align(torch.tensor(found), torch.tensor([[0, 1], [1, 9]]))[0].tolist() == [
+        [0, 2],
+        [2, 6],
+    ]
 
 
 def test_a_tokenizer_that_grows_is_read_anew() -> None:
@@ -122,19 +127,23 @@ def test_other_ids_are_an_error_that_names_the_place(name: str) -> None:
         byte_offsets(tokenizer, text, wrong)
     with pytest.raises(ValueError, match=r"tokens that end at byte \d+ of 19.*cut the text"):
         byte_offsets(tokenizer, text, good[:3])
-    with pytest.raises(ValueError, match=r"ids\[\d+\] is 987654, which the tokenizer does not have"):
+    with pytest.raises(
+        ValueError, match=r"ids\[\d+\] is 987654, which the tokenizer does not have"
+    ):
         byte_offsets(tokenizer, text, [*good, 987654])
 
 
 def test_wrong_arguments() -> None:
     tokenizer = kind("byte_level")
-    with pytest.raises(TypeError, match="is a str, of which nobody.*byte-level BPE, SentencePiece"):
+    with pytest.raises(
+        TypeError, match=r"is a str, of which nobody.*byte-level BPE, SentencePiece"
+    ):
         byte_offsets("gpt2", "x", [1])
     with pytest.raises(TypeError, match="text is a bytes"):
         byte_offsets(tokenizer, b"x", [1])
     with pytest.raises(TypeError, match=r"ids has shape \(1, 1\)"):
         byte_offsets(tokenizer, "x", torch.tensor([[1]]))
-    with pytest.raises(TypeError, match="ids has shape.*float"):
+    with pytest.raises(TypeError, match=r"ids has shape.*float"):
         byte_offsets(tokenizer, "x", [1.5])
 
     class Own:

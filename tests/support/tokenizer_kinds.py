@@ -5,7 +5,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from fusedkd.data.stdlib import stdlib_texts
@@ -58,7 +66,7 @@ def sentencepiece(size: int = 600, unigram: bool = False, legacy: bool = False) 
             vocab_size=size, unk_token="<unk>", show_progress=False,
             special_tokens=list(special.values()),
         )  # fmt: skip
-        inner.train_from_iterator(texts(), trainer)
+        inner.train_from_iterator(texts()[:8], trainer)
         import json
 
         about = json.loads(inner.to_str())
