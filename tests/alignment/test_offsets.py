@@ -74,7 +74,8 @@ def test_tokens_decode_to_their_bytes(name: str, sample: str) -> None:
         ("byte_level_prefix", "The x", [(0, 3), (3, 4), (4, 5)]),
         ("byte_level_digits", "12", [(0, 1), (1, 2)]),
         ("sentencepiece_legacy", " def", [(0, 0), (0, 1), (1, 4)]),  # <s>, the added space and ours
-        ("byte_level_nfc", "e\u0301", [(0, 3), (0, 3)]),  # two bytes of one composed letter
+        # two bytes of one composed letter, and four of another, which nothing has composed
+        ("byte_level_nfc", "e\u0301🙂", [(0, 3), (0, 3), (3, 4), (4, 5), (5, 6), (6, 7)]),
         ("wordpiece", "The  é for", [(0, 0), (0, 3), (3, 7), (7, 11), (11, 11)]),
         ("sentencepiece", "<s>x", [(0, 0), (0, 3), (3, 3), (3, 4)]),  # BOS, and one that is written
         ("byte_level", "x<|endoftext|>", [(0, 1), (1, 14)]),
@@ -247,6 +248,8 @@ def test_templates_that_differ_are_in_no_range() -> None:
     assert [len(x) for x in align(student, swallowed)] == [0, 0]
     late = torch.tensor([[-1, -1], [2, 4], [4, 8]])  # its first piece of the text is not a token's
     assert align(student[:3], late)[0].tolist() == [[2, 3]]
+    hole = torch.tensor([[0, 2], [-1, -1], [3, 5]])
+    assert align(hole, torch.tensor([[0, 2], [2, 5]]))[0].tolist() == [[0, 1]]
 
 
 def test_texts_that_begin_or_end_elsewhere() -> None:
@@ -262,6 +265,8 @@ def test_tokens_that_share_bytes_are_not_parted() -> None:
         torch.tensor([[0, 3], [0, 3], [3, 4]]), torch.tensor([[0, 1], [1, 3], [3, 4]])
     )
     assert ours.tolist() == [[0, 2], [2, 3]] and theirs.tolist() == [[0, 2], [2, 3]]
+    ours, _ = align(torch.tensor([[0, 3], [2, 5]]), torch.tensor([[0, 3], [3, 5]]))
+    assert ours.tolist() == [[0, 2]]
 
 
 def test_pads_spans() -> None:
