@@ -150,7 +150,7 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         ce = _cross_entropy(of, label, sides, weights, vocab, plan)
     sum_of_terms = scalar(0.0, plan.acc)
     if plan.kd:
-        sum_of_terms += weights.kd * value
+        sum_of_terms += tl.where(weights.kd == 0, 0.0, weights.kd * value)
     if plan.ce:
         sum_of_terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
     tl.store(loss + n, weights.row * sum_of_terms)
@@ -165,6 +165,30 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         tl.store(out + 5, (at_s == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (at_t == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 7, unknown)
+
+
+@triton.jit
+def ruled(weights, value, entropy_t, entropy_s, label, pair_t, pair_s, a, b, plan: tl.constexpr):
+    """With the row rule's factor on the divergence, NaN where that is. Rounding does not take its
+    numbers out of their ranges."""
+    zero, one = scalar(0.0, plan.acc), scalar(1.0, plan.acc)
+    factor = plan.rule(
+        tl.maximum(value, zero), tl.maximum(entropy_t, zero), tl.maximum(entropy_s, zero),
+        tl.minimum(label, zero), tl.minimum(pair_t, one), tl.minimum(pair_s, one), a, b,
+    )  # fmt: skip
+    factor = tl.where(value != value, value, factor)
+    return Weights(weights.row, weights.kd * factor, weights.ce, weights.smoothing)
+
+
+@triton.jit
+def _ruled(weights, of, pair, value, label, sides, a, b, plan: tl.constexpr):
+    s, t = pair.student, pair.teacher
+    log_q = scalar(0.0, plan.acc)
+    if plan.ce:
+        z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
+        log_q = (z - of.student.max) * s.inverse_t - s.log_sum
+    entropy_t, entropy_s = _entropy(of.teacher, t, plan), _entropy(of.student, s, plan)
+    return ruled(weights, value, entropy_t, entropy_s, log_q, t.over_sum, s.over_sum, a, b, plan)
 
 
 @triton.jit
@@ -437,6 +461,7 @@ def row_kernel(
     s_scale: tl.float64, s_cap: tl.float64, t_scale: tl.float64, t_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
     a: tl.float64, b: tl.float64,  # parameters of the divergence
+    rule_a: tl.float64, rule_b: tl.float64,  # and of the row rule
     plan: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces), and (N pieces,) in the stage "joint"."""
@@ -488,6 +513,9 @@ def row_kernel(
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
+                if plan.rule is not None:
+                    weights = _ruled(weights, of, pair, compared.value, label, sides,
+                                     scalar(rule_a, acc), scalar(rule_b, acc), plan)  # fmt: skip
                 if leader and not plan.late:
                     _report(loss, metrics, n, of, pair, compared.value, label, sides, weights,
                             vocab, plan)  # fmt: skip
