@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fusedkd.values import bind_call, number
 
-MOST_PARAMETERS = 7  # kernels/cpu has room for eight numbers, and keeps one for itself
+# kernels/cpu has room for eight numbers, and keeps one for itself; a row kernel of Triton has seven
+MOST_PARAMETERS = 7
 
 
 class Formula:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fusedkd.files import private_folder, replace_file
+from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.tape import Tape
 from fusedkd.trace import STATISTICS
 
-MOST_PARAMETERS = 2  # of a row kernel
 INFIX = {
     **dict(zip(("add", "sub", "mul", "div"), "+-*/", strict=True)),
     "eq": "==",
@@ -32,37 +32,21 @@ from fusedkd.kernels.triton.elementwise import {names}
 
 
 @triton.jit
-def custom({arguments}):
+def custom({arguments}, by):
 """
 ENTRY = ("lp", "lq", "gap", "p", "q")
-PARAMETERS = ("a", "b")
 
 
 @functools.cache
 def function(tape: Tape) -> Any:
-    """The jitted function of a tape.
-
-    Raises:
-        NotImplementedError: it has more parameters than a row kernel takes.
-    """
-    _check(tape, 0, "a divergence")
+    """The jitted function of a tape."""
     return _function(render(tape))
 
 
 @functools.cache
 def rule(tape: Tape) -> Any:
     """The same of a row rule."""
-    _check(tape, len(STATISTICS), "a row rule")
     return _function(render_rule(tape))
-
-
-def _check(tape: Tape, first: int, what: str) -> None:
-    highest = max((int(n.number) + 1 for n in tape.nodes if n.op == "parameter"), default=0) - first
-    if highest > MOST_PARAMETERS:
-        raise NotImplementedError(
-            f"backend='triton' takes at most {MOST_PARAMETERS} parameters of {what} of your "
-            f"own, and this one has {highest}: write the others into the formula as numbers."
-        )
 
 
 def _function(source: str) -> Any:
@@ -84,23 +68,23 @@ def _imported(name: str, path: Path) -> Any:
 def render(tape: Tape) -> str:
     """The module's source."""
     last = f"value, grad = like(x{tape.value}, lp), like(x{tape.grad}, lp)"
-    return _module(tape, ENTRY, PARAMETERS, [last, "return value, finite(grad)"])
+    return _module(tape, ENTRY, (), [last, "return value, finite(grad)"])
 
 
 def render_rule(tape: Tape) -> str:
-    """The same of a row rule: its parameters are a row's statistics, then its own."""
-    last = f"return like(x{tape.value}, {next(iter(STATISTICS))})"
-    return _module(tape, (), (*STATISTICS, *PARAMETERS), [last])
+    """The same of a row rule: a tape's first parameters are a row's statistics."""
+    names = tuple(STATISTICS)
+    return _module(tape, names, names, [f"return like(x{tape.value}, {names[0]})"])
 
 
 def _module(
-    tape: Tape, entry: tuple[str, ...], parameters: tuple[str, ...], last: list[str]
+    tape: Tape, arguments: tuple[str, ...], parameters: tuple[str, ...], last: list[str]
 ) -> str:
+    """``parameters``: the names of the first; the others come in a tuple."""
     names = sorted({FUNCTIONS[n.op] for n in tape.nodes if n.op in FUNCTIONS} | {"finite", "like"})
-    arguments = (*entry, *parameters)
-    lines = [
-        f"x{i} = {_expression(tape, i, parameters, arguments[0])}" for i in range(len(tape.nodes))
-    ]
+    more = [f"by[{i}]" for i in range(MOST_PARAMETERS)]
+    inputs, size = [*parameters, *more], len(tape.nodes)
+    lines = [f"x{i} = {_expression(tape, i, inputs, arguments[0])}" for i in range(size)]
     head = HEAD.format(names=", ".join(names), arguments=", ".join(arguments))
     return head + "".join(f"    {line}\n" for line in (*lines, *last))
 
@@ -111,8 +95,8 @@ PLAIN = {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs"}
 PLAIN |= {"minimum": "tl.minimum", "maximum": "tl.maximum", "where": "tl.where"}
 
 
-def _expression(tape: Tape, position: int, parameters: tuple[str, ...], shape: str) -> str:
-    """``shape``: an argument that has that of the result."""
+def _expression(tape: Tape, position: int, parameters: list[str], shape: str) -> str:
+    """``shape``: an argument that has the result's."""
     node = tape.nodes[position]
     if (entry := tape.entry(node)) is not None:
         return entry

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import debug
+from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec
 
@@ -123,11 +124,10 @@ def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, i
 @functools.lru_cache(maxsize=64)
 def numbers(spec: LossSpec) -> dict[str, float | int]:
     """What a kernel is told of the hyper-parameters; a training repeats them."""
-    a, b = (*map(float, spec.divergence.params), 0.0, 0.0)[:2]
+    a, b = _seven(spec.divergence.params)[:2]
     if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
         b = 1.0 - a
     of_rule = () if spec.row_rule is None else spec.row_rule.params
-    rule_a, rule_b = (*of_rule, 0.0, 0.0)[:2]
     return {
         "vocab": spec.vocab_size,
         "inverse_s": 1.0 / spec.temperature,
@@ -142,9 +142,13 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
-        "rule_a": rule_a,
-        "rule_b": rule_b,
+        **{f"own_{i}": number for i, number in enumerate(_seven(spec.divergence.params))},
+        **{f"rule_{i}": number for i, number in enumerate(_seven(of_rule))},
     }
+
+
+def _seven(parameters: tuple[float, ...]) -> tuple[float, ...]:
+    return (*map(float, parameters), *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
 
 
 def rule_of(spec: LossSpec) -> str | None:
