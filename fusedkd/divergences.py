@@ -49,7 +49,8 @@ __all__ = [
 ]
 
 
-MOST_PARAMETERS = 7  # kernels/cpu has room for eight numbers, and keeps one for itself
+# kernels/cpu has room for eight numbers, and keeps one for itself; a row kernel of Triton has seven
+MOST_PARAMETERS = 7
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class Plan(Tiling):
     stages: int  # see Launch
     aligned_to: str  # which tensor has the smallest items
     nvidia: bool  # its approximate instructions are there
-    careful: Any  # the divergence's function in pointwise.py
+    careful: Any  # the divergence's function in pointwise.py, or the one that emit.py made of it
+    own: bool  # the latter, with parameters of its own
     form: lean.Lean
     exact: bool  # entry by entry: fp64, and divergences of somebody's own
     closed: bool  # the statistics give the divergence, ...
@@ -216,6 +217,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         aligned_to=lead,
         nvidia=target == "cuda" and not INTERPRETED,
         careful=function(variant.divergence),
+        own=recorded_tape(variant.divergence) is not None,
         form=form,
         exact=exact,
         closed=kls or powers > 0,

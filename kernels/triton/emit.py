@@ -13,7 +13,6 @@ from typing import Any
 from fusedkd.files import private_folder, replace_file
 from fusedkd.tape import Tape
 
-MOST_PARAMETERS = 2  # of a row kernel
 INFIX = {
     **dict(zip(("add", "sub", "mul", "div"), "+-*/", strict=True)),
     "eq": "==",
@@ -30,23 +29,13 @@ from fusedkd.kernels.triton.elementwise import {names}
 
 
 @triton.jit
-def custom(lp, lq, gap, p, q, a, b):
+def custom(lp, lq, gap, p, q, by):
 """
 
 
 @functools.cache
 def function(tape: Tape) -> Any:
-    """The jitted function of a tape.
-
-    Raises:
-        NotImplementedError: it has more parameters than a row kernel takes.
-    """
-    highest = max((int(n.number) + 1 for n in tape.nodes if n.op == "parameter"), default=0)
-    if highest > MOST_PARAMETERS:
-        raise NotImplementedError(
-            f"backend='triton' takes at most {MOST_PARAMETERS} parameters of a divergence of your "
-            f"own, and this one has {highest}: write the others into the formula as numbers."
-        )
+    """The jitted function of a tape."""
     source = render(tape)
     name = f"fusedkd_custom_{hashlib.sha256(source.encode()).hexdigest()[:24]}"
     path = private_folder("triton") / f"{name}.py"
@@ -84,7 +73,7 @@ def _expression(tape: Tape, position: int) -> str:
         return entry
     inputs = [f"x{i}" for i in node.inputs]
     if node.op == "parameter":
-        return f"like({'ab'[int(node.number)]}, lp)"
+        return f"like(by[{int(node.number)}], lp)"
     if node.op == "constant":
         finite = node.number - node.number == 0
         number = repr(node.number) if finite else f"float('{node.number}')"

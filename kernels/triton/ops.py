@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import debug
+from fusedkd.divergences import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec
 
@@ -121,7 +122,9 @@ def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, i
 @functools.lru_cache(maxsize=64)
 def numbers(spec: LossSpec) -> dict[str, float | int]:
     """What a kernel is told of the hyper-parameters; a training repeats them."""
-    a, b = (*map(float, spec.divergence.params), 0.0, 0.0)[:2]
+    parameters = tuple(map(float, spec.divergence.params))
+    a, b = (*parameters, 0.0, 0.0)[:2]
+    own = (*parameters, *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
     if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
         b = 1.0 - a
     return {
@@ -138,6 +141,7 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
+        **{f"own_{i}": number for i, number in enumerate(own)},
     }
 
 

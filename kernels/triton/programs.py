@@ -97,6 +97,21 @@ class Compared(NamedTuple):
 
 
 @triton.jit
+def numbers(
+    a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, ACC: tl.constexpr, plan: tl.constexpr
+):
+    """What the divergence's function in pointwise.py takes, or one of one's own."""
+    if plan.own:
+        found = (
+            scalar(own_0, ACC), scalar(own_1, ACC), scalar(own_2, ACC), scalar(own_3, ACC),
+            scalar(own_4, ACC), scalar(own_5, ACC), scalar(own_6, ACC),
+        )  # fmt: skip
+    else:
+        found = (scalar(a, ACC), scalar(b, ACC))
+    return found
+
+
+@triton.jit
 def _shape(sides, grad, columns, plan: tl.constexpr):
     """By the tensor with the smallest items: its boundaries are everybody's."""
     if plan.aligned_to == "student":
@@ -285,7 +300,7 @@ def _swept(STEP: tl.constexpr, shared, n, piece, sides, shape, span, by, unroll:
 
 
 @triton.jit
-def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.constexpr):
+def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, own, plan: tl.constexpr):
     zero = scalar(0.0, plan.acc)
     value, sum_grad, ordinary, forwards = zero, zero, True, True
     careful: tl.constexpr = 0 if plan.powers else 1
@@ -294,7 +309,7 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.con
         ordinary = (tl.abs(value) < INFINITY) & (tl.abs(sum_grad) < INFINITY)
         if plan.terms and not plan.late:
             if ordinary:
-                by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
+                by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b, own)
                 first, second = _swept(
                     compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
                 )
@@ -302,17 +317,17 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.con
         else:
             forwards = False
         if not ordinary:
-            by = Comparing(pair, (a,), a, b)
+            by = Comparing(pair, (a,), a, b, own)
             value, sum_grad = _swept(
                 compare_carefully, shared, n, piece, sides, shape, span, by, careful, plan
             )
     elif plan.teacher and plan.exact:
-        by = Comparing(pair, (a,), a, b)
+        by = Comparing(pair, (a,), a, b, own)
         value, sum_grad = _swept(
             compare_carefully, shared, n, piece, sides, shape, span, by, 1, plan
         )
     elif plan.teacher:
-        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
+        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b, own)
         first, second = _swept(
             compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
         )
@@ -325,7 +340,9 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.con
 
 
 @triton.jit
-def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.constexpr):
+def _factors(
+    grad, shape, of, pair, compared, weights, vocab, a, b, own, plan: tl.constexpr
+):  # fmt: skip
     kd = weights.row * weights.kd * pair.student.inverse_t
     unit, smooth, hot = weights.row, weights.row, weights.row
     if plan.ce:
@@ -339,7 +356,7 @@ def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.con
     if plan.late or plan.sharp:
         terms = plan.form.constants(of, pair, a, b, plan)
     return Gradient(
-        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b
+        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b, own
     )
 
 
@@ -437,6 +454,8 @@ def row_kernel(
     s_scale: tl.float64, s_cap: tl.float64, t_scale: tl.float64, t_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
     a: tl.float64, b: tl.float64,  # parameters of the divergence
+    own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,  # or of one's own
+    own_4: tl.float64, own_5: tl.float64, own_6: tl.float64,
     plan: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces), and (N pieces,) in the stage "joint"."""
@@ -464,6 +483,7 @@ def row_kernel(
             drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
         first, second = scalar(a, acc), scalar(b, acc)
+        own = numbers(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, acc, plan)
         of_s, of_t, over = scalar(inverse_s, acc), scalar(inverse_t, acc), scalar(ratio, acc)
         scales = Scales(of_s * LOG2E, of_t * LOG2E, over, first, second)
         if plan.stage != "middle" and plan.stage != "gradient":
@@ -483,7 +503,7 @@ def row_kernel(
         if plan.stage != "statistics":
             pair = paired(of, of_s, of_t, over, plan)
             compared = _compared(
-                of, pair, shared, n, piece, sides, shape, span, first, second, plan
+                of, pair, shared, n, piece, sides, shape, span, first, second, own, plan
             )
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
@@ -493,7 +513,7 @@ def row_kernel(
                             vocab, plan)  # fmt: skip
                 if grad is not None:
                     by = _factors(grad, shape, of, pair, compared, weights, vocab, first, second,
-                                  plan)  # fmt: skip
+                                  own, plan)  # fmt: skip
                     value, known = _gradient(label, shared, n, piece, sides, span, shape, by,
                                              compared, plan)  # fmt: skip
                     if plan.late and known:
