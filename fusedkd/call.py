@@ -136,7 +136,7 @@ class Call(NamedTuple):
         row_scale = row_scale_of(weights, given.normalizer, spec, plan)
         weight, bias = _detached(t.weight), _detached(t.bias)
         teacher = (t.tensor, weight, bias, t.indices)
-        inputs = Inputs(s.tensor, s.weight, s.bias, *teacher, labels, row_scale)
+        inputs = Inputs(s.tensor, s.weight, s.bias, *teacher, s.ids, t.ids, labels, row_scale)
         return cls(inputs, spec, plan, weights, s.leading, t.entropy, traced)
 
 

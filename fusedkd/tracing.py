@@ -34,6 +34,8 @@ def _op(
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     teacher_indices: Tensor | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
     labels: Tensor | None,
     row_scale: Tensor,
     divergence: str,
@@ -53,7 +55,8 @@ def _op(
     inputs = Inputs(
         *(student, student_weight, student_bias),
         *(teacher, teacher_weight, teacher_bias),
-        *(teacher_indices, labels, row_scale),
+        *(teacher_indices, student_ids, teacher_ids, labels),
+        row_scale,
     )
     plain = numbers.tolist()  # in the host's memory on every device: nothing waits
     named = dict(zip(NUMBERS, plain, strict=False))

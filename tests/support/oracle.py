@@ -169,8 +169,9 @@ def _raw(side: Tensor | LMHead, parts: dict[str, Tensor]) -> Tensor:
     if isinstance(side, Tensor):
         return parts["logits"].reshape(-1, side.shape[-1])
     hidden = parts["hidden"].reshape(-1, side.hidden.shape[-1])
-    logits = hidden @ parts["weight"].T
-    return logits + parts["bias"] if "bias" in parts else logits
+    rows = slice(None) if side.ids is None else side.ids
+    logits = hidden @ parts["weight"][rows].T
+    return logits + parts["bias"][rows] if "bias" in parts else logits
 
 
 def _transformed(side: Tensor | LMHead, raw: Tensor, vocab_size: int | None) -> Tensor:
