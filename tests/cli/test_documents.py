@@ -126,6 +126,9 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = words[len(environment) :]
     if words[0] == "vllm":  # somebody else's: `make test-vllm` runs it
         return
+    if words[0] == "torchrun":  # in one process
+        words = words[words.index("fusedkd") :]
+        command = shlex.join(words)
     if words[0] == "pytest":
         children.tests(
             "--collect-only", f"--rootdir={ROOT}", f"../{words[1]}", *words[2:], **environment
