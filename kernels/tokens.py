@@ -35,6 +35,7 @@ from fusedkd.spec import Transform
 FIELDS = ("most", "total", "gap")
 # Rows are worked on in blocks of so many bytes, of which several are alive at a time.
 BLOCK_BYTES = 64 << 20
+_LAST = 2**31 - 1
 
 
 class TokenCall(NamedTuple):
@@ -248,8 +249,7 @@ def top(call: TokenCall, k: int, dtype: torch.dtype | None = None) -> Top:
 def _top(call: TokenCall, k: int, dtype: torch.dtype | None) -> Top:
     z, none = _logits(call, dtype), ~call.counts[:, None]
     k_here = min(k, z.shape[1])
-    values, ids = z.sort(dim=-1, descending=True, stable=True)
-    values, ids = values[:, :k_here], ids[:, :k_here]
+    values, ids = _largest(z, k_here)
     most = z.amax(-1, keepdim=True)
     base = most.masked_fill(most == -math.inf, 0.0)
     inside, columns = here(call)
@@ -269,6 +269,34 @@ def _top(call: TokenCall, k: int, dtype: torch.dtype | None) -> Top:
         torch.nn.functional.pad(ids, pad, value=-1),
         torch.cat([row, at], -1).masked_fill(none, 0.0),
     )
+
+
+def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest, in order, and of equal ones the smallest columns first."""
+    if z.dtype == torch.float64:
+        values, ids = z.sort(dim=-1, descending=True, stable=True)
+        return values[:, :k], ids[:, :k]
+    # A key is an entry's bits, in an order that integers have too, above its column's: all differ.
+    bits = (z + 0.0).view(torch.int32)  # -0.0 is 0.0
+    bits = bits ^ ((bits >> 31) & _LAST)
+    columns = _LAST - torch.arange(z.shape[1], device=z.device)
+    chosen = _largest_keys((bits.long() << 32) | columns, k)
+    ids = _LAST - (chosen & _LAST)
+    return z.gather(1, ids), ids
+
+
+def _largest_keys(keys: Tensor, k: int) -> Tensor:
+    """``keys.topk(k).values``. The k largest lie in the k groups with the largest maxima, so most
+    of them are only looked at once."""
+    size = keys.shape[1]
+    depth = min(16, size // (4 * k))
+    if depth < 2:
+        return keys.topk(k).values
+    groups = size // depth  # a group is every groups-th column
+    grouped = keys[:, : groups * depth].unflatten(1, (depth, groups))
+    best = grouped.amax(1).topk(k, sorted=False).indices
+    few = grouped.gather(2, best[:, None].expand(-1, depth, -1)).flatten(1)
+    return torch.cat([few, keys[:, groups * depth :]], 1).topk(k).values
 
 
 def _flat(call: TokenCall) -> TokenCall:

@@ -22,6 +22,7 @@ LAYERS = (
     ("train",),
     ("students", "teachers"),
     ("models", "data", "cache"),
+    ("alignment",),
     ("loss", "distributions", "kernels"),
 )
 MODULES = {"fusedkd.hf": "integrations"}  # beside the folders, and no part of the loss

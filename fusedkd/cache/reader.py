@@ -19,6 +19,7 @@ from fusedkd.cache.layout import Target
 from fusedkd.cache.manifest import Manifest
 from fusedkd.cache.policy import linear_in_teacher
 from fusedkd.cache.shard import REMEDY, open_index, open_shard
+from fusedkd.cache.sums import known
 from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.divergences import Divergence
 
@@ -43,7 +44,7 @@ class TeacherCache:
         self.manifest = Manifest.load(self.folder)
         if not self.manifest.complete:
             raise CacheError(
-                f"{folder}: only {len(self.manifest.shards)} of "
+                f"{folder}: only {len(known(self.folder, self.manifest))} of "
                 f"{self.manifest.number_of_shards} shards are there. Run the `fusedkd cache` "
                 "command that began it again: it goes on where it was."
             )
@@ -179,7 +180,8 @@ class TeacherCache:
         number, row = divmod(place, self.manifest.per_shard)
         shard = self._shards.get(number)
         if shard is None:
-            shard = open_shard(self.folder, self.manifest, number, self._index)
+            file = self.manifest.shards[number]
+            shard = open_shard(self.folder, self.manifest, number, file, self._index)
             self._shards[number] = shard
         return {name: shard[name][row].as_buffer() for name in self.layout.columns}
 

@@ -41,8 +41,11 @@ examples:
   As small as it gets:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --sample 50
   From a teacher that is served (vLLM, SGLang), asked in token ids:
-    fusedkd cache --teacher http://a:8000,http://b:8000 --tokenizer ./student \
+    fusedkd cache --teacher http://a:8000,http://b:8000 --tokenizer ./student \\
       --data corpus/ --output cache/
+  By eight processes (or more, on machines that share the folder), each with shards of its own:
+    torchrun --no-python --nproc-per-node 8 \
+      fusedkd cache --teacher ./teacher --data corpus/ --output cache/
   What is in it, and whether every byte is as it was written:
     fusedkd cache info cache/
     fusedkd cache verify cache/
@@ -179,6 +182,7 @@ def _info(argv: list[str]) -> int:
         from fusedkd.cache.errors import Damaged
         from fusedkd.cache.manifest import Manifest
         from fusedkd.cache.reader import TeacherCache
+        from fusedkd.cache.sums import known
     found = Manifest.load(args.folder)
     tails: tuple[float, ...] = ()
     damaged = False
@@ -188,7 +192,8 @@ def _info(argv: list[str]) -> int:
     except Damaged as error:
         damaged = True
         print(error)
-    files = [found.index, *found.shards, *([] if found.head is None else [found.head])]
+    shards = known(args.folder, found)
+    files = [found.index, *shards.values(), *([] if found.head is None else [found.head])]
     size = sum(file.bytes for file in files)
     table = Table(show_header=False, title=str(args.folder))
     state = "" if found.complete else f" of {found.number_of_shards}: incomplete"
@@ -205,7 +210,7 @@ def _info(argv: list[str]) -> int:
         else ", ".join(f"{t:g}" for t in found.temperatures),
         "sequences": f"{found.sequences:,}",
         "tokens": f"{found.tokens:,}",
-        "shards": f"{len(found.shards)}{state}",
+        "shards": f"{len(shards)}{state}",
         "size": f"{size:,} bytes, {size / found.tokens:.1f} per token",
     }.items():
         table.add_row(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from fusedkd.cache.build import NO_HEAD, Job, build
 from fusedkd.cache.hidden import layout_of
 from fusedkd.cache.keys import tokenizer_hash, weight_hash
 from fusedkd.cache.policy import Policy
+from fusedkd.cache.writer import ALONE, Share
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
 from fusedkd.distributions import LMHead
@@ -57,15 +59,23 @@ class CacheArguments:
 
 
 def make_cache(args: CacheArguments) -> None:
-    """Run the teacher over the data, or over what is missing of it.
+    """Run the teacher over the data, or over what is missing of it. Each of torchrun's processes
+    writes shards of its own; but one that a teacher is spread over.
 
     Raises:
         UserError: a missing or wrong argument, model or file.
     """
     console = Console(markup=False, emoji=False)  # names may have brackets
-    if is_url(args.teacher):
-        _fill(args, console)
-    elif not _run(args, console):
+    share = ALONE if args.teacher_tp else Share.of_torchrun()
+    shown = Console(markup=False, emoji=False, quiet=share.rank > 0)
+    complete = (_fill if is_url(args.teacher) else _run)(args, shown, share)
+    if complete is None:
+        return
+    if not complete:
+        console.print(
+            f"{args.output}: process {share.rank} of {share.world} has written its shards. Who is "
+            "the last completes the cache."
+        )
         return
     size = sum(path.stat().st_size for path in args.output.iterdir())
     console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
@@ -81,8 +91,8 @@ _OF_MODELS: dict[str, Any] = {
 }
 
 
-def _fill(args: CacheArguments, console: Console) -> None:
-    """From a server."""
+def _fill(args: CacheArguments, console: Console, share: Share) -> bool:
+    """From a server; whether the cache is complete."""
     if args.policy.kind != "top" or args.policy.top_p is not None or len(args.temperatures) > 1:
         raise UserError(
             f"--teacher {args.teacher}: a server gives the top entries at one temperature: "
@@ -108,13 +118,14 @@ def _fill(args: CacheArguments, console: Console) -> None:
     teacher.check_rows("given", sequences)
     console.print(f"{len(sequences):,} sequences, {teacher}")
     with _bar(console) as bar:
-        shown = bar.add_task("tokens", total=sum(map(len, sequences)))
-        fill(
+        shown = bar.add_task("tokens", total=sum(map(len, sequences)) / share.world)
+        return fill(
             args.output,
             sequences,
             teacher,
             int(args.shard_mb * 2**20),
             lambda tokens: bar.advance(shown, tokens),
+            share,
         )
 
 
@@ -136,8 +147,8 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _run(args: CacheArguments, console: Console) -> bool:
-    """From a model; whether this process wrote the cache."""
+def _run(args: CacheArguments, console: Console, share: Share) -> bool | None:
+    """From a model; whether the cache is complete, or None in a process that helps the writer."""
     name = required("teacher", args.teacher)
     device = _device(args.device)
     if args.teacher_load_in_4bit and args.teacher_load_in_8bit:
@@ -165,21 +176,21 @@ def _run(args: CacheArguments, console: Console) -> bool:
     job = _job(args, name, run, tokenizer, _Sequences(rows.train, rows.test))
     if isinstance(run, LedTeacher) and not run.leads:
         run.follow()
-        return False
+        return None
     _say(console, job)
     with _bar(console) as bar:
-        shown = bar.add_task("tokens", total=sum(map(len, job.sequences)))
+        shown = bar.add_task("tokens", total=sum(map(len, job.sequences)) / share.world)
         try:
-            build(
+            return build(
                 args.output,
                 job,
                 lambda ids: run({"input_ids": ids.to(device)}),
                 lambda tokens: bar.advance(shown, tokens),
+                share,
             )
         finally:
             if isinstance(run, LedTeacher):
                 run.done()
-    return True
 
 
 def _device(name: str | None) -> torch.device:
@@ -192,6 +203,9 @@ def _device(name: str | None) -> torch.device:
         f"--device {found}: expected one that torch has here, such as cpu", Exception
     ):
         device = torch.device(found)
+        if device.type == "cuda" and device.index is None:  # each of a machine's processes its own
+            here = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            device = torch.device("cuda", here)
         torch.zeros(1, device=device).add(1).cpu()
     return device
 

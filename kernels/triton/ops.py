@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import debug
+from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec
 
@@ -20,6 +21,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 def rows(call: RowCall) -> Rows:
     device.check(call.student)
+    if rule_of(call.spec) is not None and not call.metrics:  # which are what it reads
+        return Rows(rows(call._replace(metrics=True)).loss, None)
     results, n = call.results(), call.row_scale.numel()
     if n == 0:
         return results
@@ -35,8 +38,8 @@ def rows(call: RowCall) -> Rows:
         "arrived": _arrived(call, config.stages(variant, launch)),
     }
     with device.guard(call.student):
-        for launcher, rows, pieces in _launchers(variant, launch):
-            launcher((n * rows, pieces), arguments)
+        for launcher, per_row, pieces in _launchers(variant, launch):
+            launcher((n * per_row, pieces), arguments)
     return results
 
 
@@ -77,7 +80,7 @@ def variant_of(call: RowCall) -> config.Variant:
         student=call.student.dtype,
         teacher=call.teacher_logits.dtype,
         grad=None if call.grad is None else call.grad.dtype,
-        divergence=spec.divergence.key or spec.divergence.name,
+        divergence=divergence_of(spec),
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
@@ -87,6 +90,7 @@ def variant_of(call: RowCall) -> config.Variant:
         transformed_s=spec.student_transform != IDENTITY,
         transformed_t=spec.teacher_transform != IDENTITY,
         part=call.part is not None,
+        rule=rule_of(spec),
     )
 
 
@@ -133,9 +137,10 @@ def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, i
 @functools.lru_cache(maxsize=64)
 def numbers(spec: LossSpec) -> dict[str, float | int]:
     """What a kernel is told of the hyper-parameters; a training repeats them."""
-    a, b = (*map(float, spec.divergence.params), 0.0, 0.0)[:2]
+    a, b = _seven(spec.divergence.params)[:2]
     if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
         b = 1.0 - a
+    of_rule = () if spec.row_rule is None else spec.row_rule.params
     return {
         "vocab": spec.vocab_size,
         "offset": 0,
@@ -152,7 +157,23 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
+        **{f"own_{i}": number for i, number in enumerate(_seven(spec.divergence.params))},
+        **{f"rule_{i}": number for i, number in enumerate(_seven(of_rule))},
     }
+
+
+def _seven(parameters: tuple[float, ...]) -> tuple[float, ...]:
+    return (*map(float, parameters), *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
+
+
+def divergence_of(spec: LossSpec) -> str:
+    """What its functions are found by."""
+    return spec.divergence.key or spec.divergence.name
+
+
+def rule_of(spec: LossSpec) -> str | None:
+    """The key of a row rule that has a say."""
+    return spec.row_rule.key if spec.row_rule is not None and spec.kd_scale else None
 
 
 def power(spec: LossSpec) -> int:

@@ -399,24 +399,25 @@ def test_the_same_command_goes_on_and_repairs(disk: Path, cache: Path, tmp_path:
     assert (folder / "shard-00000.arrow").stat().st_mtime_ns == before
 
 
-# One interpreter that has imported everything forks a child per run, and kills some.
+# One interpreter that has imported everything forks a child per process, and kills some: of the
+# writers of one cache any one, which is then started again while the others write.
 ZYGOTE = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from fusedkd.cli import main
 import fusedkd.cli.make_cache
 
-job = json.loads(sys.argv[1])
-chance, sync = random.Random(job["kills"]), os.fsync
+chance, sync = random.Random(0), os.fsync
 
 def slowly(handle):  # so that there is a moment to hit
     time.sleep(0.005)
     sync(handle)
     time.sleep(0.005)
 
-def start(argv):
+def start(argv, rank=0, world=1):
     child = os.fork()
     if child == 0:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         os.fsync = slowly
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
@@ -429,44 +430,71 @@ def finish(child):
 def state(folder):
     return sorted(p.name for p in folder.glob("*")) if folder.exists() else []
 
-codes = [finish(start(job["whole"]))]
-folder = Path(job["folder"])
-for _ in range(job["kills"]):
-    before, child = state(folder), start(job["parts"])
-    end = time.monotonic() + 30
-    while state(folder) == before and time.monotonic() < end:
-        time.sleep(0.001)
-    time.sleep(chance.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    codes.append(finish(child))
-codes.append(finish(start(job["parts"])))
-print(json.dumps(codes))
+def run(whole, parts, folder, kills, writers, last):
+    whole, folder, killed, alive = start(whole), Path(folder), [], {}
+    codes = [finish(whole)]
+    for _ in range(kills):
+        before = state(folder)
+        for rank in {*range(writers)} - {*alive}:
+            alive[rank] = start(parts, rank, writers)
+        end = time.monotonic() + 30
+        while state(folder) == before and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1 * writers))
+        child = alive.pop(chance.randrange(writers))
+        os.kill(child, signal.SIGKILL)
+        killed.append(finish(child))
+    codes += map(finish, alive.values())
+    children = [start(parts, rank, last) for rank in range(last)]
+    return killed, codes + list(map(finish, children))
+
+print(json.dumps([run(**job) for job in json.loads(sys.argv[1])]))
 """
 
 
+KEPT = {
+    "draws": ("--sample", "20", "--shard-mb", "0.01"),  # many shards
+    "top": ("--top-k", "20", "--shard-mb", "0.01"),
+    "bf16": ("--hidden", "bf16", "--shard-mb", "0.005"),
+    "int8": ("--hidden", "int8", "--shard-mb", "0.004"),
+}
+
+
 @pytest.mark.parametrize(
-    "kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=lambda n: f"{n}-kills"
+    "runs",
+    [
+        pytest.param([("draws", 3, 1, 1), ("int8", 2, 2, 3)], id="few-kills"),
+        *(
+            pytest.param([(kept, 20, writers, last)], marks=pytest.mark.slow)
+            for writers, kinds in ((1, ["draws"]), (2, KEPT))
+            for last, kept in enumerate(kinds, 1)
+        ),
+    ],
 )
-def test_killed_and_resumed_is_identical(disk: Path, tmp_path: Path, kills: int) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ("--sample", "20", "--shard-mb", "0.01")  # many shards
-    job = {
-        "whole": command(disk, whole, *more),
-        "parts": command(disk, parts, *more),
-        "folder": str(parts),
-        "kills": kills,
-    }
+def test_killed_and_resumed_is_identical(
+    disk: Path, tmp_path: Path, runs: list[tuple[str, int, int, int]]
+) -> None:
+    """By one process, or by two of which one is killed, and then by any number of them."""
+    jobs = []
+    for kept, kills, writers, last in runs:
+        whole, parts = tmp_path / f"{kept}-whole", tmp_path / f"{kept}-parts"
+        job = {"kills": kills, "writers": writers, "last": last, "folder": str(parts)}
+        job |= {"whole": command(disk, whole, *KEPT[kept])}
+        jobs.append(job | {"parts": command(disk, parts, *KEPT[kept])})
     done = subprocess.run(
-        [sys.executable, "-c", ZYGOTE, json.dumps(job)],
+        [sys.executable, "-c", ZYGOTE, json.dumps(jobs)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
-    assert codes == [0, *[-signal.SIGKILL] * kills, 0]
-    assert content(whole) == content(parts)
-    assert len(content(whole)) > 10
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (kept, kills, writers, last), (killed, codes) in zip(runs, found, strict=True):
+        assert codes == [0] * (writers + last), done.stderr
+        # of two, one may have ended before: the other one changed the folder
+        assert killed.count(-signal.SIGKILL) >= kills / writers
+        one, other = (content(tmp_path / f"{kept}-{name}") for name in ("whole", "parts"))
+        assert one == other and len(one) > 10
 
 
 def test_nothing_is_computed_twice(tmp_path: Path) -> None:
@@ -509,10 +537,13 @@ def test_nothing_is_computed_twice(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    from fusedkd.cache.writer import only_writer
+    from fusedkd.cache.writer import Share, held
 
     refused = pytest.raises(CacheError, match="another process")
-    with only_writer(tmp_path), refused, only_writer(tmp_path):
+    with held(tmp_path), refused, held(tmp_path):
+        pass
+    one, other = Share(0, 2), Share(1, 2)
+    with held(tmp_path, one), held(tmp_path, other), refused, held(tmp_path):
         pass
 
 

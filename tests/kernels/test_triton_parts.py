@@ -9,6 +9,7 @@ import in_pieces
 import pytest
 import torch
 from in_pieces import DTYPES, NAN, V, check, make, statistics
+from own_rules import of_everything
 
 from fusedkd import backends, divergences
 from fusedkd.kernels import RowCall, pieces
@@ -69,6 +70,11 @@ def test_options(name: str) -> None:
     check(backend, call._replace(labels=None, spec=LossSpec(call.spec.divergence, V)), sizes)
     call = few(make(torch.float32, name, label_smoothing=0.2), [0, 4, 6, 7])  # none with masks
     check(backend, call, sizes)
+
+
+def test_a_row_rule() -> None:
+    rule = of_everything(slope=0.3)
+    check(backend, few(make(torch.float32, "reverse_kl", row_rule=rule), [3, 4]), (2048, V - 2048))
 
 
 def test_programs_share_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
