@@ -23,6 +23,7 @@ LAYERS = (
     ("students", "teachers"),
     ("cache",),
     ("models", "data"),
+    ("alignment",),
     ("loss", "distributions", "kernels"),
 )
 MODULES = {"fusedkd.hf": "integrations"}  # beside the folders, and no part of the loss

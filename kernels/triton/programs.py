@@ -97,15 +97,18 @@ class Compared(NamedTuple):
 
 
 @triton.jit
+def seven(n_0, n_1, n_2, n_3, n_4, n_5, n_6, ACC: tl.constexpr):
+    return (scalar(n_0, ACC), scalar(n_1, ACC), scalar(n_2, ACC), scalar(n_3, ACC),
+            scalar(n_4, ACC), scalar(n_5, ACC), scalar(n_6, ACC))  # fmt: skip
+
+
+@triton.jit
 def numbers(
     a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, ACC: tl.constexpr, plan: tl.constexpr
 ):
     """What the divergence's function in pointwise.py takes, or one of one's own."""
     if plan.own:
-        found = (
-            scalar(own_0, ACC), scalar(own_1, ACC), scalar(own_2, ACC), scalar(own_3, ACC),
-            scalar(own_4, ACC), scalar(own_5, ACC), scalar(own_6, ACC),
-        )  # fmt: skip
+        found = seven(own_0, own_1, own_2, own_3, own_4, own_5, own_6, ACC)
     else:
         found = (scalar(a, ACC), scalar(b, ACC))
     return found
@@ -165,7 +168,7 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         ce = _cross_entropy(of, label, sides, weights, vocab, plan)
     sum_of_terms = scalar(0.0, plan.acc)
     if plan.kd:
-        sum_of_terms += weights.kd * value
+        sum_of_terms += tl.where(weights.kd == 0, 0.0, weights.kd * value)
     if plan.ce:
         sum_of_terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
     tl.store(loss + n, weights.row * sum_of_terms)
@@ -180,6 +183,30 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         tl.store(out + 5, (at_s == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (at_t == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 7, unknown)
+
+
+@triton.jit
+def ruled(weights, value, entropy_t, entropy_s, label, top_t, top_s, by, plan: tl.constexpr):
+    """With the row rule's factor on the divergence, NaN where that is. Rounding does not take its
+    numbers out of their ranges."""
+    zero, one = scalar(0.0, plan.acc), scalar(1.0, plan.acc)
+    factor = plan.rule(
+        tl.maximum(value, zero), tl.maximum(entropy_t, zero), tl.maximum(entropy_s, zero),
+        tl.minimum(label, zero), tl.minimum(top_t, one), tl.minimum(top_s, one), by,
+    )  # fmt: skip
+    factor = tl.where(value != value, value, factor)
+    return Weights(weights.row, weights.kd * factor, weights.ce, weights.smoothing)
+
+
+@triton.jit
+def _ruled(weights, of, pair, value, label, sides, by, plan: tl.constexpr):
+    s, t = pair.student, pair.teacher
+    log_q = scalar(0.0, plan.acc)
+    if plan.ce:
+        z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
+        log_q = (z - of.student.max) * s.inverse_t - s.log_sum
+    entropy_t, entropy_s = _entropy(of.teacher, t, plan), _entropy(of.student, s, plan)
+    return ruled(weights, value, entropy_t, entropy_s, log_q, t.over_sum, s.over_sum, by, plan)
 
 
 @triton.jit
@@ -456,6 +483,8 @@ def row_kernel(
     a: tl.float64, b: tl.float64,  # parameters of the divergence
     own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,  # or of one's own
     own_4: tl.float64, own_5: tl.float64, own_6: tl.float64,
+    rule_0: tl.float64, rule_1: tl.float64, rule_2: tl.float64, rule_3: tl.float64,  # of a row rule
+    rule_4: tl.float64, rule_5: tl.float64, rule_6: tl.float64,
     plan: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces), and (N pieces,) in the stage "joint"."""
@@ -508,6 +537,9 @@ def row_kernel(
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
+                if plan.rule is not None:
+                    rule = seven(rule_0, rule_1, rule_2, rule_3, rule_4, rule_5, rule_6, acc)
+                    weights = _ruled(weights, of, pair, compared.value, label, sides, rule, plan)
                 if leader and not plan.late:
                     _report(loss, metrics, n, of, pair, compared.value, label, sides, weights,
                             vocab, plan)  # fmt: skip

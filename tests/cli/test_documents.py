@@ -65,6 +65,7 @@ SMALL = {
     "python -m fusedkd.benchmarks.on_policy": "--smoke --teacher-steps 2 --student-steps 2 "
     "--steps 2 --new-tokens 4",
     "python -m fusedkd.benchmarks.estimators": "--samples 2000",
+    "python -m fusedkd.benchmarks.alignment": "--tokens 2000 --vocab 300 --hidden 16",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
