@@ -56,6 +56,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedkd.divergences import recorded_tape
+from fusedkd.row_rules import recorded_tape as recorded_rule
 
 from . import launches, lean, pointwise
 from .launches import Launch
@@ -135,10 +136,13 @@ class Plan(Tiling):
     metrics: bool
     transformed_s: bool  # the student's logits are scaled or capped
     transformed_t: bool
+    part: bool  # of the row's columns, and statistics by their names (named.py)
+    rule: Any  # the row rule's function of a row's statistics, or None
 
     @cached_property
     def cache_key(self) -> str:  # Triton's, so that an edited divergence is compiled anew
-        return " ".join((self._text, self.careful.cache_key, self.form.cache_key))
+        rule = "" if self.rule is None else self.rule.cache_key
+        return " ".join((self._text, self.careful.cache_key, self.form.cache_key, rule))
 
 
 @dataclass(frozen=True, repr=False)
@@ -187,12 +191,16 @@ class Variant(NamedTuple):
     metrics: bool = False
     transformed_s: bool = False
     transformed_t: bool = False
+    part: bool = False
+    rule: str | None = None
 
 
 def stages(variant: Variant, launch: Launch) -> tuple[str, ...]:
     """The launches of one call, in order."""
     # A closed divergence has a middle stage too: its programs return at once unless their row
     # turned out to hold masks, which only the device knows.
+    if variant.part:  # the ranks of a group have something to tell one another in between
+        return ("statistics", "middle", "gradient")
     if launch.joint and not INTERPRETED:
         return ("joint",)
     return ("whole",) if launch.pieces == 1 else ("statistics", "middle", "gradient")
@@ -206,9 +214,11 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     lead = min(named, key=lambda name: named[name].itemsize)
     item = named[lead].itemsize
     wide = torch.float64 in (variant.student, variant.teacher)
+    careful = function(variant.divergence)
     form, own = form_of(variant.divergence), recorded_tape(variant.divergence) is not None
-    # what is doubted is tried and done again by one program, which has all of the row
-    exact = wide or (form.emitted and stage != "whole")
+    # the named statistics have no sums of powers; and what is doubted is tried and done again by
+    # one program, which has all of the row
+    exact = wide or (variant.part and form.powers > 0) or (form.emitted and stage != "whole")
     kls = (form.forward or form.reverse) and not (own and exact)
     powers = 0 if exact else form.powers
     if form.large and launch.warps > LARGE.warps:
@@ -227,7 +237,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         stages=launch.stages,
         aligned_to=lead,
         nvidia=target == "cuda" and not INTERPRETED,
-        careful=function(variant.divergence),
+        careful=careful,
         own=own,
         weighted=own and not form.emitted and not exact,
         emitted=form.emitted and not exact,
@@ -244,7 +254,11 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         unroll_terms=1 if form.heavy or stage == "joint" or lead == "grad" else unroll,
         unroll_slope=1 if form.emitted else unroll,
         sharp=form.sharp is not None and variant.kd and not exact,
-        late=powers > 0 and variant.kd and variant.grad is not None and stage in AT_ONCE,
+        late=powers > 0
+        and variant.kd
+        and variant.grad is not None
+        and stage in AT_ONCE
+        and variant.rule is None,
         mixes=variant.divergence in pointwise.MIXTURES,
         teacher=variant.kd or variant.metrics,
         kd=variant.kd,
@@ -254,6 +268,8 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         metrics=variant.metrics,
         transformed_s=variant.transformed_s,
         transformed_t=variant.transformed_t,
+        part=variant.part,
+        rule=None if variant.rule is None else _rule(variant.rule),
     )
 
 
@@ -308,6 +324,12 @@ def form_of(divergence: str) -> lean.Lean:
 
         return emit.form(tape)
     return lean.FORMS[divergence]
+
+
+def _rule(key: str) -> Any:
+    from . import emit
+
+    return emit.rule(recorded_rule(key))
 
 
 def function(divergence: str) -> Any:

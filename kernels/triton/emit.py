@@ -1,5 +1,6 @@
-"""A divergence of one's own in Triton: rendered to a file, where Triton looks for its source, and
-imported. ``custom`` is called as those of pointwise.py are, the others as those of lean.py.
+"""A divergence of one's own in Triton, or a row rule: rendered to a file, where Triton looks for
+its source, and imported. ``custom`` is called as those of pointwise.py are, or, of a rule, by
+programs.py and sparse.py; the others as those of lean.py.
 
 The lean form is one of those of lean.py where the divergence is made of the same sums
 (fusedkd.algebra). Else its terms are summed in a sweep: if it is homogeneous, seen from the larger
@@ -13,12 +14,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fusedkd.algebra import operations, simplified
 from fusedkd.files import private_folder, replace_file
+from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.tape import OPERATIONS, Tape
+from fusedkd.trace import STATISTICS
 
 from . import elementwise, lean
 
@@ -51,9 +55,9 @@ from fusedkd.kernels.triton.numerics import scalar
 CAREFUL = """
 
 @triton.jit
-def custom(lp, lq, gap, p, q, by):
+def custom({arguments}, by):
 {lines}
-    return like({value}, lp), finite(like({grad}, lp))
+    return {returned}
 """
 LEAN = """
 
@@ -96,12 +100,20 @@ def slope(at, by, pair, plan: tl.constexpr):
 {last}
     return by[2], {slope_term}
 """
+ENTRY = ("lp", "lq", "gap", "p", "q")
+OWN = [f"by[{i}]" for i in range(MOST_PARAMETERS)]
 
 
 @functools.cache
 def function(tape: Tape) -> Any:
     """The jitted function of a tape."""
-    return _module(tape).custom
+    return _module(render(tape)).custom
+
+
+@functools.cache
+def rule(tape: Tape) -> Any:
+    """The same of a row rule."""
+    return _module(render_rule(tape)).custom
 
 
 @functools.cache
@@ -110,7 +122,7 @@ def form(tape: Tape) -> lean.Lean:
     simple = simplified(tape)
     if simple.known is not None:
         return lean.FORMS[simple.known.name]
-    made = _module(tape)
+    made = _module(render(tape))
     return lean.Lean(
         made.factors,
         made.slope,
@@ -127,8 +139,7 @@ def form(tape: Tape) -> lean.Lean:
 
 
 @functools.cache
-def _module(tape: Tape) -> Any:
-    source = render(tape)
+def _module(source: str) -> Any:
     name = f"fusedkd_custom_{hashlib.sha256(source.encode()).hexdigest()[:24]}"
     path = private_folder("triton") / f"{name}.py"
     if not path.exists() or path.read_text() != source:
@@ -146,14 +157,32 @@ def _imported(name: str, path: Path) -> Any:
 
 def render(tape: Tape) -> str:
     """The module's source."""
-    names = [name for name in vars(elementwise) if not name.startswith("_")]
-    lines = [_line(tape, i, FUNCTIONS) for i in range(len(tape.nodes))]
-    body = CAREFUL.format(lines="\n".join(lines), value=f"x{tape.value}", grad=f"x{tape.grad}")
+    returned = f"like(x{tape.value}, lp), finite(like(x{tape.grad}, lp))"
+    body = _careful(tape, ENTRY, [], returned)
     simple = simplified(tape)
     if simple.known is None:
         body += _lean(simple.tape, simple.homogeneous)
+    return _with_head(body)
+
+
+def render_rule(tape: Tape) -> str:
+    """The same of a row rule: a tape's first parameters are a row's statistics."""
+    names = list(STATISTICS)
+    return _with_head(_careful(tape, names, names, f"like(x{tape.value}, {names[0]})"))
+
+
+def _with_head(body: str) -> str:
+    names = [name for name in vars(elementwise) if not name.startswith("_")]
     used = sorted(name for name in names if f"{name}(" in body)
     return HEAD.format(names=", ".join(used)) + body
+
+
+def _careful(tape: Tape, arguments: Sequence[str], parameters: list[str], returned: str) -> str:
+    """``parameters``: the names of the first; the others come in a tuple."""
+    inputs = [*parameters, *OWN]
+    lines = [_line(tape, i, FUNCTIONS, inputs, arguments[0]) for i in range(len(tape.nodes))]
+    names = ", ".join(arguments)
+    return CAREFUL.format(arguments=names, lines="\n".join(lines), returned=returned)
 
 
 def _lean(tape: Tape, homogeneous: bool) -> str:
@@ -247,19 +276,28 @@ def _literal(number: float) -> str:
     return repr(number) if number - number == 0 else f"float('{number}')"
 
 
-def _line(tape: Tape, position: int, calls: dict[str, str]) -> str:
-    return f"    x{position} = {_expression(tape, position, calls)}"
+def _line(
+    tape: Tape,
+    position: int,
+    calls: dict[str, str],
+    parameters: Sequence[str] = OWN,
+    shape: str = "lp",
+) -> str:
+    """``parameters``: what they are called; ``shape``: an argument that has the result's."""
+    return f"    x{position} = {_expression(tape, position, calls, parameters, shape)}"
 
 
-def _expression(tape: Tape, position: int, calls: dict[str, str]) -> str:
+def _expression(
+    tape: Tape, position: int, calls: dict[str, str], parameters: Sequence[str], shape: str
+) -> str:
     node = tape.nodes[position]
     if (entry := tape.entry(node)) is not None:
         return entry
     inputs = [f"x{i}" for i in node.inputs]
     if node.op == "parameter":
-        return f"like(by[{int(node.number)}], lp)"
+        return f"like({parameters[int(node.number)]}, {shape})"
     if node.op == "constant":
-        return f"like({_literal(node.number)}, lp)"
+        return f"like({_literal(node.number)}, {shape})"
     if node.op in INFIX and node.op not in calls:
         return f"{inputs[0]} {INFIX[node.op]} {inputs[1]}"
     if node.op in ("neg", "detach", "not"):

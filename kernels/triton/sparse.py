@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .numerics import LN2, LOG2E, exp_wide, log_sum, log_wide, lowest, reciprocal, rounded, scalar
-from .programs import Weights, drop, leave, parameters, pieces
+from .programs import Weights, drop, leave, parameters, pieces, ruled, seven
 from .row import (
     INFINITY,
     NO_COLUMN,
@@ -91,6 +91,7 @@ class Found(NamedTuple):
     own_t: Any  # sum p log p
     own_s: Any  # the ids' sum q log q
     top: Any  # the teacher's first choice
+    most: Any  # and its log p
 
 
 class Tail(NamedTuple):
@@ -228,7 +229,7 @@ def _compare(entries, norm, tail_floor, TAIL: tl.constexpr, plan: tl.constexpr):
             first = tl.min(tl.where(lp == here, id, NO_COLUMN), axis=0)
             top = tl.where(here > most, first, top)
             most = tl.maximum(here, most)
-    return Found(value, sum_grad, of_tail, own_t, own_s, top)
+    return Found(value, sum_grad, of_tail, own_t, own_s, top, most)
 
 
 @triton.jit
@@ -284,7 +285,7 @@ def _report(
 ):
     terms, ce = scalar(0.0, plan.acc), scalar(float("nan"), plan.acc)
     if plan.kd:
-        terms += weights.kd * value
+        terms += tl.where(weights.kd == 0, 0.0, weights.kd * value)
     if plan.ce:
         ce = _cross_entropy(seen, norm, entries, weights, vocab, plan)
         terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
@@ -299,6 +300,18 @@ def _report(
         tl.store(out + 5, (seen.at == label).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (found.top == label).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 7, norm.mass)
+
+
+@triton.jit
+def _ruled(weights, seen, norm, found, value, entries, by, plan: tl.constexpr):
+    log_q = scalar(0.0, plan.acc)
+    if plan.ce:
+        raw = tl.load(entries.logits + entries.ids.count).to(plan.acc)
+        z, _ = through(raw, None, entries.transform, plan.transformed_s)
+        log_q = (z - norm.softmax.max) * norm.softmax.inverse_t - norm.softmax.log_sum
+    entropy_t, entropy_s = (-found.own_t).to(plan.acc), _entropy(seen, norm, found.own_s, plan)
+    top_t, top_s = tl.exp(found.most), norm.softmax.over_sum
+    return ruled(weights, value, entropy_t, entropy_s, log_q, top_t, top_s, by, plan)
 
 
 @triton.jit
@@ -404,6 +417,8 @@ def sparse_kernel(
     a: tl.float64, b: tl.float64,
     own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,
     own_4: tl.float64, own_5: tl.float64, own_6: tl.float64,
+    rule_0: tl.float64, rule_1: tl.float64, rule_2: tl.float64, rule_3: tl.float64,
+    rule_4: tl.float64, rule_5: tl.float64, rule_6: tl.float64,
     TAIL: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces). See programs.row_kernel."""
@@ -460,6 +475,9 @@ def sparse_kernel(
                     value = tl.where(value < 0, 0.0, value)
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
+                if plan.rule is not None:
+                    rule = seven(rule_0, rule_1, rule_2, rule_3, rule_4, rule_5, rule_6, acc)
+                    weights = _ruled(weights, seen, norm, found, value, of, rule, plan)
                 if leader:
                     _report(loss, metrics, n, seen, norm, found, value, of, label, weights, vocab,
                             plan)  # fmt: skip

@@ -17,20 +17,25 @@ from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-TEACHERS = ("t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap", "weight", "constant")
+UNUSED = (
+    *("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap"),
+    *("weight", "constant"),
+)
 
 
 def rows(call: RowCall) -> Rows:
     teacher, student = call.teacher, call.student
     assert isinstance(teacher, SparseRows)
     device.check(student)
+    if (rule := ops.rule_of(call.spec)) is not None and not call.metrics:
+        return Rows(rows(call._replace(metrics=True)).loss, None)
     results, (n, entries) = call.results(), teacher.indices.shape
     if n == 0:
         return results
     launch = config.choose(n, call.spec.vocab_size, device.processors(student.device))
     if debug.ENABLED:
         debug.note(f"{n:,} rows by {launch}")
-    variant, tail = _variant(call), tail_of(teacher.tail)
+    variant, tail = _variant(call)._replace(rule=rule), tail_of(teacher.tail)
     arguments = {
         "student": student,
         "grad": call.grad,
@@ -70,7 +75,7 @@ def _outside(variant: config.Variant, tail: str) -> bool:
 
 def _numbers(call: RowCall) -> dict[str, float | int]:
     numbers = ops.layout(call.student, call.student, call.grad) | ops.numbers(call.spec)
-    return {name: x for name, x in numbers.items() if name not in TEACHERS}
+    return {name: x for name, x in numbers.items() if name not in UNUSED}
 
 
 def _variant(call: RowCall) -> config.Variant:
@@ -81,7 +86,7 @@ def _variant(call: RowCall) -> config.Variant:
         student=student.dtype,
         teacher=torch.float64 if wide else student.dtype,  # decides the accumulation type only
         grad=None if grad is None else grad.dtype,
-        divergence=spec.divergence.key or spec.divergence.name,
+        divergence=ops.divergence_of(spec),
         aligned=config.aligned([student] if grad is None else [student, grad]),
         kd=spec.kd_scale != 0,
         ce=ce,

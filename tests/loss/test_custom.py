@@ -168,6 +168,9 @@ def test_refused_operations_name_their_line() -> None:
             return lp - lq
         return lq
 
+    def on_entries(lp: Tensor, lq: Tensor) -> Tensor:
+        return lq if (lp > lq) else lp
+
     def into_python(lp: Tensor, lq: Tensor, *, order: float = 1.0) -> Tensor:
         return lq * math.log(order)
 
@@ -180,6 +183,7 @@ def test_refused_operations_name_their_line() -> None:
     cases = (
         (reduced, ".sum(-1)", "sum is not known, or not elementwise"),
         (branching, "order == 1", "torch.where"),
+        (on_entries, "(lp > lq)", "torch.where"),
         (into_python, "math.log", "torch.log"),
         (in_place, "mul_", "in place"),
         (captured, "arange", "arange"),

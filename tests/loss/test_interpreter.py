@@ -8,12 +8,14 @@ import pytest
 import torch
 
 FILES = (
+    "kernels/test_triton_parts",
     "kernels/test_triton_rows",
     "loss/test_contract",
     "loss/test_counted",
     "loss/test_custom",
     "loss/test_cut",
     "loss/test_precision",
+    "loss/test_row_rule",
     "loss/test_sampled",
     "loss/test_sparse",
     "loss/test_token_log_probs",
