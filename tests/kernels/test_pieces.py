@@ -18,6 +18,7 @@ from fusedkd.distributions.sparse import SparseRows, canonical
 from fusedkd.kernels import METRICS, Part, RowCall, Rows, Statistics, cpu, reference
 from fusedkd.kernels.pieces import merge
 from fusedkd.spec import LossSpec, Transform
+from fusedkd.trace import STATISTICS
 
 INF, NAN = math.inf, math.nan
 N, V = 12, 4219
@@ -274,7 +275,9 @@ def test_tables_agree_with_the_header() -> None:
 
     assert fields("Metrics") == list(METRICS)
     assert fields("Statistics") == list(Statistics._fields)
-    assert fields("Numbers") == [*cpu.Numbers._fields, "parameters[kParameters]"]
+    own = "parameters[kParameters]"
+    assert fields("Numbers") == [*cpu.Numbers._fields, f"rule_{own}", own]
+    assert fields("RuleNumbers") == [*STATISTICS, own]
 
 
 @pytest.mark.parametrize("name", divergences.names())
