@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from fusedkd.lazy import lazy
 
 if TYPE_CHECKING:
-    from fusedkd import divergences
+    from fusedkd import divergences, row_rules
     from fusedkd.distributions import LMHead, SparseTeacher
     from fusedkd.log_probs import TokenLogProbs, token_log_probs
     from fusedkd.loss import KDLoss, KDMetrics, kd_loss, kd_loss_and_metrics
@@ -25,6 +25,7 @@ __all__ = [
     "divergences",
     "kd_loss",
     "kd_loss_and_metrics",
+    "row_rules",
     "sampled_kd_loss",
     "sampled_kd_loss_and_metrics",
     "token_log_probs",
@@ -40,5 +41,5 @@ _HOMES |= dict.fromkeys(
     ("SampledMetrics", "sampled_kd_loss", "sampled_kd_loss_and_metrics"), "fusedkd.sampled"
 )
 _HOMES |= dict.fromkeys(("TopK", "top_k"), "fusedkd.top")
-_HOMES["divergences"] = "fusedkd.divergences"
+_HOMES |= {name: f"fusedkd.{name}" for name in ("divergences", "row_rules")}
 __getattr__, __dir__ = lazy(__name__, _HOMES)

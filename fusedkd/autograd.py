@@ -91,6 +91,8 @@ class _FusedLoss(torch.autograd.Function):
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
         teacher_indices: Tensor | None,
+        student_ids: Tensor | None,
+        teacher_ids: Tensor | None,
         labels: Tensor | None,
         row_scale: Tensor,
         spec: LossSpec,
@@ -104,6 +106,8 @@ class _FusedLoss(torch.autograd.Function):
             teacher_weight,
             teacher_bias,
             teacher_indices,
+            student_ids,
+            teacher_ids,
             labels,
             row_scale,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd import backends, divergences
+from fusedkd import backends, divergences, row_rules
 from fusedkd.checks import (
     check_constant,
     check_device,
@@ -22,6 +22,7 @@ from fusedkd.distributions.side import Side, autocast_dtype, check_pair, true_vo
 from fusedkd.divergences import Divergence
 from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.modes import stand_in
+from fusedkd.row_rules import RowRule
 from fusedkd.spec import IDENTITY, LossSpec, Transform
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Arguments(NamedTuple):
     reduction: str
     normalizer: float | Tensor | None
     num_counted: int | None
+    row_rule: RowRule | str | None
     vocab_size: int | None
     inplace: bool
     chunk_bytes: int | None
@@ -74,6 +76,7 @@ class Arguments(NamedTuple):
             reduction=self.reduction,
             student_transform=student,
             teacher_transform=teacher,
+            row_rule=row_rules.resolve(self.row_rule),
         )
         return _checked(spec)
 
@@ -133,7 +136,7 @@ class Call(NamedTuple):
         row_scale = row_scale_of(weights, given.normalizer, spec, plan)
         weight, bias = _detached(t.weight), _detached(t.bias)
         teacher = (t.tensor, weight, bias, t.indices)
-        inputs = Inputs(s.tensor, s.weight, s.bias, *teacher, labels, row_scale)
+        inputs = Inputs(s.tensor, s.weight, s.bias, *teacher, s.ids, t.ids, labels, row_scale)
         return cls(inputs, spec, plan, weights, s.leading, t.entropy, traced)
 
 
@@ -168,6 +171,8 @@ def check_tokens(
         )
     if labels is None and spec.ce_weight > 0:
         raise ValueError(f"ce_weight={spec.ce_weight:g} needs labels, but labels is None.")
+    if spec.row_rule is not None:
+        _check_rule(spec.row_rule, t, labels)
     for name, tensor in (("labels", labels), ("token_weights", token_weights)):
         if tensor is None:
             continue
@@ -182,6 +187,19 @@ def check_tokens(
         raise TypeError(f"labels is {labels.dtype}: expected torch.int64; use labels.long().")
     if token_weights is not None:
         check_constant("token_weights", token_weights, "real numbers or bool")
+
+
+def _check_rule(rule: RowRule, t: Side, labels: Tensor | None) -> None:
+    if t.tensor is None:
+        raise ValueError(
+            f"row_rule={rule!r}, but teacher is None: a rule is a factor on the divergence from "
+            "one. Expected a teacher, or row_rule=None."
+        )
+    if labels is None and "label_log_prob" in rule.statistics:
+        raise ValueError(
+            f"row_rule={rule!r} asks for label_log_prob, but labels is None: expected labels, or a "
+            "rule of other statistics."
+        )
 
 
 def _row_weights(

@@ -136,10 +136,11 @@ def _sides(
     shape = None if index is not None else _common_rows(inputs)
     if inplace:
         shape = shape or row_shapes(inputs.student)[0]
-    student = side_of(inputs.student, *inputs[1:3], shape, autocast)
+    student = side_of(inputs.student, *inputs[1:3], inputs.student_ids, shape, autocast)
     if inputs.teacher is None or inputs.teacher_indices is not None:
         return student, None
-    return student, side_of(inputs.teacher, *inputs[4:6], shape, autocast)
+    teacher = side_of(inputs.teacher, *inputs[4:6], inputs.teacher_ids, shape, autocast)
+    return student, teacher
 
 
 def _common_rows(inputs: Inputs) -> tuple[int, int]:
@@ -159,6 +160,7 @@ def side_of(
     tensor: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    ids: Tensor | None,
     shape: tuple[int, int] | None,
     autocast: torch.dtype | None,
 ) -> Side:
@@ -171,8 +173,11 @@ def side_of(
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         return Side(rows, None, None, rows.dtype)
     dtype = autocast if autocast and rows.dtype != torch.float64 else rows.dtype
-    bias = None if bias is None else bias.detach()
-    return Side(rows, weight.detach().to(dtype), bias, dtype)
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if ids is None:
+        return Side(rows, weight.to(dtype), bias, dtype)
+    bias = None if bias is None else bias[ids]
+    return Side(rows, weight, bias, dtype, ids)  # the weight is converted piece by piece
 
 
 def cut_rows(

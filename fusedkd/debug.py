@@ -27,9 +27,10 @@ def show(
         form = f"{plan.tail} over {inputs.teacher.shape[-1]} entries" if plan.tail else ""
         teacher = form or _side(inputs.teacher, inputs.teacher_weight)
     gradients = [name for name, wanted in plan.wanted._asdict().items() if wanted]
+    rule = "" if spec.row_rule is None else f"{spec.row_rule!r} x "
     lines = [
         f"student {student}; teacher {teacher}; vocabulary {spec.vocab_size:,}",
-        f"{spec.kd_scale:g} x {spec.divergence!r} at T = {spec.temperature:g} (teacher "
+        f"{spec.kd_scale:g} x {rule}{spec.divergence!r} at T = {spec.temperature:g} (teacher "
         f"{spec.teacher_temperature:g}) + {spec.ce_weight:g} x CE; reduction {spec.reduction}",
         f"{_backend(backend)} on {inputs.row_scale.device}; wanted: {', '.join(gradients) or '-'}",
         f"{rows:,} of {total:,} tokens; logits of {cut.logits:,} at a time, gradient of "

@@ -35,6 +35,7 @@ def direct_loss(given: Arguments) -> Tensor | None:
         or not _plain_logits(student, teacher)
         or not (_plain_labels(student, labels) if labels is not None else not given.ce_weight)
         or not (given.token_weights is given.normalizer is given.num_counted is given.group is None)
+        or given.row_rule is not None
         or debug.ENABLED
     ):
         return None

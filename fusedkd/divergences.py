@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 import math
-import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkd.formulas import Formula, called, defaults_of, finite_number, imported
 from fusedkd.tape import Tape
 from fusedkd.trace import check, trace
-from fusedkd.values import bind_call, number, split_call
+from fusedkd.values import split_call
 
 __all__ = [
     "Divergence",
@@ -47,9 +45,6 @@ __all__ = [
     "skew_reverse_kl",
     "total_variation",
 ]
-
-
-MOST_PARAMETERS = 7  # kernels/cpu has room for eight numbers, and keeps one for itself
 
 
 @dataclass(frozen=True)
@@ -115,17 +110,13 @@ class _Recorded(torch.autograd.Function):
         return None, None, None, upstream * grad
 
 
-class Custom:
+class Custom(Formula):
     """A formula of one's own: call it with its parameters for a :class:`Divergence`."""
 
+    kind = "divergence"
+
     def __init__(self, formula: Callable[..., Tensor]) -> None:
-        self.formula = formula
-        self.__name__, self.__doc__ = formula.__name__, formula.__doc__
-        self.__module__ = formula.__module__
-        self.defaults = _defaults(formula)
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(n, kind, default=x) for n, x in self.defaults.items()]
-        self.__signature__ = inspect.Signature(parameters)
+        super().__init__(formula, _defaults(formula))
         self.tape = trace(formula, self.defaults)
         check(self.__name__, self.tape, tuple(self.defaults.values()))
 
@@ -136,15 +127,10 @@ class Custom:
             TypeError: a parameter that it does not have.
             ValueError: one that is no finite number, or with which the formula is not total.
         """
-        bound = self.__signature__.bind(*positional, **named)
-        bound.apply_defaults()
-        values = tuple(_number(self.__name__, *item) for item in bound.arguments.items())
+        values = self.values(positional, named)
         if values != tuple(self.defaults.values()):
             check(self.__name__, self.tape, values)
         return recorded(self.__name__, values, self.tape)
-
-    def __repr__(self) -> str:
-        return f"<divergence {self.__module__}.{self.__name__}{self.__signature__}>"
 
 
 def _defaults(formula: Callable[..., Tensor]) -> dict[str, float]:
@@ -155,12 +141,7 @@ def _defaults(formula: Callable[..., Tensor]) -> dict[str, float]:
     keywords = all(p.kind is p.KEYWORD_ONLY for p in rest)
     if len(first) < 2 or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in first) or not keywords:
         raise TypeError(f"{where}: expected (lp, lq, *, parameter=default, ...).")
-    for p in rest:
-        if isinstance(p.default, bool) or not isinstance(p.default, (int, float)):
-            raise TypeError(f"{where}: {p.name} needs a number as its default.")
-    if len(rest) > MOST_PARAMETERS:
-        raise TypeError(f"{where}: expected at most {MOST_PARAMETERS} parameters.")
-    return {p.name: _number(formula.__name__, p.name, p.default) for p in rest}
+    return defaults_of(formula, where, rest)
 
 
 def custom(formula: Callable[..., Tensor]) -> Custom:
@@ -235,18 +216,17 @@ def make(name: str, *params: float) -> Divergence:
     if name in _FACTORIES:
         return _FACTORIES[name](*params)
     if name in _TAPES:
-        called, tape = _TAPES[name]
-        return recorded(called, tuple(params), tape)
+        title, tape = _TAPES[name]
+        return recorded(title, tuple(params), tape)
     module, text = split_module(name)
-    called, positional, named = split_call("divergence", text, "'forward_kl' or 'jsd(beta=0.3)'")
-    factory = _imported(name, module, called) if module else _FACTORIES.get(called)
-    if factory is None:
-        near = difflib.get_close_matches(called, names(), n=1)
+    call = split_call("divergence", text, "'forward_kl' or 'jsd(beta=0.3)'")
+    if module:
+        factory = imported("divergence", name, module, call[0], Custom, "@divergences.custom")
+    elif (factory := _FACTORIES.get(call[0])) is None:
+        near = difflib.get_close_matches(call[0], names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"divergence={name!r}: expected one of {', '.join(names())}.{hint}")
-    given = [*(number("divergence", name, x) for x in positional), *params]
-    keywords = {key: number("divergence", name, x) for key, x in named.items()}
-    made: Divergence = bind_call("divergence", name, called, factory, given, keywords)
+    made: Divergence = called("divergence", name, call, factory, params)
     return made
 
 
@@ -256,24 +236,6 @@ def split_module(name: str) -> tuple[str, str]:
     """
     match = re.fullmatch(r"\s*([A-Za-z_][\w.]*):([A-Za-z_]\w*\s*(?:[(:].*)?)", name)
     return (match[1], match[2]) if match and match[1] not in _FACTORIES else ("", name)
-
-
-def _imported(name: str, module: str, called: str) -> Custom:
-    here = os.getcwd()
-    try:
-        sys.path.insert(0, here)  # as `python -m` has it; a console script has its own folder
-        made = getattr(importlib.import_module(module), called, None)
-    except ImportError as error:
-        raise ValueError(
-            f"divergence={name!r}: {error}; expected a module that Python finds from here."
-        ) from error
-    finally:
-        sys.path.remove(here)
-    if not isinstance(made, Custom):
-        raise ValueError(
-            f"divergence={name!r}: {module} has no {called} that @divergences.custom made."
-        )
-    return made
 
 
 def resolve(divergence: str | Divergence) -> Divergence:
@@ -332,15 +294,9 @@ _GRID = torch.linspace(-12.0, 0.0, 25, dtype=torch.float64, device="cpu")
 # helpers of the formulas
 
 
-def _number(where: str, name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
-        raise ValueError(f"{where}({name}={value!r}): expected a finite number.")
-    return float(value)
-
-
 def _unit(where: str, name: str, value: float, remedy: str, *, zero: bool, one: bool) -> float:
     """Check that ``value`` lies in the unit interval, with or without its ends."""
-    value = _number(where, name, value)
+    value = finite_number(where, name, value)
     if not 0.0 <= value <= 1.0 or (value == 0.0 and not zero) or (value == 1.0 and not one):
         interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
         raise ValueError(f"{where}({name}={value:g}): {name} must lie in {interval}. {remedy}")
@@ -487,7 +443,7 @@ def alpha(alpha: float = 0.5) -> Divergence:
     Hellinger distance. Outside [0, 1] it is infinite where one side has an entry that the other
     lacks.
     """
-    a = _number("alpha", "alpha", alpha)
+    a = finite_number("alpha", "alpha", alpha)
     if a in (0.0, 1.0):
         raise ValueError(
             f"alpha(alpha={a:g}): the limit is {'forward_kl()' if a else 'reverse_kl()'}, use that."
@@ -509,7 +465,7 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
     ABKD (Wang et al. 2025, arXiv 2505.04560), after Cichocki et al. 2011 (*Entropy* 13), eq. 19. a
     = 1, b -> 0 is forward KL; a -> 0, b = 1 reverse KL; a + b = 1 is :func:`alpha`.
     """
-    a, b = _number("alpha_beta", "alpha", alpha), _number("alpha_beta", "beta", beta)
+    a, b = finite_number("alpha_beta", "alpha", alpha), finite_number("alpha_beta", "beta", beta)
     if a == 0.0 or b == 0.0 or a + b == 0.0:
         remedy = "(1, 0) is forward_kl() and (0, 1) is reverse_kl()."
         raise ValueError(

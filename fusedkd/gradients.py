@@ -11,13 +11,7 @@ from torch import Tensor
 
 from fusedkd import fp16
 from fusedkd.cut import Cut
-from fusedkd.inputs import Chunk, Inputs, Side, Wanted
-
-# What dW is summed in, a piece at a time, where it is rounded at once. With all of it in fp32 16,
-# 512 and 1,024 tokens x 50,304 in bf16 took 1.61, 1.04 and 1.11 times the bare products, in pieces
-# of 8 MiB 1.39, 1.01 and 1.04, of 32 MiB 1.51, 0.98 and 0.96 (H = 896, 1 core of Zen 5, busy,
-# 2026-11-28). On a GPU: not measured.
-PIECE_BYTES = {"cuda": 64 << 20, "cpu": 16 << 20}
+from fusedkd.inputs import PIECE_BYTES, Chunk, Inputs, Side, Wanted
 
 Visited = tuple[Chunk, Tensor, Tensor | None]
 
@@ -125,7 +119,7 @@ class Gradients:
         self.started = False  # whether it holds a block
         self.d_bias = None
         if wanted.bias:
-            self.d_bias = self.weight.new_zeros(self.weight.shape[0], dtype=self.accumulate)
+            self.d_bias = self.weight.new_zeros(side.columns, dtype=self.accumulate)
 
     def bytes_per_entry(self, any_gradient: bool) -> tuple[int, int]:
         """What a logit takes, and what is kept of its gradient."""
@@ -150,6 +144,8 @@ class Gradients:
         late = late and len(blocks) == 1 and self._spares(blocks[0].flat.stop)
         if self.wanted.weight and not late:  # the largest first: chunks leave it what it had
             self.d_weight = self._empty(self.weight.shape, self.accumulate)
+            if self.side.ids is not None:
+                self.d_weight.zero_()
         for block in blocks:
             states = self.side.states(block)
             if scale is not None:
@@ -176,7 +172,9 @@ class Gradients:
         """Whether the gradient of n rows, kept until the backward rounds dW, takes no more than
         dW in fp32 would."""
         given, size = self.inputs.student_weight, self.accumulate.itemsize
-        if given is None or not self.wanted.weight or self.over_logits or given.itemsize >= size:
+        if given is None or not self.wanted.weight or self.side.ids is not None:
+            return False
+        if self.over_logits or given.itemsize >= size:
             return False
         return n * self.dtype.itemsize <= given.shape[1] * size
 
@@ -205,14 +203,24 @@ class Gradients:
         if self.d_hidden is not None:
             own = block.tokens is None  # else of rows here and there
             rows = block.of(self.d_hidden) if own else self._empty(states.shape, self.accumulate)
-            mm_(rows[0], grad, self.weight)
+            self.side.back(self.backend, grad, rows[0])
             if self.powers is not None:
                 rows.div_(self.powers)
             if not own:
                 block.put(self.d_hidden, rows)
         if self.d_weight is not None:  # added up over blocks, at full precision
-            mm_(self.d_weight, grad.T, states[0], accumulate=self.started)
+            if self.side.ids is None:
+                mm_(self.d_weight, grad.T, states[0], accumulate=self.started)
+            else:
+                self._scatter(self.d_weight, self.side.ids, grad, states[0])
             self.started = True
+
+    def _scatter(self, out: Tensor, ids: Tensor, grad: Tensor, states: Tensor) -> None:
+        """Add grad^T @ states (V', H) to these rows."""
+        for columns, rows in self.side.pieces():
+            product = self._empty(rows.shape, out.dtype)
+            self.backend.mm_(product, grad[:, columns].T, states)
+            out.index_add_(0, ids[columns], product)
 
     def results(self) -> list[Tensor]:
         """What was wanted, in the inputs' shapes, as the backward needs it. Instead of dW there may
@@ -220,7 +228,11 @@ class Gradients:
         fp16, for :func:`weight_gradient`."""
         if self.d_weight is not None and self.powers is not None:
             self.backend.scale_(self.d_weight, 1 / self.powers)
-        made = zip(self.inputs[:3], (self.d_hidden, self.d_weight, self.d_bias), strict=True)
+        d_bias = self.d_bias
+        if d_bias is not None and self.side.ids is not None:
+            rows = d_bias.new_zeros(self.weight.shape[0])
+            d_bias = rows.index_copy_(0, self.side.ids, d_bias)
+        made = zip(self.inputs[:3], (self.d_hidden, self.d_weight, d_bias), strict=True)
         results = [
             self._converted(grad.view(x.shape), stored_dtype(x, head=True))
             for x, grad in made

@@ -148,7 +148,7 @@ class TokenRequest(NamedTuple):
             autocast_dtype(side, NOTHING),
         )
         counts = (tokens >= 0).any(-1)
-        inputs = TokenInputs(side.tensor, side.weight, side.bias, tokens, counts)
+        inputs = TokenInputs(side.tensor, side.weight, side.bias, tokens, counts, side.ids)
         grad = torch.is_grad_enabled()
         hidden, weight, bias = (
             grad and x is not None and x.requires_grad
@@ -227,11 +227,12 @@ class _TokenLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         tokens: Tensor,
         counts: Tensor,
+        ids: Tensor | None,
         spec: TokenSpec,
         wanted: Wanted,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        inputs = TokenInputs(student, weight, bias, tokens, counts)
+        inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
         known, *kept = token_ops.statistics(inputs, spec, _kept(inputs, spec, wanted))
         found = token_kernels.log_probs(known).masked_fill(tokens < 0, 0.0).to(dtype)
         entropy = token_kernels.entropy(known) if spec.entropy else known.new_zeros(len(known))

@@ -15,6 +15,7 @@ from fusedkd.direct import direct_loss
 from fusedkd.distributions import LMHead, SparseTeacher, student_side, teacher_side
 from fusedkd.divergences import Divergence
 from fusedkd.routed import Routed, routed_loss, together
+from fusedkd.row_rules import RowRule
 from fusedkd.spec import METRIC_COLUMNS, OF_TEACHER
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def kd_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     num_counted: int | None = None,
+    row_rule: RowRule | str | None = None,
     vocab_size: int | None = None,
     inplace: bool = False,
     chunk_bytes: int | None = None,
@@ -105,6 +107,9 @@ def kd_loss(
             products: on a GPU they are packed without waiting for it, which else is asked for their
             number once (not while a CUDA graph is captured: then all rows are multiplied). Has no
             effect on logits.
+        row_rule: a factor on each token's divergence and its gradient, a constant made of entropies
+            and the like: :func:`fusedkd.row_rules.custom`. Has no effect on cross-entropy, on
+            metrics, nor on what "mean" divides by.
         vocab_size: the true vocabulary. Columns beyond it are padding on both sides: they have no
             probability, and their gradient is 0.
         inplace: dense student logits only: write their gradient into their own memory, which no
@@ -147,6 +152,7 @@ def kd_loss(
             reduction=reduction,
             normalizer=normalizer,
             num_counted=num_counted,
+            row_rule=row_rule,
             vocab_size=vocab_size,
             inplace=inplace,
             chunk_bytes=chunk_bytes,

@@ -60,10 +60,16 @@ def shards(
 
     Raises:
         ValueError: the two sides are split differently, over other groups, or ``vocab_size`` is
-            larger than what there is.
+            larger than what there is; a head of some rows of its weight.
         TypeError: ``group`` is none.
     """
     check_group(group)
+    for name, side in (("student", student), ("teacher", teacher)):
+        if isinstance(side, LMHead) and side.ids is not None:
+            raise ValueError(
+                f"{name}.ids with a vocabulary that is split over a group: expected None. Give "
+                "each rank the rows of the weight that are its columns."
+            )
     sides = [x for x in (student, teacher) if x is not None and not isinstance(x, SparseTeacher)]
     groups = [found for x in sides if (found := _group_of(x)) is not None]
     groups += [group] if group is not None else []

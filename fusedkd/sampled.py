@@ -402,11 +402,12 @@ class _SampledHead(torch.autograd.Function):
         advantages: Tensor | None,
         tokens: Tensor,
         counts: Tensor,
+        ids: Tensor | None,
         spec: TokenSpec,
         wanted: Wanted,
         how: tuple[str, tuple[float, float] | None],
     ) -> tuple[Tensor, ...]:
-        inputs = TokenInputs(student, weight, bias, tokens, counts)
+        inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
         judged = Judged(scale, teacher, old, advantages, *how)
         known, *grads = token_ops.judged(inputs, spec, wanted, judged)
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -417,7 +418,7 @@ class _SampledHead(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.spec, ctx.wanted = inputs[9:11]
+        ctx.spec, ctx.wanted = inputs[10:12]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.roots = roots(*inputs[:3])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from fusedkd.checks import check_temperature, check_weight, check_whole, is_finite
 from fusedkd.divergences import Divergence
+from fusedkd.row_rules import RowRule
 
 # The columns of the per-token metrics that a backend returns, in this order.
 METRIC_COLUMNS = (
@@ -52,6 +53,7 @@ class LossSpec(NamedTuple):
     reduction: str = "mean"
     student_transform: Transform = IDENTITY
     teacher_transform: Transform = IDENTITY
+    row_rule: RowRule | None = None  # without a kd_scale it has no say
 
     @property
     def kd_scale(self) -> float:

@@ -1,7 +1,8 @@
-"""An elementwise function of log p and log q as a tape of operations, with its derivative.
+"""An elementwise function of log p and log q as a tape of operations, with its derivative; or one
+of a row's statistics, which has none.
 
-What :func:`fusedkd.divergences.custom` records and the backends' emitters render: one table of
-operations here, one small renderer a language there.
+What :func:`fusedkd.divergences.custom` and :func:`fusedkd.row_rules.custom` record and the
+backends' emitters render: one table of operations here, one small renderer a language there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Node(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """``value`` and ``grad`` = d value / d log q are positions among the nodes."""
+    """``value`` and ``grad`` = d value / d log q are positions among the nodes; of a function of
+    parameters alone, which are then a row's numbers, both are the value."""
 
     nodes: tuple[Node, ...]
     value: int
@@ -56,7 +58,7 @@ class Tape(NamedTuple):
         return found
 
     def __call__(
-        self, lp: Tensor, lq: Tensor, parameters: Sequence[float]
+        self, lp: Tensor, lq: Tensor, parameters: Sequence[float | Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Value and gradient, elementwise, in the dtype of ``lp`` and ``lq``."""
         leaves = {"lp": lp, "lq": lq}
@@ -67,7 +69,8 @@ class Tape(NamedTuple):
             elif node.op == "constant":
                 results.append(lp.new_tensor(node.number))
             elif node.op == "parameter":
-                results.append(lp.new_tensor(parameters[int(node.number)]))
+                number = parameters[int(node.number)]
+                results.append(number if isinstance(number, Tensor) else lp.new_tensor(number))
             else:
                 results.append(OPERATIONS[node.op].torch(*(results[i] for i in node.inputs)))
         shape = torch.broadcast_shapes(lp.shape, lq.shape)
@@ -163,6 +166,11 @@ class Builder:
             slopes.append(slope)
         grad = slopes[value]
         return None if grad is None else _pruned(self.nodes, value, grad)
+
+    def constant_tape(self, value: int) -> Tape:
+        """Without a derivative."""
+        value = self.as_float(value)
+        return _pruned(self.nodes, value, value)
 
 
 def _pruned(nodes: Sequence[Node], value: int, grad: int) -> Tape:

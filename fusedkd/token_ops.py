@@ -54,6 +54,7 @@ def _statistics(
     bias: Tensor | None,
     tokens: Tensor,
     counts: Tensor,
+    ids: Tensor | None,
     numbers: Tensor,
     vocab_size: int,
     entropy: bool,
@@ -63,7 +64,7 @@ def _statistics(
     keep: int,
 ) -> list[Tensor]:
     spec = _unpacked(numbers, vocab_size, entropy, backend, chunk_bytes, autocast)
-    inputs = TokenInputs(student, weight, bias, tokens, counts)
+    inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
     return token_rows.statistics(inputs, spec, keep)
 
 
@@ -82,6 +83,7 @@ def _gradients(
     bias: Tensor | None,
     tokens: Tensor,
     counts: Tensor,
+    ids: Tensor | None,
     numbers: Tensor,
     vocab_size: int,
     entropy: bool,
@@ -94,7 +96,7 @@ def _gradients(
     of_entropy: Tensor | None,
 ) -> list[Tensor]:
     spec = _unpacked(numbers, vocab_size, entropy, backend, chunk_bytes, autocast)
-    inputs = TokenInputs(student, weight, bias, tokens, counts)
+    inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
     factors = Factors(of_tokens, of_entropy)
     return token_rows.gradients(inputs, spec, Wanted(*wanted), known, factors)
 
@@ -112,6 +114,7 @@ def _judged(
     bias: Tensor | None,
     tokens: Tensor,
     counts: Tensor,
+    ids: Tensor | None,
     numbers: Tensor,
     vocab_size: int,
     entropy: bool,
@@ -129,7 +132,7 @@ def _judged(
     low, high = numbers[3:].tolist() or (None, None)
     clip = None if low is None or high is None else (low, high)
     judge = Judged(scale, teacher, old, advantages, loss_type, clip)
-    inputs = TokenInputs(student, weight, bias, tokens, counts)
+    inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
     return token_rows.judged(inputs, spec, Wanted(*wanted), judge)
 
 

@@ -30,6 +30,7 @@ class TokenInputs(NamedTuple):
     bias: Tensor | None
     tokens: Tensor  # (N, K) int64 contiguous; -1: none
     counts: Tensor  # (N,) bool: at least one is there
+    ids: Tensor | None = None  # of the weight's rows that are the vocabulary; None: all
 
 
 class Judged(NamedTuple):
@@ -152,9 +153,16 @@ class _Rows:
         self.inputs, self.spec, self.wanted = inputs, spec, wanted
         self.backend: ModuleType = backends.resolve(spec.backend, scale.device)
         self.plan = spec.plan(wanted)
-        self.full = Inputs(*inputs[:3], None, None, None, None, None, scale)
+        self.full = Inputs(
+            *inputs[:3],
+            *(None, None, None, None),  # no teacher
+            student_ids=inputs.ids,
+            teacher_ids=None,
+            labels=None,
+            row_scale=scale,
+        )
         self.index = counted(self.full, self.plan)
-        self.side = side_of(*inputs[:3], None, spec.autocast)
+        self.side = side_of(*inputs[:3], inputs.ids, None, spec.autocast)
         self.some = self.index is not None and self.index.numel() < scale.numel()
         self.masked = scale if self.side.weight is not None and not chosen(scale) else None
 
@@ -256,5 +264,5 @@ class _Rows:
         size = (grad.shape[1], self.side.rows.shape[-1])
         accumulate = torch.promote_types(wide, torch.float32)
         out: Tensor = self.backend.empty(size, dtype=accumulate, device=device)
-        self.backend.mm_(out, grad[0], self.side.weight)
+        self.side.back(self.backend, grad[0], out)
         return out if power is None else out.div_(power)

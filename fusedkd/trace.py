@@ -1,11 +1,13 @@
-"""From a Python function of two log-probabilities to a checked :class:`~fusedkd.tape.Tape`."""
+"""From a Python function of two log-probabilities, or of a row's statistics, to a checked
+:class:`~fusedkd.tape.Tape`."""
 
 from __future__ import annotations
 
 import math
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,25 +33,72 @@ def trace(formula: Formula, parameters: dict[str, float]) -> Tape:
         ValueError: an operation that is not elementwise or not known, control flow on values, a
             result that is no tensor made of ``lq``; names the line.
     """
-    recorder = _Recorder(formula)
-    lp, lq = torch.full((2, 3), -1.0).unbind()
-    numbers = {name: torch.tensor(value) for name, value in parameters.items()}
-    for number, tensor in enumerate(numbers.values()):
-        recorder.know(tensor, recorder.builder.node("parameter", number=number))
-    recorder.know(lp, recorder.builder.node("lp"))
-    recorder.know(lq, recorder.builder.node("lq"))
-    with torch.no_grad(), recorder:
-        result = formula(lp, lq, **numbers)
-    position = recorder.positions.get(id(result))
-    if not isinstance(result, Tensor) or position is None:
-        came = "a tensor made elsewhere" if isinstance(result, Tensor) else repr(result)
-        raise ValueError(f"{_where(formula)}: expected a tensor made of lp and lq, and got {came}.")
-    tape = recorder.builder.tape(position)
+    recorder = _Recorder(formula, "lp and lq", "vocabulary entry; kd_loss adds them up")
+    numbers = recorder.numbers(parameters, range(len(parameters)))
+    inputs = torch.full((2, 3), -1.0).unbind()
+    for name, tensor in zip(("lp", "lq"), inputs, strict=True):
+        recorder.know(tensor, recorder.builder.node(name))
+    tape = recorder.builder.tape(recorder.run(inputs, numbers))
     if tape is None:
         raise ValueError(
             f"{_where(formula)}: the result does not depend on lq, the student's log-probabilities."
         )
     return tape
+
+
+def trace_rule(formula: Formula, inputs: dict[str, int], parameters: dict[str, float]) -> Tape:
+    """What ``formula(*inputs, **parameters)`` computes of a row, as a function of the parameters of
+    a tape: those of such numbers are the inputs, and the formula's own come behind ``STATISTICS``.
+
+    Raises:
+        ValueError: as :func:`trace`.
+    """
+    recorder = _Recorder(formula, ", ".join(inputs), "row")
+    first = len(STATISTICS)
+    numbers = recorder.numbers(parameters, range(first, first + len(parameters)))
+    tensors = torch.full((len(inputs), 3), 0.5).unbind()
+    for tensor, number in zip(tensors, inputs.values(), strict=True):
+        recorder.know(tensor, recorder.builder.node("parameter", number=number))
+    tape = recorder.builder.constant_tape(recorder.run(tensors, numbers))
+    if not any(node.op == "parameter" and node.number < first for node in tape.nodes):
+        raise ValueError(f"{_where(formula)}: the result does not depend on {recorder.inputs}.")
+    return tape
+
+
+# Of a row, in the order of kernels/cpu's RuleNumbers; and where a rule is tried, both ends of what
+# each may be among it.
+STATISTICS = {
+    "divergence": (0.0, 1e-12, 1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3, 1e6, math.inf),
+    "teacher_entropy": (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0),
+    "student_entropy": (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0),
+    "label_log_prob": (-math.inf, -1e4, -100.0, -30.0, -10.0, -3.0, -1.0, -0.1, -1e-6, 0.0),
+    "teacher_top1": (0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0),
+    "student_top1": (0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0),
+}
+
+
+def check_rule(name: str, tape: Tape, inputs: dict[str, int], parameters: Sequence[float]) -> None:
+    """Whether the tape is a factor wherever its inputs may lie.
+
+    Raises:
+        ValueError: NaN, infinite or less than 0 somewhere; names the point and the remedy.
+    """
+    for dtype in (torch.float64, torch.float32):
+        axes = [torch.tensor(STATISTICS[x], dtype=dtype) for x in inputs]
+        points = [x.flatten() for x in torch.meshgrid(*axes, indexing="ij")]
+        numbers: list[Tensor | float] = [points[0]] * len(STATISTICS) + list(parameters)
+        for point, number in zip(points, inputs.values(), strict=True):
+            numbers[number] = point
+        factors = tape(points[0], points[0], numbers)[0]
+        wrong = ~(factors >= 0) | factors.isinf()
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            said = ", ".join(f"{x} = {p[at].item():g}" for x, p in zip(inputs, points, strict=True))
+            raise ValueError(
+                f"{name}: the factor is {factors[at].item():g} at {said} (in {dtype}): expected a "
+                "finite number of at least 0. Guard it: torch.clamp(..., min=0.0, max=...), or "
+                "torch.where(divergence > 0, ..., 1.0)."
+            )
 
 
 def check(name: str, tape: Tape, parameters: Sequence[float]) -> None:
@@ -117,12 +166,43 @@ def _where(formula: Formula) -> str:
 class _Recorder(TorchDispatchMode):
     """Sees each operation as the formula makes it, while its line is on the stack."""
 
-    def __init__(self, formula: Formula) -> None:
+    def __init__(self, formula: Formula, inputs: str, each: str) -> None:
+        """``inputs`` and ``each``: what it is made of, and for, as errors say it."""
         super().__init__()
-        self.formula = formula
+        self.formula, self.inputs, self.each = formula, inputs, each
         self.builder = Builder()
         self.positions: dict[int, int] = {}
         self.kept: list[Tensor] = []  # so that no id is used twice
+
+    def numbers(self, parameters: dict[str, float], numbers: Iterable[int]) -> dict[str, Tensor]:
+        """The formula's parameters, as it is called with them: the so-manieth of the tape."""
+        made = {name: torch.tensor(value) for name, value in parameters.items()}
+        for number, tensor in zip(numbers, made.values(), strict=True):
+            self.know(tensor, self.builder.node("parameter", number=number))
+        return made
+
+    def run(self, inputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> int:
+        """Where the result is.
+
+        Raises:
+            ValueError: an operation that cannot be recorded; a result that is no tensor of inputs.
+        """
+        try:
+            with torch.no_grad(), self:
+                result = self.formula(*inputs, **parameters)
+        except RuntimeError as error:  # of several numbers, of which torch makes no operation
+            if "Boolean value of Tensor" not in str(error):
+                raise
+            frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+            line = self._line_of(list(frames)[-1])
+            raise ValueError(f"{line}: {_refusal('is_nonzero', self.each)}") from None
+        position = self.positions.get(id(result))
+        if not isinstance(result, Tensor) or position is None:
+            came = "a tensor made elsewhere" if isinstance(result, Tensor) else repr(result)
+            raise ValueError(
+                f"{_where(self.formula)}: expected a tensor made of {self.inputs}, and got {came}."
+            )
+        return position
 
     def know(self, tensor: Tensor, position: int) -> None:
         self.kept.append(tensor)
@@ -135,12 +215,12 @@ class _Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         rule = RULES.get(name)
         if rule is None:
-            raise ValueError(f"{self._line()}: {_refusal(name)}")
+            raise ValueError(f"{self._line()}: {_refusal(name, self.each)}")
         given = [self._position(x) for x in args]
         named = {key: self._position(x) for key, x in (kwargs or {}).items()}
         position = rule(self.builder, *given, **named)
         if position is None:
-            raise ValueError(f"{self._line()}: {_refusal(name)}")
+            raise ValueError(f"{self._line()}: {_refusal(name, self.each)}")
         self.know(result, position)
         return result
 
@@ -154,15 +234,17 @@ class _Recorder(TorchDispatchMode):
             if x.dim():
                 raise ValueError(
                     f"{self._line()}: a tensor of shape {tuple(x.shape)} comes from elsewhere: "
-                    "expected lp, lq, the parameters, and numbers."
+                    f"expected {self.inputs}, the parameters, and numbers."
                 )
             with torch._C._DisableTorchDispatch():
                 self.know(x, self.builder.constant(float(x)))
         return self.positions[id(x)]
 
     def _line(self) -> str:
+        return self._line_of(sys._getframe(1))
+
+    def _line_of(self, frame: Any) -> str:
         """The innermost line of the formula, or of what it calls in its file."""
-        frame: Any = sys._getframe(1)
         while frame and frame.f_code.co_filename != self.formula.__code__.co_filename:
             frame = frame.f_back
         line = frame.f_lineno if frame else self.formula.__code__.co_firstlineno
@@ -173,19 +255,19 @@ class _Number(int):
     """The position of a Python number."""
 
 
-def _refusal(name: str) -> str:
+def _refusal(name: str, each: str) -> str:
     if name in ("_local_scalar_dense", "is_nonzero", "equal"):
         return (
             "control flow on values, or a tensor made a Python number: the formula is recorded "
-            "once and runs on every entry, with every value of its parameters: use torch.where, "
+            "once and runs everywhere, with every value of its parameters: use torch.where, "
             "and torch.log and the like instead of math.log."
         )
     if name.endswith("_") and name.rstrip("_") in RULES:
         return f"{name} writes in place: expected operations that make new tensors."
     known = ", ".join(sorted(set(RULES) - HIDDEN))
     return (
-        f"torch's {name} is not known, or not elementwise (a divergence is one number for each "
-        f"vocabulary entry; kd_loss adds them up): expected operations among {known}."
+        f"torch's {name} is not known, or not elementwise (the result is one number for each "
+        f"{each}): expected operations among {known}."
     )
 
 

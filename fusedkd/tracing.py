@@ -13,14 +13,16 @@ from fusedkd.divergences import make
 from fusedkd.gradients import stored_dtype
 from fusedkd.inputs import Inputs, Plan, Wanted
 from fusedkd.modes import stand_in
+from fusedkd.row_rules import by_key
 from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
-# What reaches the op in one tensor; the transforms and the divergence's parameters follow.
+# What reaches the op in one tensor; the transforms, the divergence's parameters and the row rule's
+# follow.
 NUMBERS = ("temperature", "teacher_temperature", "kd_weight", "ce_weight", "label_smoothing")
 # What reaches it by name, and is part of the graph.
 SPEC = ("vocab_size", "scale_by_t2", "ignore_index", "reduction")
 PLAN = ("backend", "tail", "chunk_bytes", "num_counted", "autocast")
-REST = ("divergence", "numbers", "wanted", *SPEC, *PLAN)  # after the tensors
+REST = ("divergence", "row_rule", "numbers", "wanted", *SPEC, *PLAN)  # after the tensors
 
 
 @torch.library.custom_op("fusedkd::forward", mutates_args=())
@@ -32,9 +34,12 @@ def _op(
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     teacher_indices: Tensor | None,
+    student_ids: Tensor | None,
+    teacher_ids: Tensor | None,
     labels: Tensor | None,
     row_scale: Tensor,
     divergence: str,
+    row_rule: str | None,
     numbers: Tensor,
     wanted: list[bool],
     vocab_size: int,
@@ -50,11 +55,15 @@ def _op(
     inputs = Inputs(
         *(student, student_weight, student_bias),
         *(teacher, teacher_weight, teacher_bias),
-        *(teacher_indices, labels, row_scale),
+        *(teacher_indices, student_ids, teacher_ids, labels),
+        row_scale,
     )
     plain = numbers.tolist()  # in the host's memory on every device: nothing waits
     named = dict(zip(NUMBERS, plain, strict=False))
     s_scale, s_softcap, t_scale, t_softcap, *parameters = plain[len(NUMBERS) :]
+    rule = None if row_rule is None else by_key(row_rule, parameters)
+    if rule is not None:
+        parameters = parameters[: len(parameters) - len(rule.params)]
     spec = LossSpec(
         make(divergence, *parameters),
         vocab_size,
@@ -64,6 +73,7 @@ def _op(
         reduction=reduction,
         student_transform=Transform(s_scale, s_softcap),
         teacher_transform=Transform(t_scale, t_softcap),
+        row_rule=rule,
     )
     plan = Plan(
         Wanted(*wanted),
@@ -109,6 +119,7 @@ def dispatch(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
         return torch.ops.fusedkd.forward(
             *inputs,
             divergence=spec.divergence.key,
+            row_rule=None if spec.row_rule is None else spec.row_rule.key,
             numbers=_packed(spec, inputs.row_scale),
             wanted=list(plan.wanted),
             **{name: getattr(spec, name) for name in SPEC},
@@ -118,10 +129,11 @@ def dispatch(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
 
 
 def _packed(spec: LossSpec, like: Tensor) -> Tensor:
-    """(9 + parameters,) fp64 in the host's memory. A product with a tensor is what dynamo keeps
+    """(9 + all parameters,) fp64 in the host's memory. A product with a tensor is what dynamo keeps
     symbolic: a number passed as such, or in a list, is burnt into the graph, and a schedule of
     temperatures recompiles until dynamo gives up."""
     numbers = [getattr(spec, name) for name in NUMBERS]
     numbers += [*spec.student_transform, *spec.teacher_transform, *spec.divergence.params]
+    numbers += () if spec.row_rule is None else spec.row_rule.params
     one = like.new_ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * x for x in numbers])

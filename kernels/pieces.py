@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence, measure_term
 from fusedkd.kernels import METRICS, Comparison, RowCall, Rows, Statistics
-from fusedkd.spec import Transform
+from fusedkd.spec import LossSpec, Transform
 
 INF = float("inf")
 # Tensors of a block's size that are alive at once while it is worked on (formula and autograd).
@@ -264,10 +264,10 @@ def finish(
         kd, slope_sum = kd + value[:, 0], slope_sum + tail_slope[:, 0]
     if _tail(call) == "generalized":
         kd = kd.clamp(min=0)  # rounding
-    ce = _cross_entropy(call, of)
+    ce, kd_scale = _cross_entropy(call, of), _kd_scale(call, of, known, kd)
     loss = torch.zeros_like(kd)
     if spec.kd_scale:
-        loss = loss + spec.kd_scale * kd
+        loss = loss + torch.where(kd_scale == 0, 0.0, kd_scale * kd)
     if spec.ce_weight:
         loss = loss + spec.ce_weight * ce
     counts = call.row_scale != 0
@@ -281,8 +281,25 @@ def finish(
             q = known.compared(_tail(call)).exp()
             slopes = comparison.kept - q * slope_sum[:, None].to(q.dtype)
             slopes = _outside(slopes, _tail(call), piece, known, tail_slope)
-        _write_gradient(call, piece, of, slopes)
+        _write_gradient(call, piece, of, slopes, kd_scale)
     return results, None
+
+
+def _kd_scale(call: RowCall, of: Statistics, known: _Normalised, kd: Tensor) -> Tensor:
+    """(N,) with the row rule's factor."""
+    spec, scale = call.spec, torch.full_like(kd, call.spec.kd_scale)
+    if spec.row_rule is None or not spec.kd_scale:
+        return scale
+    p, q = _teacher(call, of, known), _student(spec, of)
+    found = {
+        "divergence": kd,
+        "teacher_entropy": p.entropy,
+        "student_entropy": q.entropy,
+        "label_log_prob": of.label / spec.temperature - q.log_sum,
+        "teacher_top1": p.top1,
+        "student_top1": q.top1,
+    }
+    return scale * spec.row_rule.factor(found)
 
 
 def _log_p_tail(teacher: SparseRows, known: _Normalised) -> Tensor:
@@ -315,12 +332,14 @@ def _outside(
     return slopes + torch.where(piece.inside, 0.0, share)
 
 
-def _write_gradient(call: RowCall, piece: _Piece, of: Statistics, slopes: Tensor | None) -> None:
+def _write_gradient(
+    call: RowCall, piece: _Piece, of: Statistics, slopes: Tensor | None, kd_scale: Tensor
+) -> None:
     assert call.grad is not None and call.part is not None
     spec, s = call.spec, piece.s
     grad = torch.zeros_like(s)
     if slopes is not None:
-        grad = spec.kd_scale / spec.temperature * slopes
+        grad = (kd_scale / spec.temperature)[:, None].to(s.dtype) * slopes
     if spec.ce_weight:
         owned, label = _label(call, s)
         q = _log_softmax(s, of.student_max, of.unit_exponent, of.unit_sum, 1.0).exp()
@@ -338,26 +357,40 @@ def _write_gradient(call: RowCall, piece: _Piece, of: Statistics, slopes: Tensor
 
 
 def _metrics(call: RowCall, of: Statistics, known: _Normalised, kd: Tensor, ce: Tensor) -> Tensor:
-    def entropy(exponent: Tensor, total: Tensor, expected: Tensor, temperature: float) -> Tensor:
-        return exponent * math.log(2) + total.log() - expected / temperature
+    p, q = _teacher(call, of, known), _student(call.spec, of)
+    mass = known.log_q_ids[:, 0].exp() if isinstance(call.teacher, SparseRows) else None
+    tops = of.student_top, p.top
+    return metric_rows(kd, ce, (p.entropy, q.entropy), tops, mass, call.labels)
 
-    spec, teacher = call.spec, call.teacher
-    q = entropy(of.student_exponent, of.student_sum, of.student_expected, spec.temperature)
-    if isinstance(teacher, SparseRows):
-        tail = (
-            _log_p_tail(teacher, known) if teacher.tail == "bucket" else teacher.log_probs[:, -1:]
-        )
-        log_p = torch.cat([teacher.log_probs[:, :-1], tail], -1)
-        p = -torch.where(log_p == -INF, 0.0, log_p.exp() * log_p).sum(1)
-        ids = F.pad(teacher.indices, (1, 0), value=-1)  # none, where all have no probability
-        first = F.pad(teacher.log_probs[:, :-1], (1, 0), value=-INF).argmax(1, keepdim=True)
-        teacher_top = ids.gather(1, first)[:, 0].double()
-    else:
-        heat = spec.teacher_temperature
-        p = entropy(of.teacher_exponent, of.teacher_sum, of.teacher_expected, heat)
-        teacher_top = of.teacher_top
-    mass = known.log_q_ids[:, 0].exp() if isinstance(teacher, SparseRows) else None
-    return metric_rows(kd, ce, (p, q), (of.student_top, teacher_top), mass, call.labels)
+
+class _Known(NamedTuple):
+    """Of one side, (N,)."""
+
+    entropy: Tensor
+    log_sum: Tensor  # of its exponentials
+    top: Tensor  # the most probable id, and its probability
+    top1: Tensor
+
+
+def _student(spec: LossSpec, of: Statistics) -> _Known:
+    log_sum, heat = of.student_exponent * math.log(2) + of.student_sum.log(), spec.temperature
+    entropy, top1 = log_sum - of.student_expected / heat, (of.student_max / heat - log_sum).exp()
+    return _Known(entropy, log_sum, of.student_top, top1)
+
+
+def _teacher(call: RowCall, of: Statistics, known: _Normalised) -> _Known:
+    teacher, heat = call.teacher, call.spec.teacher_temperature
+    if not isinstance(teacher, SparseRows):
+        log_sum = of.teacher_exponent * math.log(2) + of.teacher_sum.log()
+        top1 = (of.teacher_max / heat - log_sum).exp()
+        return _Known(log_sum - of.teacher_expected / heat, log_sum, of.teacher_top, top1)
+    tail = _log_p_tail(teacher, known) if teacher.tail == "bucket" else teacher.log_probs[:, -1:]
+    log_p = torch.cat([teacher.log_probs[:, :-1], tail], -1)
+    entropy = -torch.where(log_p == -INF, 0.0, log_p.exp() * log_p).sum(1)
+    ids = F.pad(teacher.indices, (1, 0), value=-1)  # none, where all have no probability
+    most, first = F.pad(teacher.log_probs[:, :-1], (1, 0), value=-INF).max(1, keepdim=True)
+    top = ids.gather(1, first)[:, 0].double()
+    return _Known(entropy, torch.zeros_like(entropy), top, most[:, 0].exp())
 
 
 def metric_rows(

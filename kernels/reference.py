@@ -67,9 +67,10 @@ def rows(call: RowCall) -> Rows:
             kd = kd + measure_term(spec.divergence) * excess
             kd = kd - kd.detach().clamp(max=0)  # rounding
         ce = _cross_entropy(s, labels, spec)
+        tops, entropies = (s.argmax(-1), pair.teacher_top), (_entropy(pair.log_p), _entropy(log_q))
         loss = torch.zeros_like(kd)
         if spec.kd_scale:
-            loss = loss + spec.kd_scale * kd
+            loss = loss + spec.kd_scale * _ruled(kd, entropies, log_q, pair, labels, spec)
         if spec.ce_weight:
             loss = loss + spec.ce_weight * ce
         loss = loss * call.row_scale[counted]
@@ -78,11 +79,34 @@ def rows(call: RowCall) -> Rows:
     results = call.results()
     results.loss.zero_()[counted] = loss.detach().to(results.loss.dtype)
     if results.metrics is not None:
-        tops = (s.argmax(-1), pair.teacher_top)
-        entropies = _entropy(pair.log_p), _entropy(log_q)
         columns = metric_rows(kd, ce, entropies, tops, pair.student_mass, labels)
         results.metrics.zero_()[counted] = columns.detach().to(results.loss.dtype)
     return results
+
+
+def _ruled(
+    kd: Tensor,
+    entropies: tuple[Tensor, Tensor],
+    log_q: Tensor,
+    pair: _Pair,
+    labels: Tensor | None,
+    spec: LossSpec,
+) -> Tensor:
+    """D times the row rule's factor, a constant."""
+    if spec.row_rule is None:
+        return kd
+    ids = pair.log_p[:, :-1] if pair.rest else pair.log_p
+    known = {
+        "divergence": kd,
+        "teacher_entropy": entropies[0],
+        "student_entropy": entropies[1],
+        "teacher_top1": ids.amax(-1).exp(),
+        "student_top1": log_q.amax(-1).exp(),
+    }
+    if labels is not None:
+        known["label_log_prob"] = log_q.gather(-1, labels[:, None])[:, 0]
+    factor = spec.row_rule.factor({name: x.detach() for name, x in known.items()})
+    return torch.where(factor == 0, 0.0, factor * kd)
 
 
 class _Pair(NamedTuple):
@@ -93,6 +117,7 @@ class _Pair(NamedTuple):
     teacher_top: Tensor  # (n,) the teacher's most probable id, -1: none
     student_mass: Tensor | None = None  # (n,) of a sparse teacher's ids
     measures: bool = False  # which need not sum to 1
+    rest: bool = False  # whether the last category is all that is no id
 
 
 def _dense(call: RowCall, counted: Tensor, log_q: Tensor) -> _Pair:
@@ -127,7 +152,8 @@ def _sparse(call: RowCall, counted: Tensor, scaled: Tensor) -> _Pair:
     tail = torch.where(empty, -math.inf, torch.where(empty, log_q, rest).logsumexp(-1, True))
     noise = empty & (lp[:, -1:].exp() <= teacher.rounding)
     last = torch.where(noise, -math.inf, lp[:, -1:])
-    return _Pair(torch.cat([lp[:, :-1], last], -1), torch.cat([known, tail], -1), top, mass)
+    log_p, log_q = torch.cat([lp[:, :-1], last], -1), torch.cat([known, tail], -1)
+    return _Pair(log_p, log_q, top, mass, rest=True)
 
 
 def _write_gradient(grad: Tensor, loss: Tensor, raw: Tensor, counted: Tensor) -> None:

@@ -21,7 +21,9 @@ LAYERS = (
     ("integrations",),
     ("train",),
     ("students", "teachers"),
-    ("models", "data", "cache"),
+    ("cache",),
+    ("models", "data"),
+    ("alignment",),
     ("loss", "distributions", "kernels"),
 )
 MODULES = {"fusedkd.hf": "integrations"}  # beside the folders, and no part of the loss

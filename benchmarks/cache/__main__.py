@@ -28,7 +28,7 @@ from fusedkd.cache.files import replace_file
 from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.layout import Answers
 from fusedkd.cache.shard import shard_bytes
-from fusedkd.cache.writer import Plan, Writer, per_shard
+from fusedkd.cache.writer import Plan, per_shard, write_cache
 from fusedkd.teachers import LiveTeacher
 
 from .trained import OnDemo, print_table, seconds
@@ -118,10 +118,10 @@ def _size(folder: Path, layout: Layout, length: int, sequences: int = 128) -> fl
              "vocab_size": LARGE, "padded_vocab_size": LARGE, "policy": layout.policy,
              "temperatures": layout.temperatures,
              "per_shard": per_shard(plan, layout.most_bytes_per_token)}  # fmt: skip
-    writer = Writer(folder, plan, facts)
-    for number in writer.missing():
-        members = writer.sequences_of(number)
-        writer.write(number, (layout.encode(_made_up(rng, layout, length)) for _ in members))
+    write_cache(
+        *(folder, plan, facts),
+        lambda numbers: (layout.encode(_made_up(rng, layout, length)) for _ in numbers),
+    )
     size = sum(path.stat().st_size for path in folder.iterdir())
     shutil.rmtree(folder)
     return size / (length * sequences)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,19 @@ from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Layout
 from fusedkd.cache.summary import summarize
-from fusedkd.cache.writer import SHARD_BYTES, Plan, Writer, only_writer, per_shard
+from fusedkd.cache.writer import (
+    ALONE,
+    SHARD_BYTES,
+    Plan,
+    Progress,
+    Share,
+    per_shard,
+    write_cache,
+)
 from fusedkd.distributions import LMHead
 
 Ids = Sequence[int] | np.ndarray
-Progress = Callable[[int], Any]
+Answer = Callable[[Tensor], Tensor | LMHead]
 
 
 @dataclass(frozen=True)
@@ -50,20 +57,26 @@ class Job:
 def build(
     folder: Path,
     job: Job,
-    answer: Callable[[Tensor], Tensor | LMHead],
+    answer: Answer,
     progress: Progress = lambda tokens: None,
-) -> None:
+    share: Share = ALONE,
+) -> bool:
     """Write the cache, or what is missing or damaged of it.
 
     Args:
         folder: of the cache.
-        job: see there. The same job gives the same bytes, however often it is interrupted.
+        job: see there. The same job gives the same bytes, however often it is interrupted, and
+            however many processes share it.
         answer: input ids (B, L) to logits (B, L, columns), or a head with hidden states (B, L, H).
         progress: called with the number of tokens that have been done since the last call; those
             of shards that were there before come first.
+        share: of this process, where several are given the same job.
+
+    Returns:
+        Whether it is complete. Where other processes are still writing, it is not.
 
     Raises:
-        CacheError: another process writes there, the folder holds something else, the disk is too
+        CacheError: another command writes there, the folder holds something else, the disk is too
             small, or the teacher answers with NaN.
     """
     found, first = plan(job.sequences, job.facts["tokenizer_hash"])
@@ -76,15 +89,12 @@ def build(
         "source": f"{job.facts['dtype']} forward passes of {job.batch_size} sequences",
         "per_shard": per_shard(found, size, job.shard_bytes, of=job.batch_size),
     }
-    with only_writer(folder):
-        writer = Writer(folder, found, facts, None if job.head is None else SavedHead.of(job.head))
-        missing = writer.missing()
-        left = sum(sum(found.lengths[i] for i in writer.sequences_of(n)) for n in missing)
-        _check_space(folder, left * size)
-        progress(writer.manifest.tokens - left)
-        for number in missing:
-            members = [first[i] for i in writer.sequences_of(number)]
-            writer.write(number, _rows(job, members, answer, progress))
+
+    def rows(numbers: range) -> Iterator[dict[str, bytes]]:
+        return _rows(job, [first[i] for i in numbers], answer, progress)
+
+    head = None if job.head is None else SavedHead.of(job.head)
+    return write_cache(folder, found, facts, rows, head, share, progress)
 
 
 def plan(sequences: Iterable[Ids], tokenizer: str) -> tuple[Plan, list[int]]:
@@ -105,20 +115,8 @@ def plan(sequences: Iterable[Ids], tokenizer: str) -> tuple[Plan, list[int]]:
     return Plan(list(places), lengths), list(places.values())
 
 
-def _check_space(folder: Path, needed: float) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CacheError(
-            f"--output {folder}: up to {needed / 1e9:.1f} GB are still to be written, but the disk "
-            f"has {free / 1e9:.1f} GB left. Keep less (--top-k, --sample) or choose another disk."
-        )
-
-
 def _rows(
-    job: Job,
-    members: list[int],
-    answer: Callable[[Tensor], Tensor | LMHead],
-    progress: Progress,
+    job: Job, members: list[int], answer: Answer, progress: Progress
 ) -> Iterator[dict[str, bytes]]:
     """The columns of these sequences, in order."""
     for batch in _batches([job.sequences[i] for i in members], job.batch_size):

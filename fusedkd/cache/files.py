@@ -12,7 +12,8 @@ from fusedkd.cache.errors import CacheError, Damaged
 from fusedkd.errors import UserError
 
 _OF_CACHES = re.compile(
-    r"(manifest\.json|index\.arrow|head\.safetensors|shard-\d{5,}\.arrow)(\.[0-9a-f]{8})?\.tmp"
+    r"(manifest\.json|index\.arrow|head\.safetensors|shard-\d{5,}\.(arrow|json))"
+    r"(\.[0-9a-f]{8})?\.tmp"
 )
 
 

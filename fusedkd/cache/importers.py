@@ -21,7 +21,7 @@ from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Answers, Layout
 from fusedkd.cache.policy import Policy
 from fusedkd.cache.records import Flat, Record, checked, read_columns, read_vllm
-from fusedkd.cache.writer import Plan, Writer, only_writer, per_shard
+from fusedkd.cache.writer import Plan, Writer, held, per_shard
 
 __all__ = ["Record", "import_records", "ranked", "read_columns", "read_vllm"]
 
@@ -58,7 +58,7 @@ def import_records(
     facts = facts | {"vocab_size": vocab_size, "temperatures": layout.temperatures}
     facts |= {"policy": layout.policy, "per_shard": per_shard(found, size, **shard)}
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with only_writer(folder), _undone(folder, made):
+    with held(folder), _undone(folder, made):
         writer = Writer(folder, found, facts)
         rows = (
             layout.encode(_answers(checked(record, vocab_size), layout))
@@ -69,6 +69,7 @@ def import_records(
             part = list(islice(rows, len(writer.sequences_of(number))))
             if number in missing:
                 writer.write(number, part)
+        writer.finish()
 
 
 def _planned(

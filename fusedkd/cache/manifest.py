@@ -12,7 +12,8 @@ A cache is a folder of
 * ``head.safetensors``, where hidden states are kept: :mod:`fusedkd.cache.hidden`.
 
 The ``.arrow`` files are Arrow IPC files of one record batch, not compressed, so that a memory map
-is enough to read a row. ``shards`` in the manifest grows as they are written, in order.
+is enough to read a row. ``shards`` in the manifest is there once all of them are written; until
+then each has its checksum beside it (:mod:`fusedkd.cache.sums`).
 
 A checksum tells damage, not intent: whoever writes a file can write its checksum. So nothing that
 is read here is believed before it was looked at, and names are those above and nothing else.
@@ -199,12 +200,21 @@ class Manifest:
         start = number * self.per_shard
         return range(start, min(start + self.per_shard, self.sequences))
 
-    def save(self, folder: Path) -> None:
-        """Write it to ``folder``, at once."""
+    @property
+    def identity(self) -> str:
+        """A hash of what the cache is to be, whatever is there of it."""
+        return sha256(dataclasses.replace(self, shards=()).render())
+
+    def render(self) -> bytes:
+        """The file's content."""
         content = dataclasses.asdict(self)
         if self.head is None:
             del content["head"]
-        replace_file(folder / NAME, _render(content))
+        return _render(content)
+
+    def save(self, folder: Path) -> None:
+        """Write it to ``folder``, at once."""
+        replace_file(folder / NAME, self.render())
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

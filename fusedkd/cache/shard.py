@@ -84,14 +84,13 @@ def open_index(folder: Path, manifest: Manifest) -> Index:
 
 
 def open_shard(
-    folder: Path, manifest: Manifest, number: int, index: Index | None
+    folder: Path, manifest: Manifest, number: int, expected: FileSum, index: Index | None
 ) -> pa.RecordBatch:
     """The rows of a shard, in a memory map. Without an index, they may be of any sequences.
 
     Raises:
         Damaged: the file is missing, not what was written, or not what is written.
     """
-    expected = manifest.shards[number]
     span = manifest.sequences_of(number)
     batch = _open(folder / expected.name, expected, manifest.layout.columns, len(span))
     for found, wanted in zip(_index(batch), index or (), strict=index is not None):

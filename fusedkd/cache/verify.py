@@ -11,6 +11,7 @@ from fusedkd.cache.head import open_head
 from fusedkd.cache.manifest import Manifest
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.cache.shard import REMEDY, open_index, open_shard
+from fusedkd.cache.sums import known
 
 
 def verify(folder: str | Path) -> tuple[Manifest | None, list[str]]:
@@ -29,13 +30,14 @@ def verify(folder: str | Path) -> tuple[Manifest | None, list[str]]:
         return None, [str(error)]
     wrong: list[str] = []
     index = _tried(wrong, open_index, folder, manifest)
-    for number in range(len(manifest.shards)):
-        _tried(wrong, open_shard, folder, manifest, number, index)
+    shards = known(folder, manifest)
+    for number, file in shards.items():
+        _tried(wrong, open_shard, folder, manifest, number, file, index)
     if (head := manifest.head) is not None:
         _tried(wrong, open_head, folder, head, manifest.padded_vocab_size, manifest.layout.k)
     if not manifest.complete:
         expected = manifest.number_of_shards
-        wrong.append(f"{folder}: {len(manifest.shards)} of {expected} shards are there. {REMEDY}")
+        wrong.append(f"{folder}: {len(shards)} of {expected} shards are there. {REMEDY}")
     if not wrong:
         _tried(wrong, TeacherCache(folder).check_answers)
     return manifest, wrong

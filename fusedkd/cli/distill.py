@@ -114,8 +114,7 @@ def _write(
         "student": str(models.student),
         "teacher": str(models.teacher or models.teacher_cache),
         "data": ", ".join(data.data),
-        "loss": f"{args.kd_weight:g} x {args.divergence} at T = {args.temperature:g} + "
-        f"{args.ce_weight:g} x CE{terms}",
+        "loss": f"{_kd(args)} at T = {args.temperature:g} + {args.ce_weight:g} x CE{terms}",
     }
     write_card(folder, card, trainer.state.log_history, about)
 
@@ -219,13 +218,18 @@ ROWS = {
 }
 
 
+def _kd(args: DistillationArguments) -> str:
+    rule = f"{args.row_rule} x " if args.row_rule else ""
+    return f"{args.kd_weight:g} x {rule}{args.divergence}"
+
+
 def _summary(trainer: DistillationTrainer, card: Card) -> None:
     args = trainer.args
     table = Table(show_header=False, title="Distilled")
     parameters = own_parameters(trainer.model)
     table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
     table.add_row("teacher", described(trainer.teacher))
-    table.add_row("loss", f"{args.kd_weight:g} x {args.divergence} + {args.ce_weight:g} x CE")
+    table.add_row("loss", f"{_kd(args)} + {args.ce_weight:g} x CE")
     for text in args.terms:
         table.add_row("", f"+ {text}")
     table.add_row("steps", f"{trainer.state.global_step:,}")

@@ -19,7 +19,7 @@ from fusedkd.cache.head import SavedHead
 from fusedkd.cache.hidden import HiddenLayout, layout_of
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.policy import Policy
-from fusedkd.cache.writer import Writer, only_writer, per_shard
+from fusedkd.cache.writer import per_shard, write_cache
 from fusedkd.distributions import LMHead
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.loading import load_tokenizer, required
@@ -70,15 +70,12 @@ def import_hidden(args: Namespace) -> None:
         "per_shard": per_shard(found, layout.most_bytes_per_token),
     }
 
-    def rows(number: int) -> Iterator[dict[str, bytes]]:
-        for place in writer.sequences_of(number):
+    def rows(numbers: range) -> Iterator[dict[str, bytes]]:
+        for place in numbers:
             states = _states(_read(files[first[place]], size)[1], choice, head)
             yield layout.encode_states(states)
 
-    with only_writer(args.output):
-        writer = Writer(args.output, found, facts, SavedHead.of(head))
-        for number in writer.missing():
-            writer.write(number, rows(number))
+    write_cache(args.output, found, facts, rows, SavedHead.of(head))
     Console(markup=False, emoji=False).print(
         f"{args.output}: imported. `fusedkd cache info {args.output}` tells."
     )

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from accelerate.utils.modeling import get_state_dict_offloaded_model
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fusedkd.cache.build import NO_HEAD, Job, build
-from fusedkd.cache.hidden import layout_of
-from fusedkd.cache.keys import tokenizer_hash, weight_hash
+from fusedkd.cache.build import Job, build
+from fusedkd.cache.of_model import job_of
 from fusedkd.cache.policy import Policy
+from fusedkd.cache.writer import ALONE, Share
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
-from fusedkd.distributions import LMHead
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.models.kinds import is_placed, vocabulary_size
+from fusedkd.models.kinds import is_placed
 from fusedkd.models.loading import load_tokenizer, required
 from fusedkd.models.saved import SavedModel
 from fusedkd.models.served import ServedArguments
@@ -57,15 +56,23 @@ class CacheArguments:
 
 
 def make_cache(args: CacheArguments) -> None:
-    """Run the teacher over the data, or over what is missing of it.
+    """Run the teacher over the data, or over what is missing of it. Each of torchrun's processes
+    writes shards of its own; but one that a teacher is spread over.
 
     Raises:
         UserError: a missing or wrong argument, model or file.
     """
     console = Console(markup=False, emoji=False)  # names may have brackets
-    if is_url(args.teacher):
-        _fill(args, console)
-    elif not _run(args, console):
+    share = ALONE if args.teacher_tp else Share.of_torchrun()
+    shown = Console(markup=False, emoji=False, quiet=share.rank > 0)
+    complete = (_fill if is_url(args.teacher) else _run)(args, shown, share)
+    if complete is None:
+        return
+    if not complete:
+        console.print(
+            f"{args.output}: process {share.rank} of {share.world} has written its shards. Who is "
+            "the last completes the cache."
+        )
         return
     size = sum(path.stat().st_size for path in args.output.iterdir())
     console.print(f"{args.output}: {size / 1e6:,.1f} MB. `fusedkd cache info {args.output}` tells.")
@@ -81,8 +88,8 @@ _OF_MODELS: dict[str, Any] = {
 }
 
 
-def _fill(args: CacheArguments, console: Console) -> None:
-    """From a server."""
+def _fill(args: CacheArguments, console: Console, share: Share) -> bool:
+    """From a server; whether the cache is complete."""
     if args.policy.kind != "top" or args.policy.top_p is not None or len(args.temperatures) > 1:
         raise UserError(
             f"--teacher {args.teacher}: a server gives the top entries at one temperature: "
@@ -104,17 +111,18 @@ def _fill(args: CacheArguments, console: Console) -> None:
     )
     beside = args.output.with_name(f"{args.output.name}.answers")
     teacher = ServedTeacher(service, tokenizer, args.served.teacher_answers or beside)
-    sequences = _Sequences(rows.train, rows.test)
+    sequences = Sequences(rows.train, rows.test)
     teacher.check_rows("given", sequences)
     console.print(f"{len(sequences):,} sequences, {teacher}")
     with _bar(console) as bar:
-        shown = bar.add_task("tokens", total=sum(map(len, sequences)))
-        fill(
+        shown = bar.add_task("tokens", total=sum(map(len, sequences)) / share.world)
+        return fill(
             args.output,
             sequences,
             teacher,
             int(args.shard_mb * 2**20),
             lambda tokens: bar.advance(shown, tokens),
+            share,
         )
 
 
@@ -136,8 +144,8 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _run(args: CacheArguments, console: Console) -> bool:
-    """From a model; whether this process wrote the cache."""
+def _run(args: CacheArguments, console: Console, share: Share) -> bool | None:
+    """From a model; whether the cache is complete, or None in a process that helps the writer."""
     name = required("teacher", args.teacher)
     device = _device(args.device)
     if args.teacher_load_in_4bit and args.teacher_load_in_8bit:
@@ -162,24 +170,30 @@ def _run(args: CacheArguments, console: Console) -> bool:
         run: LiveTeacher = LedTeacher(model)
     else:
         run = LiveTeacher(model if is_placed(model) else model.to(device))
-    job = _job(args, name, run, tokenizer, _Sequences(rows.train, rows.test))
+    job = job_of(
+        *(run, tokenizer, Sequences(rows.train, rows.test), args.policy, args.temperatures),
+        name=name,
+        vocab_size=args.vocab_size,
+        batch_size=args.batch_size,
+        shard_bytes=int(args.shard_mb * 2**20),
+    )
     if isinstance(run, LedTeacher) and not run.leads:
         run.follow()
-        return False
+        return None
     _say(console, job)
     with _bar(console) as bar:
-        shown = bar.add_task("tokens", total=sum(map(len, job.sequences)))
+        shown = bar.add_task("tokens", total=sum(map(len, job.sequences)) / share.world)
         try:
-            build(
+            return build(
                 args.output,
                 job,
                 lambda ids: run({"input_ids": ids.to(device)}),
                 lambda tokens: bar.advance(shown, tokens),
+                share,
             )
         finally:
             if isinstance(run, LedTeacher):
                 run.done()
-    return True
 
 
 def _device(name: str | None) -> torch.device:
@@ -192,55 +206,11 @@ def _device(name: str | None) -> torch.device:
         f"--device {found}: expected one that torch has here, such as cpu", Exception
     ):
         device = torch.device(found)
+        if device.type == "cuda" and device.index is None:  # each of a machine's processes its own
+            here = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            device = torch.device("cuda", here)
         torch.zeros(1, device=device).add(1).cpu()
     return device
-
-
-def _job(
-    args: CacheArguments, name: str, run: LiveTeacher, tokenizer: Any, sequences: _Sequences
-) -> Job:
-    model: Any = run.model
-    columns = vocabulary_size(model)
-    size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
-    if not 2 <= size <= columns:
-        raise UserError(
-            f"--vocab-size {size}: expected 2 to {columns}, the columns of the teacher's logits."
-        )
-    facts = {
-        "teacher": name,
-        "teacher_hash": weight_hash(_weights(model)),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "padded_vocab_size": columns,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    policy, head = args.policy, None
-    if policy.hidden:
-        head = _head(run)
-        policy = replace(policy, k=head.weight.shape[1])
-        facts["padded_vocab_size"] = head.weight.shape[0]
-    layout = layout_of(policy, size, args.temperatures)
-    return Job(sequences, layout, facts, args.batch_size, int(args.shard_mb * 2**20), head)
-
-
-def _head(run: LiveTeacher) -> LMHead:
-    """
-    Raises:
-        UserError: it has none that is plain.
-    """
-    device = next(run.model.parameters()).device
-    answers = run({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
-    if not isinstance(answers, LMHead):
-        raise UserError(NO_HEAD)
-    return answers
-
-
-def _weights(model: Any) -> Iterator[tuple[str, Any]]:
-    """Also those that a device map has put on the disk."""
-    named = model.state_dict()
-    if any(tensor.is_meta for tensor in named.values()):
-        found = get_state_dict_offloaded_model(model)
-        named = {name: found[name] for name in named}
-    yield from named.items()
 
 
 def _say(console: Console, job: Job) -> None:
@@ -253,7 +223,7 @@ def _say(console: Console, job: Job) -> None:
     )
 
 
-class _Sequences(Sequence[np.ndarray]):
+class Sequences(Sequence[np.ndarray]):
     """The rows of data sets, neighbours of one length, as arrays that are made when they are asked
     for."""
 

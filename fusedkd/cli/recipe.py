@@ -79,10 +79,15 @@ def check_code(path: Path, words: Sequence[str], given: Sequence[str]) -> None:
     trusted = _value("trust_remote_code", given)
     if trusted is not None and trusted.lower() not in _NO:
         return
-    asked, divergence = _value("trust_remote_code", words), _value("divergence", words) or ""
-    module, _ = split_module(divergence)
-    if module or (asked is not None and asked.lower() not in _NO):
-        what = f"divergence {divergence} imports {module}" if module else "trust_remote_code"
+    asked, what = _value("trust_remote_code", words), ""
+    if asked is not None and asked.lower() not in _NO:
+        what = "trust_remote_code"
+    for flag in ("divergence", "row_rule"):
+        value = _value(flag, words) or ""
+        module = split_module(value)[0] if flag == "divergence" else value.partition(":")[0]
+        if module:
+            what = f"{flag} {value} imports {module}"
+    if what:
         raise UserError(
             f"--config {path}: {what}, and a recipe runs no code by itself: read it, then give "
             "--trust_remote_code on the command line."

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedkd.checks import check_device, check_logits, is_finite
+from fusedkd.checks import check_device, check_logits, check_tensor, is_finite
 from fusedkd.distributions.side import Side
+from fusedkd.modes import stand_in
 from fusedkd.spec import Transform
 from fusedkd.synchronised import check_synchronised
 
@@ -28,6 +29,10 @@ class LMHead:
         logit_scale: factor on the logits (Cohere's ``logit_scale``, 1 / Granite's
             ``logits_scaling``).
         softcap: Gemma 2's ``final_logit_softcapping``, or None.
+        ids: (V',) int64 or int32, none twice: the vocabulary is these rows of ``weight`` and
+            ``bias``, in this order, and labels and other ids count in it (what two tokenizers
+            share, a draft model's head). They are gathered piece by piece, never all at once; the
+            gradient has the weight's shape, 0 elsewhere. None: all rows.
     """
 
     hidden: Tensor
@@ -35,6 +40,7 @@ class LMHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    ids: Tensor | None = None
 
 
 def head_side(name: str, head: LMHead, fewest: int) -> Side:
@@ -43,7 +49,9 @@ def head_side(name: str, head: LMHead, fewest: int) -> Side:
     if name != "teacher":
         check_synchronised(head.weight)
     transform = Transform(float(head.logit_scale), float(head.softcap or 0.0))
-    return Side(name, head.hidden, head.weight.shape[0], head.weight, head.bias, transform)
+    columns = head.weight.shape[0] if head.ids is None else head.ids.numel()
+    ids = None if head.ids is None else head.ids.detach().long()
+    return Side(name, head.hidden, columns, head.weight, head.bias, transform, ids=ids)
 
 
 def _check_head(name: str, head: LMHead, fewest: int) -> None:
@@ -69,6 +77,8 @@ def _check_head(name: str, head: LMHead, fewest: int) -> None:
             f"{name}: weight has shape {tuple(weight.shape)}, bias "
             f"{None if bias is None else tuple(bias.shape)}: expected (V, H) and (V,), V > 0."
         )
+    if head.ids is not None:
+        _check_ids(f"{name}.ids", head.ids, weight)
     for part, number in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
         if part == "softcap" and number is None:
             continue
@@ -76,3 +86,23 @@ def _check_head(name: str, head: LMHead, fewest: int) -> None:
             raise ValueError(f"{name}.{part}={number!r}: expected a finite Python number.")
     if head.softcap is not None and head.softcap <= 0:
         raise ValueError(f"{name}.softcap={head.softcap!r}: expected a number above 0, or None.")
+
+
+def _check_ids(name: str, ids: Tensor, weight: Tensor) -> None:
+    check_tensor(name, ids)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} is {ids.dtype}: expected torch.int64 or torch.int32 rows.")
+    if ids.dim() != 1 or not ids.numel():
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}: expected (V',), at least one row.")
+    check_device(name, ids, "weight", weight)
+    rows = weight.shape[0]
+    near = ids.long().clamp(0, rows - 1)
+    outside = near != ids
+    times = near.new_zeros(rows).index_add_(0, near, torch.ones_like(near))
+    expected = f"expected rows of the weight, 0 to {rows - 1}, none twice"
+    if ids.device.type != "cpu" or stand_in(ids):
+        torch._assert_async(~(outside.any() | (times > 1).any()), f"{name}: {expected}")
+    elif outside.any():
+        raise ValueError(f"{name} holds {int(ids[outside][0])}: {expected}.")
+    elif (times > 1).any():
+        raise ValueError(f"{name} holds {int(times.argmax())} twice: {expected}.")

@@ -23,6 +23,7 @@ class Side(NamedTuple):
     indices: Tensor | None = None  # of the log-probabilities
     tail: str | None = None
     entropy: Tensor | None = None  # (...,) of a teacher of which only some is known
+    ids: Tensor | None = None  # of the weight's rows that are the vocabulary; None: all
 
     @property
     def leading(self) -> torch.Size:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusedkd.cache.build import Ids, Progress, plan
-from fusedkd.cache.writer import SHARD_BYTES, Writer, only_writer, per_shard
+from fusedkd.cache.build import Ids, plan
+from fusedkd.cache.writer import ALONE, SHARD_BYTES, Progress, Share, per_shard, write_cache
 from fusedkd.teachers.served import Columns, ServedTeacher
 
 
@@ -18,7 +18,8 @@ def fill(
     teacher: ServedTeacher,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda tokens: None,
-) -> None:
+    share: Share = ALONE,
+) -> bool:
     """Write a cache, or what is missing or damaged of it; what the teacher's store has is not asked
     for.
 
@@ -27,6 +28,10 @@ def fill(
         sequences: token ids, without padding. Repeats are kept once.
         shard_bytes: about the size of a file.
         progress: called with the number of tokens done since the last call.
+        share: of this process, where several fill the cache.
+
+    Returns:
+        Whether it is complete. Where other processes are still writing, it is not.
 
     Raises:
         CacheError: as :func:`fusedkd.cache.build.build`.
@@ -52,13 +57,7 @@ def fill(
             progress(len(ids))
             yield ids
 
-    def rows(number: int) -> Iterator[Columns]:
-        return teacher.columns(asked(writer.sequences_of(number)))
+    def rows(numbers: range) -> Iterator[Columns]:
+        return teacher.columns(asked(numbers))
 
-    with only_writer(folder):
-        writer = Writer(folder, found, facts)
-        missing = writer.missing()
-        left = sum(sum(found.lengths[i] for i in writer.sequences_of(n)) for n in missing)
-        progress(writer.manifest.tokens - left)
-        for number in missing:
-            writer.write(number, rows(number))
+    return write_cache(folder, found, facts, rows, None, share, progress)

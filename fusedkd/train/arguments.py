@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fusedkd import KDLoss, backends, divergences
+from fusedkd import KDLoss, backends, divergences, row_rules
 from fusedkd.distributions import TAILS
 from fusedkd.sampled import K1, LOSS_TYPES
 from fusedkd.train.on_policy import OnPolicy
@@ -46,6 +46,13 @@ class DistillationArguments(TrainingArguments):
         default="forward_kl",
         metadata={
             "help": "forward_kl, reverse_kl, 'jsd(beta=0.3)', ... (see fusedkd.divergences)."
+        },
+    )
+    row_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": "A factor on each token's divergence: 'my_module:entropy_gate(threshold=2.0)', "
+            "made by @row_rules.custom (see fusedkd.row_rules)."
         },
     )
     temperature: float = field(
@@ -213,6 +220,11 @@ class DistillationArguments(TrainingArguments):
                 f"on_policy_temperature={self.on_policy_temperature:g}: expected one number, "
                 "without a schedule: the loss is for tokens that were drawn at its temperature."
             )
+        if self.row_rule is not None:
+            raise ValueError(
+                f"objective='sampled' with row_rule={self.row_rule!r}: there is no divergence of "
+                "whole distributions that it could be a factor on: expected none."
+            )
         if self.kd_tokens == "all":
             raise ValueError(
                 "objective='sampled' with kd_tokens='all': a prompt's tokens are not drawn: "
@@ -262,6 +274,7 @@ class DistillationArguments(TrainingArguments):
         """The keyword arguments of :func:`fusedkd.kd_loss` that do not change between batches."""
         return {
             "divergence": divergences.make(self.divergence),
+            "row_rule": row_rules.resolve(self.row_rule),
             "temperature": self.temperature,
             "teacher_temperature": self.teacher_temperature,
             "kd_weight": self.kd_weight,

@@ -13,6 +13,7 @@ from fusedkd import Routed, kd_loss, kd_loss_and_metrics
 from fusedkd.divergences import Divergence, forward_kl
 from fusedkd.loss import losses_by_teacher
 from fusedkd.routed import together
+from fusedkd.row_rules import RowRule
 from fusedkd.train.meter import Mean, Measured, measured
 
 OF_EACH = ("kd", "ce", "top1_agreement")  # teacher, where there are several
@@ -64,6 +65,7 @@ def squared_error(
     normalizer: Any = None,
     divergence: Divergence | None = None,
     label_smoothing: float = 0.0,
+    row_rule: RowRule | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Measured]:
     """Mean squared distances of numbers (B,) or (B, C): to the teacher, and to the labels.
@@ -73,10 +75,11 @@ def squared_error(
     Raises:
         ValueError: shapes differ, or there is a setting that means nothing here.
     """
-    if divergence not in (None, forward_kl()) or label_smoothing:
+    if divergence not in (None, forward_kl()) or label_smoothing or row_rule is not None:
         raise ValueError(
-            f"divergence={divergence}, label_smoothing={label_smoothing}: a regression head is "
-            "compared by the mean squared error: expected the default divergence, no smoothing."
+            f"divergence={divergence}, label_smoothing={label_smoothing}, row_rule={row_rule}: a "
+            "regression head is compared by the mean squared error: expected the default "
+            "divergence, no smoothing and no rule."
         )
     student, teacher = (x.flatten() if x.shape[-1] == 1 else x for x in (student, teacher))
     labels = labels.flatten() if labels.shape[-1:] == (1,) else labels

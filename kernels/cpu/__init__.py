@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd import row_rules
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import Divergence, recorded_tape
 from fusedkd.kernels import Comparison, RowCall, Rows, Statistics
@@ -124,6 +125,15 @@ def _own(key: str) -> tuple[str, int | None]:
     return "tape", ctypes.addressof(_TAPES[-1])
 
 
+@functools.cache
+def _rule(key: str) -> int:
+    """The address of a row rule's tape."""
+    from . import emit
+
+    _TAPES.append(emit.assemble(row_rules.recorded_tape(key)))
+    return ctypes.addressof(_TAPES[-1])
+
+
 _TAPES: list[Any] = []
 
 
@@ -140,7 +150,8 @@ def _check(divergence: str, key: str | None) -> None:
 
 
 class Numbers(NamedTuple):
-    """What a row is computed with, in the order of kernel.h; the divergence's parameters follow."""
+    """What a row is computed with, in the order of kernel.h; a row rule's parameters follow, and
+    the divergence's."""
 
     temperature: float
     teacher_temperature: float
@@ -152,6 +163,7 @@ class Numbers(NamedTuple):
     teacher_scale: float
     teacher_softcap: float
     rounding: float  # SparseRows.rounding
+    rule: float  # the address of a row rule's tape; its parameters are behind it
 
 
 def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None]:
@@ -266,9 +278,17 @@ def _settings(spec: LossSpec, rounding: float = 0.0) -> tuple[str, tuple[float, 
         teacher_scale=spec.teacher_transform.scale,
         teacher_softcap=spec.teacher_transform.softcap,
         rounding=rounding,
+        rule=0.0,
     )
     name, parameters = _listed(spec.divergence)
-    return name, (*numbers, *parameters)
+    of_rule = NO_RULE
+    if spec.row_rule is not None and spec.kd_scale:
+        numbers = numbers._replace(rule=float(_rule(spec.row_rule.key)))
+        of_rule = (*spec.row_rule.params, *NO_RULE)[:PARAMETERS]
+    return name, (*numbers, *of_rule, *parameters)
+
+
+NO_RULE = (0.0,) * PARAMETERS
 
 
 def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

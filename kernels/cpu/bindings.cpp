@@ -2,6 +2,7 @@
 // ABI only.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -87,6 +88,14 @@ int64_t l2_bytes() {
 #endif
 }
 
+// Whether a row rule's tape has use for what a row is swept for once more.
+bool reads_metrics(const Tape& rule) {
+  return std::any_of(rule.steps, rule.steps + rule.count, [](const TapeStep& step) {
+    const int field = static_cast<int>(step.number);
+    return step.op == TapeOp::parameter && (field == 1 || field == 2 || field == 4 || field == 5);
+  });
+}
+
 // `numbers`: as in Numbers, the divergence's parameters behind them as far as it has any.
 RowsCall call_of(const Listing& listing, const std::vector<double>& numbers) {
   constexpr size_t kMost = sizeof(Numbers) / sizeof(double), kLeast = kMost - kParameters;
@@ -98,6 +107,11 @@ RowsCall call_of(const Listing& listing, const std::vector<double>& numbers) {
   call.divergence = listing.index;
   STD_TORCH_CHECK(call.divergence >= 0, "fusedkd_cpu: unknown divergence");
   call.disjoint = listing.set.disjoint(call.divergence, call.parameters);
+  if (call.rule != 0) {
+    call.rule_factor = instructions().rule_factor;
+    call.measures =
+        reads_metrics(*reinterpret_cast<const Tape*>(static_cast<uintptr_t>(call.rule)));
+  }
   return call;
 }
 
@@ -190,7 +204,7 @@ void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, int64_t
   const Listing listing = find(divergence);
   RowsCall call =
       call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers, vocabulary, {});
-  call.measures = metrics.has_value();
+  call.measures |= metrics.has_value();
   write_to(call, loss, metrics);
   if (grad) write_to(call, *grad);
   for_each_row(listing.set, call);
@@ -263,7 +277,7 @@ void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> i
   RowsCall call = call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers,
                           vocabulary, part);
   const int64_t count = call.batch * call.tokens, lane = call.wide || call.exact ? 8 : 4;
-  call.verb = static_cast<Verb>(verb), call.measures = measures;
+  call.verb = static_cast<Verb>(verb), call.measures |= measures;
   if (grad) write_to(call, *grad);
   STD_TORCH_CHECK(
       statistics.numel() == count * static_cast<int64_t>(sizeof(Statistics) / sizeof(double)) &&

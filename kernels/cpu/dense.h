@@ -59,6 +59,7 @@ template <class Row> void compute(Row& row, const RowsCall& call) {
   if (row.cancels(kd)) return row.again();
   if (call.verb == Verb::rows) row.measure();
   const double ce = call.labels ? row.cross_entropy() : __builtin_nan("");
+  if (call.rule != 0) row.apply_rule(row.known(kd));
   row.write_loss(weight, kd, ce);
   if (call.metrics) row.report(kd, ce);
   if (call.grad.data) row.gradient(weight);
@@ -94,9 +95,34 @@ template <class X> class OneRow {
     if (call_.metrics) put_metrics(Metrics{});
     if (call_.grad.data) zero(0, call_.grad_columns);
   }
+  // Between the sweeps: a factor on the row's divergence, NaN where that is. Rounding does not take
+  // the numbers out of their ranges.
+  void apply_rule(RuleNumbers known) {
+    auto at_least = [](double least, double* x) { *x = *x < least ? least : *x; };
+    auto at_most = [](double most, double* x) { *x = *x > most ? most : *x; };
+    at_least(0, &known.divergence), at_least(0, &known.teacher_entropy),
+        at_least(0, &known.student_entropy), at_most(0, &known.label_log_prob),
+        at_most(1, &known.teacher_top1), at_most(1, &known.student_top1);
+    memcpy(known.parameters, call_.rule_parameters, sizeof known.parameters);
+    const bool number = known.divergence == known.divergence;
+    kd_scale_ *=
+        number ? call_.rule_factor(*(const Tape*)(uintptr_t)call_.rule, known) : known.divergence;
+  }
+  RuleNumbers known(double kd) const {
+    return {kd,
+            teacher_entropy(),
+            student_entropy(),
+            label_log_prob(),
+            ::exp(row_.teacher.max * row_.teacher.inverse_temperature() - log_teacher_),
+            ::exp(row_.student.max * row_.student.inverse_temperature() - log_student_),
+            {}};
+  }
+  double label_log_prob() const {
+    return student_label_ * row_.student.inverse_temperature() - log_student_;
+  }
   void write_loss(double weight, double kd, double ce) {
     double loss = 0;
-    if (call_.kd_scale != 0) loss += call_.kd_scale * kd;
+    if (kd_scale_ != 0) loss += kd_scale_ * kd;
     if (call_.ce_weight != 0) loss += call_.ce_weight * ce;
     put_number(call_.loss, n_, weight * loss);
   }
@@ -396,8 +422,10 @@ template <class X> class OneRow {
   }
 
   void report(double kd, double ce) const {
-    put_metrics(kd, ce, log_teacher_ - row_.teacher.inverse_temperature() * expected_teacher_,
-                student_entropy());
+    put_metrics(kd, ce, teacher_entropy(), student_entropy());
+  }
+  double teacher_entropy() const {
+    return log_teacher_ - row_.teacher.inverse_temperature() * expected_teacher_;
   }
   double student_entropy() const {
     return log_student_ - row_.student.inverse_temperature() * expected_student_;
@@ -414,11 +442,11 @@ template <class X> class OneRow {
 
   // Last sweep: d loss / d s = A q + B p + C q_1 + ..., coefficients from the sums.
   void gradient(double weight) {
-    const double soft = weight * call_.kd_scale / call_.temperature;
+    const double soft = weight * kd_scale_ / call_.temperature;
     const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
     const double per_student = soft / sums_.student;
     Kind kind = kind_;
-    if (call_.kd_scale == 0) {  // statistics may have been wanted for the metrics
+    if (kd_scale_ == 0) {  // statistics may have been wanted for the metrics, or by a rule
       kind = kNone;
       row_.student = row_.unit;
     }
@@ -519,6 +547,7 @@ template <class X> class OneRow {
   char* grad_;
   Kind kind_;
   KlWeights weights_;
+  double kd_scale_ = call_.kd_scale;  // and a row rule's factor
   bool unit_, stream_;
   int64_t head_, body_, whole_, tiles_;
   Row<F> row_;

@@ -149,7 +149,8 @@ def assemble(tape: Tape) -> _Tape:
     """
     if len(tape.nodes) > MOST_STEPS:
         raise RuntimeError(
-            f"{len(tape.nodes)} operations: without a C++ compiler, at most {MOST_STEPS}"
+            f"{len(tape.nodes)} operations: expected at most {MOST_STEPS} in a row rule, and in a "
+            "divergence where there is no C++ compiler"
         )
     made = _Tape(len(tape.nodes), tape.value, tape.grad)
     for step, node in zip(made.steps, tape.nodes, strict=False):

@@ -46,6 +46,15 @@ struct Numbers {
   double temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing;
   double student_scale, student_softcap, teacher_scale, teacher_softcap;
   double rounding;  // a sparse teacher's tail below this counts as 0 where the student has none
+  double rule;      // the address of a row rule's Tape; 0: none
+  double rule_parameters[kParameters];
+  double parameters[kParameters];
+};
+
+// What a row rule's tape has as parameters: a row's, in the order of fusedkd.row_rules.STATISTICS,
+// and its own behind them.
+struct RuleNumbers {
+  double divergence, teacher_entropy, student_entropy, label_log_prob, teacher_top1, student_top1;
   double parameters[kParameters];
 };
 
@@ -86,7 +95,7 @@ struct RowsCall : Numbers {
   const void* row_scale;  // (rows,) fp64 if `wide`, else fp32; also loss and metrics
   void* loss;
   void* metrics;           // (rows, kMetrics) or null
-  bool measures;           // whether there will be metrics
+  bool measures;           // whether what metrics tell is wanted
   bool exact;              // fp64 throughout, as rows need it whose p and q hardly meet
   Statistics* statistics;  // of this piece, or merged
   Comparison* comparison;  // of this piece, or merged
@@ -101,6 +110,7 @@ struct RowsCall : Numbers {
   Tail tail;
   bool wide;    // accumulate in fp64
   bool stream;  // write the gradient past the caches
+  double (*rule_factor)(const Tape&, const RuleNumbers&);
   int divergence;
   double disjoint;  // the divergence's value where p and q have nothing in common; infinite: not to
                     // be looked at
@@ -160,6 +170,7 @@ struct InstructionSet {
   void (*scale)(const ScaleCall&, int64_t row);
   void (*softmax)(const SoftmaxCall&, int64_t row);
   void (*top)(const TopCall&, int64_t row);
+  double (*rule_factor)(const Tape&, const RuleNumbers&);
 };
 
 const InstructionSet& base_set();

@@ -149,6 +149,7 @@ template <class X> class SparseRow : public OneRow<X> {
   }
   void restore() {
     const fusedkd::Statistics& merged = call_.statistics[n_];
+    all_.advance((F)merged.student_max);
     row_.student.advance((F)merged.outside_max), row_.unit.advance((F)merged.outside_max);
     sums_.student = merged.outside_sum;
     log_tail_ = log_sum(row_.student, sums_.student);
@@ -245,22 +246,37 @@ template <class X> class SparseRow : public OneRow<X> {
   }
 
   // The teacher's entropy and top are those of all its ids, wherever they lie.
-  void report(double kd, double ce) {
+  struct Teacher {
+    double entropy, most;
+    int64_t top;
+  };
+  Teacher teacher() const {
     const int32_t* ids = call_.indices + n_ * call_.entries;
     const double* log_probs = call_.log_probs + n_ * (call_.entries + 1);
-    double most = -kInfinity, entropy = entropy_of(lp_tail_);
-    this->top_teacher_ = -1;
+    Teacher t{entropy_of(lp_tail_), -kInfinity, -1};
     for (int64_t i = 0; i < call_.entries; ++i) {
-      entropy += entropy_of(log_probs[i]);
-      if (log_probs[i] > most) most = log_probs[i], this->top_teacher_ = ids[i];
+      t.entropy += entropy_of(log_probs[i]);
+      if (log_probs[i] > t.most) t.most = log_probs[i], t.top = ids[i];
     }
-    this->put_metrics(kd, ce, entropy, this->student_entropy(), ::exp(log_inside_ - log_student_));
+    return t;
+  }
+  void report(double kd, double ce) {
+    const Teacher t = teacher();
+    this->top_teacher_ = t.top;
+    this->put_metrics(kd, ce, t.entropy, this->student_entropy(),
+                      ::exp(log_inside_ - log_student_));
+  }
+  RuleNumbers known(double kd) const {
+    const Teacher t = teacher();
+    const double top = all_.max * row_.student.inverse_temperature() - log_student_;
+    return {kd,         t.entropy, this->student_entropy(), this->label_log_prob(), ::exp(t.most),
+            ::exp(top), {}};
   }
   static double entropy_of(double lp) { return lp == -kInfinity ? 0 : -::exp(lp) * lp; }
 
   // Outside the ids d loss / d s = A q + C q_1 + ..., with the tail's derivative as part of A.
   void gradient(double weight) {
-    const double soft = weight * call_.kd_scale / call_.temperature;
+    const double soft = weight * this->kd_scale_ / call_.temperature;
     const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
     const bool separate = unit_ && hard != 0;
     double student = 0;
@@ -352,10 +368,17 @@ inline void row(const RowsCall& call, const Workspace& work, int64_t n) {
 
 #if defined(FUSEDKD_POINTWISE)  // a library of one divergence has no other rows
 constexpr InstructionSet kSet = {
-    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, nullptr, nullptr};
+    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, nullptr, nullptr, nullptr};
 #else
-constexpr InstructionSet kSet = {
-    FUSEDKD_STRING(FUSEDKD_ISA), find, disjoint, keeps, row, scale, softmax_row, top_row};
+constexpr InstructionSet kSet = {FUSEDKD_STRING(FUSEDKD_ISA),
+                                 find,
+                                 disjoint,
+                                 keeps,
+                                 row,
+                                 scale,
+                                 softmax_row,
+                                 top_row,
+                                 rule_factor};
 #endif
 
 }  // namespace FUSEDKD_ISA

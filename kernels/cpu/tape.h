@@ -52,6 +52,12 @@ FUSEDKD_INLINE V step(const TapeStep& s, const V* x, const Entry<V>& e, const do
   return a;
 }
 
+template <class V>
+FUSEDKD_INLINE void steps(const Tape& self, V* x, const Entry<V>& e, const double* w) {
+  x[0] = V{};
+  for (int64_t i = 0; i < self.count; ++i) x[i] = step(self.steps[i], x, e, w);
+}
+
 // Listed in pointwise.h. The tape's address is the last parameter: fusedkd.kernels.cpu.emit.
 struct tape {
   template <class V> FUSEDKD_INLINE static Point<V> at(const Entry<V>& e, const double* w) {
@@ -61,12 +67,18 @@ struct tape {
   static __attribute__((noinline)) Point<V> run(const Entry<V>& e, const double* w) {
     const Tape& self = *(const Tape*)(uintptr_t)w[kParameters - 1];
     V x[kMostSteps];
-    x[0] = V{};
-    for (int64_t i = 0; i < self.count; ++i) x[i] = step(self.steps[i], x, e, w);
+    steps(self, x, e, w);
     const V grad = x[self.grad];
     return {x[self.value], abs(grad) == splat<V>(kInfinity) ? V{} : grad};
   }
 };
+
+// A row rule: numbers of a row in the place of an entry's.
+inline double rule_factor(const Tape& self, const RuleNumbers& numbers) {
+  VD x[kMostSteps];
+  steps(self, x, Entry<VD>{}, (const double*)&numbers);
+  return x[self.value][0];
+}
 
 }  // namespace FUSEDKD_ISA
 }  // namespace fusedkd

@@ -56,6 +56,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedkd.divergences import recorded_tape
+from fusedkd.row_rules import recorded_tape as recorded_rule
 
 from . import launches, lean, pointwise
 from .launches import Launch
@@ -106,7 +107,8 @@ class Plan(Tiling):
     stages: int  # see Launch
     aligned_to: str  # which tensor has the smallest items
     nvidia: bool  # its approximate instructions are there
-    careful: Any  # the divergence's function in pointwise.py
+    careful: Any  # the divergence's function in pointwise.py, or the one that emit.py made of it
+    own: bool  # the latter, with parameters of its own
     form: lean.Lean
     exact: bool  # entry by entry: fp64, and divergences of somebody's own
     closed: bool  # the statistics give the divergence, ...
@@ -127,10 +129,12 @@ class Plan(Tiling):
     metrics: bool
     transformed_s: bool  # the student's logits are scaled or capped
     transformed_t: bool
+    rule: Any  # the row rule's function of a row's statistics, or None
 
     @cached_property
     def cache_key(self) -> str:  # Triton's, so that an edited divergence is compiled anew
-        return " ".join((self._text, self.careful.cache_key, self.form.cache_key))
+        rule = "" if self.rule is None else self.rule.cache_key
+        return " ".join((self._text, self.careful.cache_key, self.form.cache_key, rule))
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,6 +183,7 @@ class Variant(NamedTuple):
     metrics: bool = False
     transformed_s: bool = False
     transformed_t: bool = False
+    rule: str | None = None
 
 
 def stages(variant: Variant, launch: Launch) -> tuple[str, ...]:
@@ -216,6 +221,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         aligned_to=lead,
         nvidia=target == "cuda" and not INTERPRETED,
         careful=function(variant.divergence),
+        own=recorded_tape(variant.divergence) is not None,
         form=form,
         exact=exact,
         closed=kls or powers > 0,
@@ -226,7 +232,11 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         terms=form.terms is not None,
         unroll_terms=1 if form.heavy or stage == "joint" or lead == "grad" else unroll,
         sharp=form.sharp is not None and variant.kd and not exact,
-        late=powers > 0 and variant.kd and variant.grad is not None and stage in AT_ONCE,
+        late=powers > 0
+        and variant.kd
+        and variant.grad is not None
+        and stage in AT_ONCE
+        and variant.rule is None,
         mixes=variant.divergence in pointwise.MIXTURES,
         teacher=variant.kd or variant.metrics,
         kd=variant.kd,
@@ -236,6 +246,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         metrics=variant.metrics,
         transformed_s=variant.transformed_s,
         transformed_t=variant.transformed_t,
+        rule=None if variant.rule is None else _rule(variant.rule),
     )
 
 
@@ -279,6 +290,12 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
         item=dtype.itemsize,
         aligned=True,  # a tensor is always aligned with itself
     )
+
+
+def _rule(key: str) -> Any:
+    from . import emit
+
+    return emit.rule(recorded_rule(key))
 
 
 def function(divergence: str) -> Any:

@@ -1,5 +1,6 @@
-"""A divergence of one's own in Triton: rendered to a file, where Triton looks for its source, and
-imported. It is called as those of pointwise.py are.
+"""A divergence of one's own in Triton, or a row rule: rendered to a file, where Triton looks for
+its source, and imported. A divergence is called as those of pointwise.py are, a rule by programs.py
+and sparse.py.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fusedkd.files import private_folder, replace_file
+from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.tape import Tape
+from fusedkd.trace import STATISTICS
 
-MOST_PARAMETERS = 2  # of a row kernel
 INFIX = {
     **dict(zip(("add", "sub", "mul", "div"), "+-*/", strict=True)),
     "eq": "==",
@@ -30,24 +32,24 @@ from fusedkd.kernels.triton.elementwise import {names}
 
 
 @triton.jit
-def custom(lp, lq, gap, p, q, a, b):
+def custom({arguments}, by):
 """
+ENTRY = ("lp", "lq", "gap", "p", "q")
 
 
 @functools.cache
 def function(tape: Tape) -> Any:
-    """The jitted function of a tape.
+    """The jitted function of a tape."""
+    return _function(render(tape))
 
-    Raises:
-        NotImplementedError: it has more parameters than a row kernel takes.
-    """
-    highest = max((int(n.number) + 1 for n in tape.nodes if n.op == "parameter"), default=0)
-    if highest > MOST_PARAMETERS:
-        raise NotImplementedError(
-            f"backend='triton' takes at most {MOST_PARAMETERS} parameters of a divergence of your "
-            f"own, and this one has {highest}: write the others into the formula as numbers."
-        )
-    source = render(tape)
+
+@functools.cache
+def rule(tape: Tape) -> Any:
+    """The same of a row rule."""
+    return _function(render_rule(tape))
+
+
+def _function(source: str) -> Any:
     name = f"fusedkd_custom_{hashlib.sha256(source.encode()).hexdigest()[:24]}"
     path = private_folder("triton") / f"{name}.py"
     if not path.exists() or path.read_text() != source:
@@ -65,11 +67,26 @@ def _imported(name: str, path: Path) -> Any:
 
 def render(tape: Tape) -> str:
     """The module's source."""
+    last = f"value, grad = like(x{tape.value}, lp), like(x{tape.grad}, lp)"
+    return _module(tape, ENTRY, (), [last, "return value, finite(grad)"])
+
+
+def render_rule(tape: Tape) -> str:
+    """The same of a row rule: a tape's first parameters are a row's statistics."""
+    names = tuple(STATISTICS)
+    return _module(tape, names, names, [f"return like(x{tape.value}, {names[0]})"])
+
+
+def _module(
+    tape: Tape, arguments: tuple[str, ...], parameters: tuple[str, ...], last: list[str]
+) -> str:
+    """``parameters``: the names of the first; the others come in a tuple."""
     names = sorted({FUNCTIONS[n.op] for n in tape.nodes if n.op in FUNCTIONS} | {"finite", "like"})
-    lines = [f"    x{i} = {_expression(tape, i)}" for i in range(len(tape.nodes))]
-    lines.append(f"    value, grad = like(x{tape.value}, lp), like(x{tape.grad}, lp)")
-    lines.append("    return value, finite(grad)")
-    return HEAD.format(names=", ".join(names)) + "\n".join([*lines, ""])
+    more = [f"by[{i}]" for i in range(MOST_PARAMETERS)]
+    inputs, size = [*parameters, *more], len(tape.nodes)
+    lines = [f"x{i} = {_expression(tape, i, inputs, arguments[0])}" for i in range(size)]
+    head = HEAD.format(names=", ".join(names), arguments=", ".join(arguments))
+    return head + "".join(f"    {line}\n" for line in (*lines, *last))
 
 
 FUNCTIONS = {op: op for op in ("sign", "expm1", "log1p", "sqrt", "tanh", "sigmoid", "logaddexp")}
@@ -78,17 +95,18 @@ PLAIN = {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs"}
 PLAIN |= {"minimum": "tl.minimum", "maximum": "tl.maximum", "where": "tl.where"}
 
 
-def _expression(tape: Tape, position: int) -> str:
+def _expression(tape: Tape, position: int, parameters: list[str], shape: str) -> str:
+    """``shape``: an argument that has the result's."""
     node = tape.nodes[position]
     if (entry := tape.entry(node)) is not None:
         return entry
     inputs = [f"x{i}" for i in node.inputs]
     if node.op == "parameter":
-        return f"like({'ab'[int(node.number)]}, lp)"
+        return f"like({parameters[int(node.number)]}, {shape})"
     if node.op == "constant":
         finite = node.number - node.number == 0
         number = repr(node.number) if finite else f"float('{node.number}')"
-        return f"like({number}, lp)"
+        return f"like({number}, {shape})"
     if node.op in INFIX:
         return f"{inputs[0]} {INFIX[node.op]} {inputs[1]}"
     if node.op in ("neg", "detach", "not"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import debug
+from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec
 
@@ -20,13 +21,15 @@ HALF = (torch.bfloat16, torch.float16)
 
 def rows(call: RowCall) -> Rows:
     device.check(call.student)
+    if (rule := rule_of(call.spec)) is not None and not call.metrics:  # which are what it reads
+        return Rows(rows(call._replace(metrics=True)).loss, None)
     results, n = call.results(), call.row_scale.numel()
     if n == 0:
         return results
     launch = config.choose(n, call.spec.vocab_size, device.processors(call.student.device))
     if debug.ENABLED:
         debug.note(f"{n:,} rows by {launch}")
-    variant = _variant(call)
+    variant = _variant(call)._replace(rule=rule)
     arguments = {
         "student": call.student,
         "teacher": call.teacher_logits,
@@ -41,8 +44,8 @@ def rows(call: RowCall) -> Rows:
         **numbers(call.spec),
     }
     with device.guard(call.student):
-        for launcher, rows, pieces in _launchers(variant, launch):
-            launcher((n * rows, pieces), arguments)
+        for launcher, per_row, pieces in _launchers(variant, launch):
+            launcher((n * per_row, pieces), arguments)
     return results
 
 
@@ -121,9 +124,10 @@ def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, i
 @functools.lru_cache(maxsize=64)
 def numbers(spec: LossSpec) -> dict[str, float | int]:
     """What a kernel is told of the hyper-parameters; a training repeats them."""
-    a, b = (*map(float, spec.divergence.params), 0.0, 0.0)[:2]
+    a, b = _seven(spec.divergence.params)[:2]
     if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
         b = 1.0 - a
+    of_rule = () if spec.row_rule is None else spec.row_rule.params
     return {
         "vocab": spec.vocab_size,
         "inverse_s": 1.0 / spec.temperature,
@@ -138,7 +142,18 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
+        **{f"own_{i}": number for i, number in enumerate(_seven(spec.divergence.params))},
+        **{f"rule_{i}": number for i, number in enumerate(_seven(of_rule))},
     }
+
+
+def _seven(parameters: tuple[float, ...]) -> tuple[float, ...]:
+    return (*map(float, parameters), *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
+
+
+def rule_of(spec: LossSpec) -> str | None:
+    """The key of a row rule that has a say."""
+    return spec.row_rule.key if spec.row_rule is not None and spec.kd_scale else None
 
 
 def power(spec: LossSpec) -> int:

@@ -2,15 +2,14 @@
 
 A divergence is one function here, called as there:
 
-    (lp, lq, gap, p, q, a, b) -> (value, grad)
+    (lp, lq, gap, p, q, by) -> (value, grad)
 
-for log p, log q, their difference (known to more digits than the two), p, q, and up to two run-time
-parameters (0 where there are fewer). ``grad`` is d value / d lq. The kernels take the function as a
-``tl.constexpr`` and inline it, so it needs no other registration. Edge semantics are those of
-``fusedkd.divergences``: a zero weight silences whatever it multiplies, an infinite value comes with
-a finite gradient. A NaN logit need not come through: its row's normaliser is NaN, and with that the
-kernels poison the row.
-
+for log p, log q, their difference (known to more digits than the two), p, q, and the run-time
+parameters, a tuple of two (0 where there are fewer). ``grad`` is d value / d lq. The kernels take
+the function as a ``tl.constexpr`` and inline it, so it needs no other registration. Edge semantics
+are those of ``fusedkd.divergences``: a zero weight silences whatever it multiplies, an infinite
+value comes with a finite gradient. A NaN logit need not come through: its row's normaliser is NaN,
+and with that the kernels poison the row.
 
 These are the careful ones, for what they are called with one by one; whole rows that hold nothing
 special go by lean.py.
@@ -59,47 +58,51 @@ def _mixture(lp, lq, gap, of_p, of_q):
 
 
 @triton.jit
-def forward_kl(lp, lq, gap, p, q, a, b):
+def forward_kl(lp, lq, gap, p, q, by):
     value = tl.where((lq == -INFINITY) & (lp >= UNDERFLOW), INFINITY, _times(p, gap))
     return value, -p
 
 
 @triton.jit
-def reverse_kl(lp, lq, gap, p, q, a, b):
+def reverse_kl(lp, lq, gap, p, q, by):
     absent = lp == -INFINITY
     finite = _times(q, tl.where(absent, 0.0, -gap))
     return tl.where(absent & (lq >= UNDERFLOW), INFINITY, finite), finite + q
 
 
 @triton.jit
-def mixed_kl(lp, lq, gap, p, q, a, b):
-    forward, forward_grad = forward_kl(lp, lq, gap, p, q, 0.0, 0.0)
-    reverse, reverse_grad = reverse_kl(lp, lq, gap, p, q, 0.0, 0.0)
+def mixed_kl(lp, lq, gap, p, q, by):
+    forward, forward_grad = forward_kl(lp, lq, gap, p, q, by)
+    reverse, reverse_grad = reverse_kl(lp, lq, gap, p, q, by)
+    a = by[0]
     return a * forward + (1.0 - a) * reverse, a * forward_grad + (1.0 - a) * reverse_grad
 
 
 @triton.jit
-def jsd(lp, lq, gap, p, q, a, b):
+def jsd(lp, lq, gap, p, q, by):
+    a = by[0]
     p, q, over_p, over_q, _ = _mixture(lp, lq, gap, a, 1.0 - a)
     grad = (1.0 - a) * (q * over_q)
     return a * (p * over_p) + grad, grad
 
 
 @triton.jit
-def skew_forward_kl(lp, lq, gap, p, q, a, b):
+def skew_forward_kl(lp, lq, gap, p, q, by):
+    a = by[0]
     p, _, over_p, _, product = _mixture(lp, lq, gap, a, 1.0 - a)
     return p * over_p, -(1.0 - a) * product
 
 
 @triton.jit
-def skew_reverse_kl(lp, lq, gap, p, q, a, b):
+def skew_reverse_kl(lp, lq, gap, p, q, by):
+    a = by[0]
     _, q, _, over_q, product = _mixture(lp, lq, gap, 1.0 - a, a)
     value = q * over_q
     return value, value + (1.0 - a) * product
 
 
 @triton.jit
-def total_variation(lp, lq, gap, p, q, a, b):
+def total_variation(lp, lq, gap, p, q, by):
     difference = p - q
     half_q = 0.5 * q
     grad = tl.where(difference > 0, -half_q, tl.where(difference < 0, half_q, difference))
@@ -140,13 +143,13 @@ def _alpha_beta(lp, lq, gap, a, b, s):
 
 
 @triton.jit
-def alpha(lp, lq, gap, p, q, a, b):
-    return _alpha_beta(lp, lq, gap, a, 1.0 - a, a * 0.0 + 1.0)
+def alpha(lp, lq, gap, p, q, by):
+    return _alpha_beta(lp, lq, gap, by[0], 1.0 - by[0], by[0] * 0.0 + 1.0)
 
 
 @triton.jit
-def alpha_beta(lp, lq, gap, p, q, a, b):
-    return _alpha_beta(lp, lq, gap, a, b, a + b)
+def alpha_beta(lp, lq, gap, p, q, by):
+    return _alpha_beta(lp, lq, gap, by[0], by[1], by[0] + by[1])
 
 
 # Near p = q the logarithm of the mixture cancels. Full rows make up for it by the number of their

@@ -97,6 +97,24 @@ class Compared(NamedTuple):
 
 
 @triton.jit
+def seven(n_0, n_1, n_2, n_3, n_4, n_5, n_6, ACC: tl.constexpr):
+    return (scalar(n_0, ACC), scalar(n_1, ACC), scalar(n_2, ACC), scalar(n_3, ACC),
+            scalar(n_4, ACC), scalar(n_5, ACC), scalar(n_6, ACC))  # fmt: skip
+
+
+@triton.jit
+def numbers(
+    a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, ACC: tl.constexpr, plan: tl.constexpr
+):
+    """What the divergence's function in pointwise.py takes, or one of one's own."""
+    if plan.own:
+        found = seven(own_0, own_1, own_2, own_3, own_4, own_5, own_6, ACC)
+    else:
+        found = (scalar(a, ACC), scalar(b, ACC))
+    return found
+
+
+@triton.jit
 def _shape(sides, grad, columns, plan: tl.constexpr):
     """By the tensor with the smallest items: its boundaries are everybody's."""
     if plan.aligned_to == "student":
@@ -150,7 +168,7 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         ce = _cross_entropy(of, label, sides, weights, vocab, plan)
     sum_of_terms = scalar(0.0, plan.acc)
     if plan.kd:
-        sum_of_terms += weights.kd * value
+        sum_of_terms += tl.where(weights.kd == 0, 0.0, weights.kd * value)
     if plan.ce:
         sum_of_terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
     tl.store(loss + n, weights.row * sum_of_terms)
@@ -165,6 +183,30 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         tl.store(out + 5, (at_s == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 6, (at_t == label.column).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 7, unknown)
+
+
+@triton.jit
+def ruled(weights, value, entropy_t, entropy_s, label, top_t, top_s, by, plan: tl.constexpr):
+    """With the row rule's factor on the divergence, NaN where that is. Rounding does not take its
+    numbers out of their ranges."""
+    zero, one = scalar(0.0, plan.acc), scalar(1.0, plan.acc)
+    factor = plan.rule(
+        tl.maximum(value, zero), tl.maximum(entropy_t, zero), tl.maximum(entropy_s, zero),
+        tl.minimum(label, zero), tl.minimum(top_t, one), tl.minimum(top_s, one), by,
+    )  # fmt: skip
+    factor = tl.where(value != value, value, factor)
+    return Weights(weights.row, weights.kd * factor, weights.ce, weights.smoothing)
+
+
+@triton.jit
+def _ruled(weights, of, pair, value, label, sides, by, plan: tl.constexpr):
+    s, t = pair.student, pair.teacher
+    log_q = scalar(0.0, plan.acc)
+    if plan.ce:
+        z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
+        log_q = (z - of.student.max) * s.inverse_t - s.log_sum
+    entropy_t, entropy_s = _entropy(of.teacher, t, plan), _entropy(of.student, s, plan)
+    return ruled(weights, value, entropy_t, entropy_s, log_q, t.over_sum, s.over_sum, by, plan)
 
 
 @triton.jit
@@ -285,7 +327,7 @@ def _swept(STEP: tl.constexpr, shared, n, piece, sides, shape, span, by, unroll:
 
 
 @triton.jit
-def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.constexpr):
+def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, own, plan: tl.constexpr):
     zero = scalar(0.0, plan.acc)
     value, sum_grad, ordinary, forwards = zero, zero, True, True
     careful: tl.constexpr = 0 if plan.powers else 1
@@ -294,7 +336,7 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.con
         ordinary = (tl.abs(value) < INFINITY) & (tl.abs(sum_grad) < INFINITY)
         if plan.terms and not plan.late:
             if ordinary:
-                by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
+                by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b, own)
                 first, second = _swept(
                     compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
                 )
@@ -302,17 +344,17 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.con
         else:
             forwards = False
         if not ordinary:
-            by = Comparing(pair, (a,), a, b)
+            by = Comparing(pair, (a,), a, b, own)
             value, sum_grad = _swept(
                 compare_carefully, shared, n, piece, sides, shape, span, by, careful, plan
             )
     elif plan.teacher and plan.exact:
-        by = Comparing(pair, (a,), a, b)
+        by = Comparing(pair, (a,), a, b, own)
         value, sum_grad = _swept(
             compare_carefully, shared, n, piece, sides, shape, span, by, 1, plan
         )
     elif plan.teacher:
-        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b)
+        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b, own)
         first, second = _swept(
             compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
         )
@@ -325,7 +367,9 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, plan: tl.con
 
 
 @triton.jit
-def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.constexpr):
+def _factors(
+    grad, shape, of, pair, compared, weights, vocab, a, b, own, plan: tl.constexpr
+):  # fmt: skip
     kd = weights.row * weights.kd * pair.student.inverse_t
     unit, smooth, hot = weights.row, weights.row, weights.row
     if plan.ce:
@@ -339,7 +383,7 @@ def _factors(grad, shape, of, pair, compared, weights, vocab, a, b, plan: tl.con
     if plan.late or plan.sharp:
         terms = plan.form.constants(of, pair, a, b, plan)
     return Gradient(
-        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b
+        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b, own
     )
 
 
@@ -437,6 +481,10 @@ def row_kernel(
     s_scale: tl.float64, s_cap: tl.float64, t_scale: tl.float64, t_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
     a: tl.float64, b: tl.float64,  # parameters of the divergence
+    own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,  # or of one's own
+    own_4: tl.float64, own_5: tl.float64, own_6: tl.float64,
+    rule_0: tl.float64, rule_1: tl.float64, rule_2: tl.float64, rule_3: tl.float64,  # of a row rule
+    rule_4: tl.float64, rule_5: tl.float64, rule_6: tl.float64,
     plan: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces), and (N pieces,) in the stage "joint"."""
@@ -464,6 +512,7 @@ def row_kernel(
             drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
         first, second = scalar(a, acc), scalar(b, acc)
+        own = numbers(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, acc, plan)
         of_s, of_t, over = scalar(inverse_s, acc), scalar(inverse_t, acc), scalar(ratio, acc)
         scales = Scales(of_s * LOG2E, of_t * LOG2E, over, first, second)
         if plan.stage != "middle" and plan.stage != "gradient":
@@ -483,17 +532,20 @@ def row_kernel(
         if plan.stage != "statistics":
             pair = paired(of, of_s, of_t, over, plan)
             compared = _compared(
-                of, pair, shared, n, piece, sides, shape, span, first, second, plan
+                of, pair, shared, n, piece, sides, shape, span, first, second, own, plan
             )
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
+                if plan.rule is not None:
+                    rule = seven(rule_0, rule_1, rule_2, rule_3, rule_4, rule_5, rule_6, acc)
+                    weights = _ruled(weights, of, pair, compared.value, label, sides, rule, plan)
                 if leader and not plan.late:
                     _report(loss, metrics, n, of, pair, compared.value, label, sides, weights,
                             vocab, plan)  # fmt: skip
                 if grad is not None:
                     by = _factors(grad, shape, of, pair, compared, weights, vocab, first, second,
-                                  plan)  # fmt: skip
+                                  own, plan)  # fmt: skip
                     value, known = _gradient(label, shared, n, piece, sides, span, shape, by,
                                              compared, plan)  # fmt: skip
                     if plan.late and known:

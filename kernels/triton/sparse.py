@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .numerics import LN2, LOG2E, exp_wide, log_sum, log_wide, lowest, reciprocal, rounded, scalar
-from .programs import Weights, drop, leave, pieces
+from .programs import Weights, drop, leave, numbers, pieces, ruled, seven
 from .row import (
     INFINITY,
     NO_COLUMN,
@@ -65,6 +65,8 @@ class Entries(NamedTuple):
     log_probs: Any  # pointers
     logits: Any
     transform: Transform
+    own: Any  # the divergence's numbers
+    own_wide: Any  # in fp64
 
 
 class Normaliser(NamedTuple):
@@ -89,6 +91,7 @@ class Found(NamedTuple):
     own_t: Any  # sum p log p
     own_s: Any  # the ids' sum q log q
     top: Any  # the teacher's first choice
+    most: Any  # and its log p
 
 
 class Tail(NamedTuple):
@@ -161,7 +164,7 @@ def _normaliser(seen, entries, inverse, TAIL: tl.constexpr, plan: tl.constexpr):
 
 
 @triton.jit
-def _points(start, entries, norm, tail_floor, a, b, TAIL: tl.constexpr, plan: tl.constexpr):
+def _points(start, entries, norm, tail_floor, TAIL: tl.constexpr, plan: tl.constexpr):
     """A block of slots: (id, z, slope, lp, q, value, grad), nothing at padding."""
     id, z, slope = _id_block(entries, start, plan)
     slot = start + tl.arange(0, BLOCK)
@@ -183,17 +186,16 @@ def _points(start, entries, norm, tail_floor, a, b, TAIL: tl.constexpr, plan: tl
     gap = tl.where(nothing, 0.0, lp_wide - lq_wide)
     q = tl.exp(lq)
     if plan.mixes or TAIL == "generalized":
-        a_wide, b_wide = a.to(tl.float64), b.to(tl.float64)
         p_wide, q_wide = tl.exp(lp_wide), tl.exp(lq_wide)
-        value, grad = plan.careful(lp_wide, lq_wide, gap, p_wide, q_wide, a_wide, b_wide)
+        value, grad = plan.careful(lp_wide, lq_wide, gap, p_wide, q_wide, entries.own_wide)
         if TAIL == "generalized":  # c (q - p) makes of it one of measures; divergences.measure_term
             zero = tl.zeros_like(p_wide)
-            _, flat = plan.careful(zero, zero, zero, zero + 1.0, zero + 1.0, a_wide, b_wide)
+            _, flat = plan.careful(zero, zero, zero, zero + 1.0, zero + 1.0, entries.own_wide)
             value += flat * (p_wide - q_wide)
             grad -= flat * q_wide
         grad = grad.to(plan.acc)
     else:
-        value, grad = plan.careful(lp, lq, gap.to(plan.acc), tl.exp(lp), q, a, b)
+        value, grad = plan.careful(lp, lq, gap.to(plan.acc), tl.exp(lp), q, entries.own)
     value, grad = tl.where(nothing, 0.0, value), tl.where(nothing, 0.0, grad)
     # No normaliser carries a NaN of the teacher's to the row, and a divergence may swallow it.
     unknown = lp != lp
@@ -208,12 +210,12 @@ def _weighted(lp):
 
 
 @triton.jit
-def _compare(entries, norm, tail_floor, a, b, TAIL: tl.constexpr, plan: tl.constexpr):
+def _compare(entries, norm, tail_floor, TAIL: tl.constexpr, plan: tl.constexpr):
     value = tl.full([], 0, tl.float64)
     sum_grad, of_tail, own_t, own_s = value, value, value, value
     most, top = tl.full([], -INFINITY, plan.acc), tl.full([], -1, tl.int32)
     for start in range(0, entries.ids.count + 1, BLOCK):
-        id, z, _, lp, _, v, g = _points(start, entries, norm, tail_floor, a, b, TAIL, plan)
+        id, z, _, lp, _, v, g = _points(start, entries, norm, tail_floor, TAIL, plan)
         value += added(v)
         sum_grad += added(g)
         last = start + tl.arange(0, BLOCK) == entries.ids.count
@@ -227,7 +229,7 @@ def _compare(entries, norm, tail_floor, a, b, TAIL: tl.constexpr, plan: tl.const
             first = tl.min(tl.where(lp == here, id, NO_COLUMN), axis=0)
             top = tl.where(here > most, first, top)
             most = tl.maximum(here, most)
-    return Found(value, sum_grad, of_tail, own_t, own_s, top)
+    return Found(value, sum_grad, of_tail, own_t, own_s, top, most)
 
 
 @triton.jit
@@ -237,7 +239,7 @@ def _scatter(
 ):  # fmt: skip
     """The gradients of those ids that lie in the span."""
     for start in range(0, entries.ids.count, BLOCK):
-        id, z, slope, _, q, _, g = _points(start, entries, norm, tail_floor, by.a, by.b, TAIL, plan)
+        id, z, slope, _, q, _, g = _points(start, entries, norm, tail_floor, TAIL, plan)
         g = (g - q * sum_grad) * by.kd if plan.kd else tl.zeros_like(g)
         if plan.ce:
             g += tl.exp2((z - norm.softmax.max) * LOG2E) * over_unit
@@ -283,7 +285,7 @@ def _report(
 ):
     terms, ce = scalar(0.0, plan.acc), scalar(float("nan"), plan.acc)
     if plan.kd:
-        terms += weights.kd * value
+        terms += tl.where(weights.kd == 0, 0.0, weights.kd * value)
     if plan.ce:
         ce = _cross_entropy(seen, norm, entries, weights, vocab, plan)
         terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
@@ -301,8 +303,20 @@ def _report(
 
 
 @triton.jit
+def _ruled(weights, seen, norm, found, value, entries, by, plan: tl.constexpr):
+    log_q = scalar(0.0, plan.acc)
+    if plan.ce:
+        raw = tl.load(entries.logits + entries.ids.count).to(plan.acc)
+        z, _ = through(raw, None, entries.transform, plan.transformed_s)
+        log_q = (z - norm.softmax.max) * norm.softmax.inverse_t - norm.softmax.log_sum
+    entropy_t, entropy_s = (-found.own_t).to(plan.acc), _entropy(seen, norm, found.own_s, plan)
+    top_t, top_s = tl.exp(found.most), norm.softmax.over_sum
+    return ruled(weights, value, entropy_t, entropy_s, log_q, top_t, top_s, by, plan)
+
+
+@triton.jit
 def _outside(
-    grad, shape, seen, norm, found, tail, weights, vocab, a, b,
+    grad, shape, seen, norm, found, tail, weights, vocab, own,
     TAIL: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     of_ce = weights.row * weights.ce
@@ -317,7 +331,7 @@ def _outside(
     unit = of_ce * norm.over_unit * tl.exp2(norm.shift * LOG2E)
     smooth = of_ce * weights.smoothing / vocab.to(plan.acc)
     return Outside(grad, shape, seen.of.student.max, norm.softmax, soft.to(plan.acc), kd, unit,
-                   smooth, a, b)  # fmt: skip
+                   smooth, own)  # fmt: skip
 
 
 @triton.jit
@@ -344,13 +358,13 @@ def _gradient(
 
 
 @triton.jit
-def _swept(sides, ids, norm, sums, n, piece, shape, span, a, b, plan: tl.constexpr):
+def _swept(sides, of, norm, sums, n, piece, shape, span, plan: tl.constexpr):
     """(value, sum of grad) outside the ids; the stage "middle" leaves those of its piece."""
     if plan.stage == "gradient":
         value = tl.sum(pieces(sums, n, 0, 2, plan), axis=0)
         sum_grad = tl.sum(pieces(sums, n, 1, 2, plan), axis=0)
     else:
-        by = Absent(ids, shape, norm.softmax, a, b)
+        by = Absent(of.ids, shape, norm.softmax, of.own)
         value, sum_grad = absent(sides, shape, span, by, plan)
     if plan.stage == "middle":
         at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
@@ -360,16 +374,14 @@ def _swept(sides, ids, norm, sums, n, piece, shape, span, a, b, plan: tl.constex
 
 
 @triton.jit
-def _absent(
-    sides, ids, norm, sums, n, piece, shape, span, a, b, TAIL: tl.constexpr, plan: tl.constexpr
-):
+def _absent(sides, of, norm, sums, n, piece, shape, span, TAIL: tl.constexpr, plan: tl.constexpr):
     zero = tl.full([], 0, tl.float64)
     value, sum_grad, rate = zero, zero, zero
     if plan.outside:
-        value, sum_grad = _swept(sides, ids, norm, sums, n, piece, shape, span, a, b, plan)
+        value, sum_grad = _swept(sides, of, norm, sums, n, piece, shape, span, plan)
     elif TAIL == "absent":
-        none, of_a, of_b = zero - INFINITY, a.to(tl.float64), b.to(tl.float64)
-        each, rate = plan.careful(none, zero, none, zero, zero + 1.0, of_a, of_b)
+        none = zero - INFINITY
+        each, rate = plan.careful(none, zero, none, zero, zero + 1.0, of.own_wide)
         q = tl.exp(norm.log_tail)
         value, sum_grad = each * q, rate * q
     return Tail(value, sum_grad, rate)
@@ -403,6 +415,10 @@ def sparse_kernel(
     inverse_s: tl.float64, s_scale: tl.float64, s_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
     a: tl.float64, b: tl.float64,
+    own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,
+    own_4: tl.float64, own_5: tl.float64, own_6: tl.float64,
+    rule_0: tl.float64, rule_1: tl.float64, rule_2: tl.float64, rule_3: tl.float64,
+    rule_4: tl.float64, rule_5: tl.float64, rule_6: tl.float64,
     TAIL: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
     """One row, or a piece of one; grid (N, pieces). See programs.row_kernel."""
@@ -421,13 +437,15 @@ def sparse_kernel(
         if plan.stage == "whole" or plan.stage == "gradient":
             drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
-        of_a, of_b, inverse = scalar(a, acc), scalar(b, acc), scalar(inverse_s, acc)
-        scales = Scales(inverse * LOG2E, inverse * LOG2E, inverse, of_a, of_b)
+        inverse = scalar(inverse_s, acc)
+        scales = Scales(inverse * LOG2E, inverse * LOG2E, inverse, 0.0, 0.0)
         transform = Transform(scalar(s_scale, acc), scalar(s_cap, acc))
         sides = Sides(row, row, transform, transform)
         first = n.to(tl.int64) * (entries + 1)
         ids = Ids(indices + n.to(tl.int64) * entries, entries)
-        of = Entries(ids, log_probs + first, id_logits + first, transform)
+        own = numbers(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, acc, plan)
+        own_wide = numbers(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, tl.float64, plan)
+        of = Entries(ids, log_probs + first, id_logits + first, transform, own, own_wide)
         label = tl.full([], -1, tl.int32)
         if plan.ce:
             label = tl.load(labels + n).to(tl.int32)
@@ -442,12 +460,11 @@ def sparse_kernel(
         else:
             tl.debug_barrier()  # what is kept was written by other threads
             norm = _normaliser(seen, of, inverse, TAIL, plan)
-            tail = _absent(sides, of.ids, norm, sums, n, piece, shape, span, of_a, of_b, TAIL,
-                           plan)  # fmt: skip
+            tail = _absent(sides, of, norm, sums, n, piece, shape, span, TAIL, plan)
             if plan.stage != "middle":
                 # what counts as nothing of the teacher where the student has nothing
                 tail_floor = tl.where(norm.log_tail == -INFINITY, scalar(rounding, acc), 0.0)
-                found = _compare(of, norm, tail_floor, of_a, of_b, TAIL, plan)
+                found = _compare(of, norm, tail_floor, TAIL, plan)
                 value = (tail.value + found.value).to(acc)
                 sum_grad = tail.sum_grad + found.sum_grad
                 if TAIL == "conditional":  # on nothing: no number
@@ -456,12 +473,16 @@ def sparse_kernel(
                     value = tl.where(value < 0, 0.0, value)
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
+                if plan.rule is not None:
+                    rule = seven(rule_0, rule_1, rule_2, rule_3, rule_4, rule_5, rule_6, acc)
+                    weights = _ruled(weights, seen, norm, found, value, of, rule, plan)
                 if leader:
                     _report(loss, metrics, n, seen, norm, found, value, of, label, weights, vocab,
                             plan)  # fmt: skip
                 if grad is not None:
-                    by = _outside(grad, shape, seen, norm, found, tail, weights, vocab, of_a,
-                                  of_b, TAIL, plan)  # fmt: skip
+                    by = _outside(
+                        grad, shape, seen, norm, found, tail, weights, vocab, own, TAIL, plan
+                    )
                     _gradient(sides, of, label, norm, tail_floor, sum_grad.to(acc), span, weights,
                               by, TAIL, plan)  # fmt: skip
                     beyond = vocab if leader else columns

@@ -24,13 +24,15 @@ def rows(call: RowCall) -> Rows:
     teacher, student = call.teacher, call.student
     assert isinstance(teacher, SparseRows)
     device.check(student)
+    if (rule := ops.rule_of(call.spec)) is not None and not call.metrics:
+        return Rows(rows(call._replace(metrics=True)).loss, None)
     results, (n, entries) = call.results(), teacher.indices.shape
     if n == 0:
         return results
     launch = config.choose(n, call.spec.vocab_size, device.processors(student.device))
     if debug.ENABLED:
         debug.note(f"{n:,} rows by {launch}")
-    variant, tail = _variant(call), tail_of(teacher.tail)
+    variant, tail = _variant(call)._replace(rule=rule), tail_of(teacher.tail)
     arguments = {
         "student": student,
         "grad": call.grad,

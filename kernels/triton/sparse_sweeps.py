@@ -64,8 +64,7 @@ class Absent(NamedTuple):
     ids: Any
     shape: Any
     softmax: Any
-    a: Any
-    b: Any
+    own: Any  # the divergence's numbers
 
 
 class Outside(NamedTuple):
@@ -79,8 +78,7 @@ class Outside(NamedTuple):
     kd: Any
     unit: Any
     smooth: Any
-    a: Any
-    b: Any
+    own: Any
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,7 +185,7 @@ def _without(z, by, plan: tl.constexpr):
     lq = log_prob(z, z - softmax.max, softmax.inverse_t, softmax.log_sum, plan)
     nothing = tl.zeros_like(lq)
     value, grad = plan.careful(
-        nothing - INFINITY, lq, nothing - INFINITY, nothing, tl.exp(lq), by.a, by.b
+        nothing - INFINITY, lq, nothing - INFINITY, nothing, tl.exp(lq), by.own
     )
     masked = z == -INFINITY
     return tl.where(masked, 0.0, value), tl.where(masked, 0.0, grad)

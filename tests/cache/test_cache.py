@@ -36,6 +36,7 @@ from fusedkd.cache.layout import Answers
 from fusedkd.cache.packing import bits_for, pack, pack_runs, packed_size, unpack, unpack_runs
 from fusedkd.cache.policy import linear_in_teacher
 from fusedkd.cache.summary import summarize
+from fusedkd.cache.writer import Share
 from fusedkd.cli import main
 from fusedkd.train import DistillationArguments, DistillationTrainer
 
@@ -316,11 +317,15 @@ def test_what_is_read_is_what_the_teacher_said(disk: Path, cache: Path) -> None:
 
 
 def blocks(disk: Path) -> Dataset:
+    return parts(disk).train
+
+
+def parts(disk: Path) -> Any:
     from fusedkd.data.arguments import DataArguments
     from fusedkd.data.loading import load_rows
 
     flags = DataArguments(data=[str(disk / "text")], eval_share=0.25, max_length=BLOCK)
-    return load_rows(flags, tokenizer()).train
+    return load_rows(flags, tokenizer())
 
 
 def test_batches_are_found_however_they_are_made(disk: Path, cache: Path) -> None:
@@ -372,6 +377,87 @@ def test_a_loop_of_ones_own(disk: Path, cache: Path, sampled: Path) -> None:
             assert torch.equal(got.entropy, want.entropy)
 
 
+def test_built_in_a_program_of_ones_own(disk: Path, cache: Path, tmp_path: Path) -> None:
+    """The command's cache, of data sets, lists, and padded batches."""
+    teacher = AutoModelForCausalLM.from_pretrained(disk / "teacher").train()
+    rows = [row["input_ids"] for part in parts(disk)[:2] for row in part]
+    kept: dict[str, Any] = {"top_k": 40, "temperatures": (1, 2)}
+    made = TeacherCache.build(
+        tmp_path / "c", teacher, tokenizer(), rows, shard_bytes=int(0.03 * 2**20), **kept
+    )
+    assert not teacher.training and content(made.folder) == content(cache)
+    short = blocks(disk).select(range(2))
+    ids, mask = torch.full((2, 40), 7), torch.zeros(2, 40, dtype=torch.int64)
+    ids[0, 8:], mask[0, 8:] = torch.tensor(short[0]["input_ids"]), 1
+    ids[1, :BLOCK], mask[1, :BLOCK] = torch.tensor(short[1]["input_ids"]), 1
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+    few = torch.tensor(short["input_ids"])
+    every = {"set": short, "tensor": few, "batch": batch, "dicts": [*short]}
+    for name, form in every.items():
+        made = TeacherCache.build(tmp_path / name, teacher, tokenizer(), form, hidden="int8")
+        assert made.manifest.sequences == 2
+        assert torch.equal(made.batch(ids, mask).hidden[0, 8:], made.teacher(few[0]).hidden)
+        assert made.batch(ids, mask).weight is made.head().weight  # read once
+    with pytest.raises(CacheError, match="--hidden keeps what"):
+        TeacherCache.build(tmp_path / "no", teacher, tokenizer(), few, hidden="int8", top_k=3)
+    with pytest.raises(CacheError, match=r"expected 2 to 264"):
+        TeacherCache.build(tmp_path / "no", teacher, tokenizer(), few, vocab_size=265)
+
+
+def test_built_by_a_group(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(disk / "teacher")
+    rows = blocks(disk)["input_ids"][:40]
+
+    def built(rank: int) -> TeacherCache:
+        monkeypatch.setattr(Share, "of_group", lambda: Share(rank, 2))
+        return TeacherCache.build(tmp_path / "c", teacher, tokenizer(), rows, shard_bytes=9000)
+
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: built(1) if waiting.pop() else None)
+    waiting = [False, True]
+    assert built(0).manifest.number_of_shards > 1 and not waiting
+
+
+def test_show(
+    disk: Path, cache: Path, sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher's own most probable tokens, of any kind of cache."""
+    teacher = AutoModelForCausalLM.from_pretrained(disk / "teacher").eval()
+    ids = blocks(disk)["input_ids"][3]
+    made = TeacherCache.build(tmp_path / "c", teacher, tokenizer(), [ids], hidden="bf16")
+    with torch.no_grad():
+        wanted = (teacher(torch.tensor([ids])).logits[0, :, :257] / 2).log_softmax(-1).topk(3)
+    kept = TeacherCache(cache)
+    row = kept.find(ids)
+    assert row is not None and made.find(ids) == 0
+    found, whole = kept.top(row, 3, 2.0), kept.get(ids, 2.0)
+    assert np.array_equal(found.ids, whole.ids[:, :3])
+    assert np.array_equal(found.log_probs, whole.log_probs[:, :3])
+    found = made.top(0, 3, 2.0)
+    assert (found.ids == wanted.indices.numpy()).mean() > 0.9  # bf16
+    np.testing.assert_allclose(found.log_probs, wanted.values, atol=2e-2)
+    drawn = TeacherCache(sampled).top(row, 3)
+    assert (np.diff(drawn.log_probs, axis=1) <= 0).all()
+    flags = ["cache", "show", str(cache), "--row", str(TeacherCache(cache).find(ids))]
+    assert main([*flags, "--tokens", "2", "--top-k", "2", "--temperature", "2"]) == 0
+    said = capsys.readouterr().out
+    token, share = whole.ids[1, 0], np.exp(whole.log_probs[1, 0])
+    assert f"{tokenizer().decode([int(token)])!r} {share:.1%}" in said
+    assert f"{BLOCK - 2} more tokens: --first 2" in said and "the data tell" in said
+    data = ["--data", str(disk / "text"), "--block_size", str(BLOCK), "--eval_share", "0.25"]
+    assert main([*flags, "--first", str(BLOCK - 1), *data]) == 0
+    said = capsys.readouterr().out
+    assert f" {tokenizer().decode([ids[-1]])!r} │" in said and "tell" not in said
+    for wrong, why in (
+        (["--row", "9999"], "row 9999"),
+        (["--first", "32"], "--first 32"),
+        (["--temperature", "3"], "made for 1,2"),
+        ([*data, "--block_size", "16"], "is not in it"),
+        (["--tokenizer", str(tmp_path)], "tokenizer"),
+    ):
+        assert main([*flags, *wrong]) == 2
+        assert why in capsys.readouterr().err
+
+
 def test_batch_size_and_order_change_no_key(disk: Path, cache: Path, tmp_path: Path) -> None:
     assert main(command(disk, tmp_path / "other", "--batch-size", "3", "--top-k", "40")) == 0
     one, other = TeacherCache(cache), TeacherCache(tmp_path / "other")
@@ -399,24 +485,25 @@ def test_the_same_command_goes_on_and_repairs(disk: Path, cache: Path, tmp_path:
     assert (folder / "shard-00000.arrow").stat().st_mtime_ns == before
 
 
-# One interpreter that has imported everything forks a child per run, and kills some.
+# One interpreter that has imported everything forks a child per process, and kills some: of the
+# writers of one cache any one, which is then started again while the others write.
 ZYGOTE = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from fusedkd.cli import main
 import fusedkd.cli.make_cache
 
-job = json.loads(sys.argv[1])
-chance, sync = random.Random(job["kills"]), os.fsync
+chance, sync = random.Random(0), os.fsync
 
 def slowly(handle):  # so that there is a moment to hit
     time.sleep(0.005)
     sync(handle)
     time.sleep(0.005)
 
-def start(argv):
+def start(argv, rank=0, world=1):
     child = os.fork()
     if child == 0:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         os.fsync = slowly
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
@@ -429,44 +516,71 @@ def finish(child):
 def state(folder):
     return sorted(p.name for p in folder.glob("*")) if folder.exists() else []
 
-codes = [finish(start(job["whole"]))]
-folder = Path(job["folder"])
-for _ in range(job["kills"]):
-    before, child = state(folder), start(job["parts"])
-    end = time.monotonic() + 30
-    while state(folder) == before and time.monotonic() < end:
-        time.sleep(0.001)
-    time.sleep(chance.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    codes.append(finish(child))
-codes.append(finish(start(job["parts"])))
-print(json.dumps(codes))
+def run(whole, parts, folder, kills, writers, last):
+    whole, folder, killed, alive = start(whole), Path(folder), [], {}
+    codes = [finish(whole)]
+    for _ in range(kills):
+        before = state(folder)
+        for rank in {*range(writers)} - {*alive}:
+            alive[rank] = start(parts, rank, writers)
+        end = time.monotonic() + 30
+        while state(folder) == before and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1 * writers))
+        child = alive.pop(chance.randrange(writers))
+        os.kill(child, signal.SIGKILL)
+        killed.append(finish(child))
+    codes += map(finish, alive.values())
+    children = [start(parts, rank, last) for rank in range(last)]
+    return killed, codes + list(map(finish, children))
+
+print(json.dumps([run(**job) for job in json.loads(sys.argv[1])]))
 """
 
 
+KEPT = {
+    "draws": ("--sample", "20", "--shard-mb", "0.01"),  # many shards
+    "top": ("--top-k", "20", "--shard-mb", "0.01"),
+    "bf16": ("--hidden", "bf16", "--shard-mb", "0.005"),
+    "int8": ("--hidden", "int8", "--shard-mb", "0.004"),
+}
+
+
 @pytest.mark.parametrize(
-    "kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=lambda n: f"{n}-kills"
+    "runs",
+    [
+        pytest.param([("draws", 3, 1, 1), ("int8", 2, 2, 3)], id="few-kills"),
+        *(
+            pytest.param([(kept, 20, writers, last)], marks=pytest.mark.slow)
+            for writers, kinds in ((1, ["draws"]), (2, KEPT))
+            for last, kept in enumerate(kinds, 1)
+        ),
+    ],
 )
-def test_killed_and_resumed_is_identical(disk: Path, tmp_path: Path, kills: int) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ("--sample", "20", "--shard-mb", "0.01")  # many shards
-    job = {
-        "whole": command(disk, whole, *more),
-        "parts": command(disk, parts, *more),
-        "folder": str(parts),
-        "kills": kills,
-    }
+def test_killed_and_resumed_is_identical(
+    disk: Path, tmp_path: Path, runs: list[tuple[str, int, int, int]]
+) -> None:
+    """By one process, or by two of which one is killed, and then by any number of them."""
+    jobs = []
+    for kept, kills, writers, last in runs:
+        whole, parts = tmp_path / f"{kept}-whole", tmp_path / f"{kept}-parts"
+        job = {"kills": kills, "writers": writers, "last": last, "folder": str(parts)}
+        job |= {"whole": command(disk, whole, *KEPT[kept])}
+        jobs.append(job | {"parts": command(disk, parts, *KEPT[kept])})
     done = subprocess.run(
-        [sys.executable, "-c", ZYGOTE, json.dumps(job)],
+        [sys.executable, "-c", ZYGOTE, json.dumps(jobs)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
-    assert codes == [0, *[-signal.SIGKILL] * kills, 0]
-    assert content(whole) == content(parts)
-    assert len(content(whole)) > 10
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (kept, kills, writers, last), (killed, codes) in zip(runs, found, strict=True):
+        assert codes == [0] * (writers + last), done.stderr
+        # of two, one may have ended before: the other one changed the folder
+        assert killed.count(-signal.SIGKILL) >= kills / writers
+        one, other = (content(tmp_path / f"{kept}-{name}") for name in ("whole", "parts"))
+        assert one == other and len(one) > 10
 
 
 def test_nothing_is_computed_twice(tmp_path: Path) -> None:
@@ -509,10 +623,13 @@ def test_nothing_is_computed_twice(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    from fusedkd.cache.writer import only_writer
+    from fusedkd.cache.writer import held
 
     refused = pytest.raises(CacheError, match="another process")
-    with only_writer(tmp_path), refused, only_writer(tmp_path):
+    with held(tmp_path), refused, held(tmp_path):
+        pass
+    one, other = Share(0, 2), Share(1, 2)
+    with held(tmp_path, one), held(tmp_path, other), refused, held(tmp_path):
         pass
 
 
@@ -734,7 +851,7 @@ def test_mistakes_get_one_message(
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["cache", "--help"], ["cache", "import", "--help"]):
+    for argv in (["cache", "--help"], ["cache", "import", "--help"], ["cache", "show", "--help"]):
         with pytest.raises(SystemExit) as done:
             main(argv)
         assert done.value.code == 0

@@ -734,6 +734,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "a zero": ('student: "a\\0b"\n', "student: 'a\\x00b'"),
     "half a letter": ('student: "\\ud800"\n', "student: '\\ud800'"),
     "a module": ("divergence: canary:make(1)\n", "divergence canary:make(1) imports canary"),
+    "a rule's module": ("row_rule: canary:gate(1)\n", "row_rule canary:gate(1) imports canary"),
     "a module in a list": ("divergence: ['canary:make']\n", "imports canary"),
     "code of the hub": ("trust_remote_code: yes\n", "trust_remote_code on the command line"),
     "an escape": ('student: "\\e]0;x"\n', "student: '\\x1b]0;x'"),

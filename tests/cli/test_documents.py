@@ -65,6 +65,7 @@ SMALL = {
     "python -m fusedkd.benchmarks.on_policy": "--smoke --teacher-steps 2 --student-steps 2 "
     "--steps 2 --new-tokens 4",
     "python -m fusedkd.benchmarks.estimators": "--samples 2000",
+    "python -m fusedkd.benchmarks.alignment": "--tokens 2000 --vocab 300 --hidden 16",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
@@ -114,6 +115,8 @@ def taken_for_granted(snippet: str) -> dict[str, Any]:
         "student": student if "Trainer(" in snippet else head,
         "teacher": teacher,
         "data": rows(4),
+        "tokenizer": tokenizer(),
+        "texts": [" ".join(WORDS[i : i + 5]) for i in range(8)],
         "batches": [{"input_ids": torch.ones(2, 5).long(), "labels": torch.ones(2, 5).long()}],
         "collator": tf.DataCollatorForLanguageModeling(tokenizer(), mlm=False),
     }
@@ -125,6 +128,9 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = words[len(environment) :]
     if words[0] == "vllm":  # somebody else's: `make test-vllm` runs it
         return
+    if words[0] == "torchrun":  # in one process
+        words = words[words.index("fusedkd") :]
+        command = shlex.join(words)
     if words[0] == "pytest":
         children.tests(
             "--collect-only", f"--rootdir={ROOT}", f"../{words[1]}", *words[2:], **environment

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from own_rules import of_everything
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -184,6 +185,15 @@ def test_other_tails(module: ModuleType, name: str, tail: str) -> None:
 def test_supports(module: ModuleType, name: str, tail: str) -> None:
     for sizes, dtype in zip(SPLITS, DTYPES, strict=True):
         check(module, make(dtype, name, tail), sizes)
+
+
+@pytest.mark.parametrize("module", BACKENDS)
+@pytest.mark.parametrize("tail", ["", "bucket", "drop", "conditional"])
+def test_row_rules(module: ModuleType, tail: str) -> None:
+    rule = of_everything(slope=0.3)
+    for sizes, dtype in zip(SPLITS, DTYPES, strict=True):
+        for name in ("forward_kl", "jsd"):
+            check(module, make(dtype, name, tail, row_rule=rule), sizes)
 
 
 @pytest.mark.parametrize("module", BACKENDS)

@@ -168,6 +168,9 @@ def test_refused_operations_name_their_line() -> None:
             return lp - lq
         return lq
 
+    def on_entries(lp: Tensor, lq: Tensor) -> Tensor:
+        return lq if (lp > lq) else lp
+
     def into_python(lp: Tensor, lq: Tensor, *, order: float = 1.0) -> Tensor:
         return lq * math.log(order)
 
@@ -180,6 +183,7 @@ def test_refused_operations_name_their_line() -> None:
     cases = (
         (reduced, ".sum(-1)", "sum is not known, or not elementwise"),
         (branching, "order == 1", "torch.where"),
+        (on_entries, "(lp > lq)", "torch.where"),
         (into_python, "math.log", "torch.log"),
         (in_place, "mul_", "in place"),
         (captured, "arange", "arange"),
@@ -312,3 +316,21 @@ def test_the_tape_is_short() -> None:
     tape = trace(twice, {})
     ops = [node.op for node in tape.nodes]
     assert ops.count("exp") == 2 and ops.count("sub") == 1 and "tanh" not in ops
+
+
+def test_seven_parameters(backend: str, device: torch.device, no_compiler: None) -> None:
+    """Each of them arrives, dense and sparse."""
+
+    def weighted(lp, lq, *, a=0.5, b=0.25, c=2.0, d=0.125, e=1.5, f=0.75, g=3.0):  # type: ignore[no-untyped-def]
+        p, q = lp.exp(), lq.exp()
+        numbers = a + 3 * b + 9 * c - 27 * d + 81 * e - 243 * f * g
+        return numbers * (torch.exp(lp / 2) - torch.exp(lq / 2)) ** 2 + g * (p - q) ** 2
+
+    with warnings.catch_warnings(action="ignore"):
+        own = divergences.custom(weighted)(a=0.1, b=0.9, c=1.1, d=0.7, e=0.2, f=0.4, g=1.3)
+    s, t = (2 * torch.randn(2, 3, 21, device=device, dtype=torch.float64)).unbind()
+    truth = kd_loss(s, t, divergence=own, backend="reference")
+    torch.testing.assert_close(kd_loss(s, t, divergence=own, backend=backend), truth)
+    top = t.log_softmax(-1).topk(21)
+    sparse = SparseTeacher(top.indices, top.values, tail="bucket")
+    torch.testing.assert_close(kd_loss(s, sparse, divergence=own, backend=backend), truth)

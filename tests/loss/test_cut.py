@@ -89,7 +89,7 @@ def on_paper(
         return *(torch.empty(rows, h, dtype=dtype, device="meta") for rows in (n, QWEN)), None
 
     paper = OnPaper(QWEN, logits, dtype)
-    inputs = Inputs(*head(4096), *head(2048), None, None, torch.ones(n))
+    inputs = Inputs(*head(4096), *head(2048), *[None] * 4, torch.ones(n))
     plan = Plan(wanted, backend=paper, chunk_bytes=chunk_bytes, num_counted=n, late=late)
     paper.results = run(inputs, LossSpec(forward_kl(), QWEN), plan)[1:]
     return paper

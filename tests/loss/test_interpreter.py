@@ -15,6 +15,7 @@ FILES = (
     "loss/test_custom",
     "loss/test_cut",
     "loss/test_precision",
+    "loss/test_row_rule",
     "loss/test_sampled",
     "loss/test_sparse",
     "loss/test_token_log_probs",

@@ -62,11 +62,12 @@ def _grad_budget(case: Case, truth: Answer, eager: Answer, name: str) -> Tensor:
         size = size + (info.tiny * info.eps * max(1.0, up)) * (size > 0)
     size = size + condition[:, None]
     hidden = head.hidden.detach().double().reshape(len(size), -1).abs()
-    spread = {
-        "hidden": lambda: (size @ head.weight.detach().double().abs()).view(exact.shape),
-        "weight": lambda: size.T @ hidden,
-        "bias": lambda: size.sum(0),
-    }[name]()
+    rows = slice(None) if head.ids is None else head.ids
+    if name == "hidden":
+        spread = (size @ head.weight[rows].detach().double().abs()).view(exact.shape)
+    else:
+        spread = torch.zeros_like(exact)  # rows that are no part of the vocabulary have exactly 0
+        spread[rows] = size.T @ hidden if name == "weight" else size.sum(0)
     return budget + FACTOR * eager_error.max() + spread
 
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from own_rules import RULES
 from torch import Tensor
 
 from fusedkd import LMHead, SparseTeacher, divergences
+from fusedkd.row_rules import RowRule
 
 INF = math.inf
 ABSENT = -1e4  # a log-probability whose exponential is 0, but which is no infinity
@@ -167,8 +169,9 @@ def _raw(side: Tensor | LMHead, parts: dict[str, Tensor]) -> Tensor:
     if isinstance(side, Tensor):
         return parts["logits"].reshape(-1, side.shape[-1])
     hidden = parts["hidden"].reshape(-1, side.hidden.shape[-1])
-    logits = hidden @ parts["weight"].T
-    return logits + parts["bias"] if "bias" in parts else logits
+    rows = slice(None) if side.ids is None else side.ids
+    logits = hidden @ parts["weight"][rows].T
+    return logits + parts["bias"][rows] if "bias" in parts else logits
 
 
 def _transformed(side: Tensor | LMHead, raw: Tensor, vocab_size: int | None) -> Tensor:
@@ -232,6 +235,7 @@ def answer(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
+    row_rule: RowRule | None = None,
     upstream: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     **_ignored: Any,  # inplace, chunk_bytes, backend: how, not what
@@ -272,9 +276,14 @@ def answer(
     y = None if labels is None else labels.reshape(-1)[counted]
     ce = _cross_entropy(z[counted], y, label_smoothing) if y is not None else None
 
+    factor = torch.ones_like(kd)
+    if row_rule is not None:
+        factor = _factor(
+            row_rule, teacher, kd, lp, torch.log_softmax(z[counted] / temperature, -1), y
+        )
     per_row = torch.zeros_like(kd)
     if kd_scale:
-        per_row = per_row + kd_scale * kd
+        per_row = per_row + kd_scale * torch.where(factor == 0, 0.0, factor * kd)
     if ce_weight and ce is not None:
         per_row = per_row + ce_weight * ce
     rows = torch.zeros(n, dtype=dtype, device=z.device).index_put((counted,), per_row * row_scale)
@@ -289,7 +298,7 @@ def answer(
     grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves.values())]  # noqa: B905
     d_raw = torch.zeros_like(zeros[-1]) if d_raw is None else d_raw
 
-    by_loss, by_grad = _conditions(divergence, lp, lq)
+    by_loss, by_grad = (factor * x for x in _conditions(divergence, lp, lq))
     size = z[counted].detach().abs().amax(-1) if z.shape[1] else kd
     loss_condition = torch.zeros_like(rows)
     loss_condition[counted] = row_scale * (kd_scale * by_loss + ce_weight * (1 + size))
@@ -319,6 +328,30 @@ def answer(
         loss_condition.abs(),
         (grad_condition * up.to(grad_condition)).abs(),
     )
+
+
+def _factor(
+    rule: RowRule,
+    teacher: Tensor | LMHead | SparseTeacher,
+    kd: Tensor,
+    lp: Tensor,
+    lq: Tensor,
+    y: Tensor | None,
+) -> Tensor:
+    """By the Python function that the rule was made of; a constant."""
+    tail = isinstance(teacher, SparseTeacher) and teacher.tail == "bucket"
+    listed = lp[:, :-1] if tail else lp
+    known = {
+        "divergence": kd,
+        "teacher_entropy": -(lp.exp() * lp).sum(-1),
+        "student_entropy": -(lq.exp() * lq).sum(-1),
+        "label_log_prob": kd if y is None else lq.gather(-1, y[:, None])[:, 0],
+        "teacher_top1": listed.amax(-1).exp(),
+        "student_top1": lq.amax(-1).exp(),
+    }
+    made = RULES[rule.name]
+    parameters = dict(zip(made.defaults, rule.params, strict=True))
+    return made.formula(*(known[x].detach() for x in made.inputs), **parameters).to(kd.dtype)
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, smoothing: float) -> Tensor:

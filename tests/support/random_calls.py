@@ -99,12 +99,21 @@ class _Maker:
         weight = finish(self.normal(columns, width) * self.spread / width**0.5)
         weight = _laid_out(weight, rng.choice(("plain", "plain", "vocabulary", "columns")))
         bias = finish(self.normal(columns)) if rng.random() < 0.4 else None
+        ids = None
+        if rng.random() < 0.2:  # rows of a larger weight, in any order
+            more = columns + rng.randint(0, 5)
+            weight, ids = (
+                finish(self.normal(more, width) * self.spread / width**0.5),
+                torch.randperm(more, generator=self.generator)[:columns].to(self.device),
+            )
+            bias = None if bias is None else finish(self.normal(more))
         return LMHead(
             _maybe_expanded(hidden, layout),
             weight,
             bias,
             logit_scale=rng.choice([1.0, 1.0, 0.125, 1.7]),
             softcap=rng.choice([None, None, 3.0, 30.0]),
+            ids=ids,
         ), layout
 
     def keywords(self) -> dict[str, Any]:
@@ -196,4 +205,6 @@ def sparse_case(seed: int, device: torch.device, most: int = 12, tail: str = "")
 
 
 def _columns(side: Tensor | LMHead) -> int:
-    return side.shape[-1] if isinstance(side, Tensor) else side.weight.shape[0]
+    if isinstance(side, Tensor):
+        return side.shape[-1]
+    return side.weight.shape[0] if side.ids is None else side.ids.numel()

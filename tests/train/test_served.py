@@ -23,6 +23,7 @@ from words import V, llama, rows, tokenizer
 from fusedkd.cache import TeacherCache, verify
 from fusedkd.cache.errors import CacheError
 from fusedkd.cache.importers import ranked
+from fusedkd.cache.writer import Share
 from fusedkd.cli import main
 from fusedkd.errors import UserError
 from fusedkd.teachers import ServedTeacher, Service
@@ -334,6 +335,19 @@ def test_commands(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ):  # fmt: skip
             assert main([*wrong, "--output_dir" if wrong[0] == "distill" else "--output", "x"]) == 2
             assert said in capsys.readouterr().err
+
+
+def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
+    rows = sequences(9)
+    with TeacherServer(TRUTH, tokenizer()) as server:
+        one, other = served(tmp_path / "one", server), served(tmp_path / "other", server)
+        assert fill(tmp_path / "whole", rows, one, 800)
+        assert not fill(tmp_path / "parts", rows, other, 800, share=Share(1, 2))
+        assert fill(tmp_path / "parts", rows, other, 800, share=Share(0, 2))
+        assert {n for ids, n in server.asked.items() if not _probe(ids)} == {2}
+    whole, parts = (sorted((tmp_path / name).iterdir()) for name in ("whole", "parts"))
+    assert len(whole) > 4
+    assert [(p.name, p.read_bytes()) for p in whole] == [(p.name, p.read_bytes()) for p in parts]
 
 
 def _probe(ids: tuple[int, ...]) -> bool:
