@@ -8,6 +8,7 @@ import pytest
 import torch
 
 FILES = (
+    "kernels/test_triton_parts",
     "kernels/test_triton_rows",
     "kernels/test_triton_tokens",
     "loss/test_contract",
