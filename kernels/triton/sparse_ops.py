@@ -11,13 +11,13 @@ import torch
 from fusedkd import debug
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
-from fusedkd.spec import IDENTITY
+from fusedkd.spec import IDENTITY, temperature_class
 
 from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-TEACHERS = ("t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
+UNUSED = ("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
 
 
 def rows(call: RowCall) -> Rows:
@@ -72,7 +72,7 @@ def _outside(variant: config.Variant, tail: str) -> bool:
 
 def _numbers(call: RowCall) -> dict[str, float | int]:
     numbers = ops.layout(call.student, call.student, call.grad) | ops.numbers(call.spec)
-    return {name: x for name, x in numbers.items() if name not in TEACHERS}
+    return {name: x for name, x in numbers.items() if name not in UNUSED}
 
 
 def _variant(call: RowCall) -> config.Variant:
@@ -83,11 +83,11 @@ def _variant(call: RowCall) -> config.Variant:
         student=student.dtype,
         teacher=torch.float64 if wide else student.dtype,  # decides the accumulation type only
         grad=None if grad is None else grad.dtype,
-        divergence=spec.divergence.key or spec.divergence.name,
+        divergence=ops.divergence_of(spec),
         aligned=config.aligned([student] if grad is None else [student, grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
-        power=ops.power(spec) if ce else 1,
+        power=temperature_class(spec.temperature) if ce else 1,
         smoothing=ce and spec.label_smoothing != 0,
         metrics=call.metrics,
         transformed_s=spec.student_transform != IDENTITY,

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 FILES = (
+    "kernels/test_triton_parts",
     "kernels/test_triton_rows",
+    "kernels/test_triton_tokens",
     "loss/test_contract",
     "loss/test_counted",
     "loss/test_custom",
