@@ -12,7 +12,7 @@ from fusedkd import debug
 from fusedkd.algebra import simplified
 from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
-from fusedkd.spec import IDENTITY, LossSpec
+from fusedkd.spec import IDENTITY, LossSpec, temperature_class
 
 from . import config, device, programs
 from .launcher import Launcher
@@ -85,7 +85,7 @@ def variant_of(call: RowCall) -> config.Variant:
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
-        power=power(spec) if ce else 1,
+        power=temperature_class(spec.temperature) if ce else 1,
         smoothing=ce and spec.label_smoothing != 0,
         metrics=call.metrics,
         transformed_s=spec.student_transform != IDENTITY,
@@ -181,11 +181,6 @@ def divergence_of(spec: LossSpec) -> str:
 def rule_of(spec: LossSpec) -> str | None:
     """The key of a row rule that has a say."""
     return spec.row_rule.key if spec.row_rule is not None and spec.kd_scale else None
-
-
-def power(spec: LossSpec) -> int:
-    """Temperatures at which the cross-entropy needs no exponential of its own (stats.at_unit)."""
-    return int(spec.temperature) if spec.temperature in (1, 2) else 0
 
 
 def scale_(grad: Tensor, factor: Tensor, out: Tensor | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from fusedkd import debug
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
-from fusedkd.spec import IDENTITY
+from fusedkd.spec import IDENTITY, temperature_class
 
 from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
@@ -90,7 +90,7 @@ def _variant(call: RowCall) -> config.Variant:
         aligned=config.aligned([student] if grad is None else [student, grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
-        power=ops.power(spec) if ce else 1,
+        power=temperature_class(spec.temperature) if ce else 1,
         smoothing=ce and spec.label_smoothing != 0,
         metrics=call.metrics,
         transformed_s=spec.student_transform != IDENTITY,

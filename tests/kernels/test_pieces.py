@@ -17,6 +17,7 @@ from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import METRICS, RowCall, Statistics, cpu, reference
 from fusedkd.kernels.pieces import merge
 from fusedkd.spec import LossSpec, Transform
+from fusedkd.trace import STATISTICS
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
@@ -133,7 +134,9 @@ def test_tables_agree_with_the_header() -> None:
 
     assert fields("Metrics") == list(METRICS)
     assert fields("Statistics") == list(Statistics._fields)
-    assert fields("Numbers") == [*cpu.Numbers._fields, "parameters[kParameters]"]
+    own = "parameters[kParameters]"
+    assert fields("Numbers") == [*cpu.Numbers._fields, f"rule_{own}", own]
+    assert fields("RuleNumbers") == [*STATISTICS, own]
 
 
 @pytest.mark.parametrize("name", divergences.names())
