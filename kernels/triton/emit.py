@@ -13,8 +13,8 @@ from typing import Any
 
 from fusedkd.files import private_folder, replace_file
 from fusedkd.formulas import MOST_PARAMETERS
+from fusedkd.row_rules import STATISTICS
 from fusedkd.tape import Tape
-from fusedkd.trace import STATISTICS
 
 INFIX = {
     **dict(zip(("add", "sub", "mul", "div"), "+-*/", strict=True)),
