@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import debug
+from fusedkd.algebra import simplified
 from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec, temperature_class
@@ -137,9 +138,13 @@ def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, i
 @functools.lru_cache(maxsize=64)
 def numbers(spec: LossSpec) -> dict[str, float | int]:
     """What a kernel is told of the hyper-parameters; a training repeats them."""
-    a, b = _seven(spec.divergence.params)[:2]
-    if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
+    own = _seven(spec.divergence.params)
+    a, b, weight, constant = *own[:2], 1.0, 0.0
+    if spec.divergence.name in ("alpha", "mixed_kl"):  # of a sum of 1
         b = 1.0 - a
+    tape = spec.divergence.tape
+    if tape is not None and (known := simplified(tape).known):
+        a, b, weight, constant = known.numbers(own)
     of_rule = () if spec.row_rule is None else spec.row_rule.params
     return {
         "vocab": spec.vocab_size,
@@ -157,7 +162,9 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
-        **{f"own_{i}": number for i, number in enumerate(_seven(spec.divergence.params))},
+        "weight": weight,
+        "constant": constant,
+        **{f"own_{i}": number for i, number in enumerate(own)},
         **{f"rule_{i}": number for i, number in enumerate(_seven(of_rule))},
     }
 
