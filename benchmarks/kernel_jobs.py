@@ -37,6 +37,7 @@ TAILS = ("", "bucket", "drop")
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
     "all": {"metrics": True, "transformed_s": True, "transformed_t": True},
+    "part": {"part": True},  # of a dense row's columns
 }
 
 
@@ -64,14 +65,14 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) ->
         if dtype != "head":  # scales one tensor
             yield Job(target, dtype, "-", config.SCALE, "scale")
         for name, flag, launch in itertools.product(divergences.names(), flags, LAUNCHES):
-            for tail in TAILS:
+            for tail in TAILS[: 1 if flag == "part" else None]:
                 for stage in stages_of(dtype, name, flag, launch, tail):
                     yield Job(target, dtype, name, launch, stage, flag, tail)
 
 
 def sample() -> list[Job]:
     """Few of them, but every divergence in every stage, and every target with every dtype and
-    flag: then the divergence, the launch and the stage go round."""
+    all flags: then the divergence, the launch and the stage go round."""
     chosen = [
         Job("sm_90", "bf16", name, launch, stage)
         for name in divergences.names()
@@ -91,7 +92,11 @@ def sample() -> list[Job]:
     ]
     # the one that needs the most registers
     chosen.append(Job("sm_100", "head", "forward_kl", LAUNCHES[2], "statistics", "all"))
-    turn = itertools.product(TARGETS, DTYPES, FLAGS)
+    chosen += [
+        Job("sm_90", "bf16", name, LAUNCHES[3], stage, "part")
+        for name, stage in (("forward_kl", "statistics"), ("jsd", "middle"), ("jsd", "gradient"))
+    ]
+    turn = itertools.product(TARGETS, DTYPES, ("plain", "all"))
     for i, (target, dtype, flag) in enumerate(turn):
         name = divergences.names()[i % len(divergences.names())]
         launch = LAUNCHES[i % len(LAUNCHES)]

@@ -1,4 +1,5 @@
-"""A divergence of one's own: how long until it runs, and then against ours and torch.compile.
+"""A divergence of one's own: how long until it runs, and then against ours and torch.compile; and
+what row rules cost beside ours.
 
 ``python -m fusedkd.benchmarks.own``. A JSD written as a user would; in turns, the best of several
 rounds; its first use in a process of its own and a cache folder of its own.
@@ -17,13 +18,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fusedkd import divergences, kd_loss
+from fusedkd import divergences, kd_loss, row_rules
 
 from .child import in_child
 
 BARS = {  # of design: at most, at most, at least; seconds at most
     "over ours": 1.3,
     "torch.compile over it": 6.0,
+    "token clip over none": 1.1,
+    "entropy gate over none": 1.3,
     "first use": 20.0,
     "first use in a new process": 0.1,
     "another parameter": 0.05,
@@ -37,6 +40,16 @@ def written_jsd(lp: Tensor, lq: Tensor, *, beta: float = 0.5) -> Tensor:
     lm = torch.log(torch.where(m > 0, m, 1.0))
     kl_p = torch.where(p > 0, p * (lp - lm), 0.0)
     return beta * kl_p + (1 - beta) * torch.where(q > 0, q * (lq - lm), 0.0)
+
+
+@row_rules.custom
+def token_clip(divergence: Tensor, *, most: float = 0.5) -> Tensor:
+    return torch.clamp(most / divergence, max=1.0)
+
+
+@row_rules.custom
+def entropy_gate(teacher_entropy: Tensor, *, threshold: float = 2.0) -> Tensor:
+    return teacher_entropy < threshold
 
 
 def first_uses() -> dict[str, float]:
@@ -64,7 +77,7 @@ def _first_use() -> list[float]:
 
 def ratios(rows: int, vocab: int, rounds: int) -> dict[str, float]:
     """Of forward and backward in bf16 with cross-entropy at T = 2: the formula above over ours;
-    torch.compile of it over the formula here."""
+    torch.compile of it over the formula here; ours with a rule over ours without."""
     s, t = ((3 * torch.randn(rows, vocab)).bfloat16() for _ in range(2))
     labels = torch.randint(vocab, (rows,))
     s.requires_grad_()
@@ -72,6 +85,8 @@ def ratios(rows: int, vocab: int, rounds: int) -> dict[str, float]:
     steps: dict[str, Callable[[], Tensor]] = {
         "own": lambda: _ours(s, t, labels, written_jsd()),
         "ours": lambda: _ours(s, t, labels, "jsd"),
+        "token clip": lambda: _ours(s, t, labels, "jsd", token_clip()),
+        "entropy gate": lambda: _ours(s, t, labels, "jsd", entropy_gate()),
         "torch.compile": lambda: compiled(s, t, labels),
     }
     best = dict.fromkeys(steps, float("inf"))
@@ -88,11 +103,14 @@ def ratios(rows: int, vocab: int, rounds: int) -> dict[str, float]:
     return {
         "over ours": own / best["ours"],
         "torch.compile over it": best["torch.compile"] / own,
+        "token clip over none": best["token clip"] / best["ours"],
+        "entropy gate over none": best["entropy gate"] / best["ours"],
     }
 
 
-def _ours(s: Tensor, t: Tensor, labels: Tensor, divergence: Any) -> Tensor:
-    return kd_loss(s, t, labels, divergence=divergence, temperature=2.0, ce_weight=0.5)
+def _ours(s: Tensor, t: Tensor, labels: Tensor, divergence: Any, rule: Any = None) -> Tensor:
+    how = {"temperature": 2.0, "ce_weight": 0.5, "row_rule": rule}
+    return kd_loss(s, t, labels, divergence=divergence, **how)
 
 
 def _plain(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A row in pieces: the merge and the verbs in plain torch, for any device.
 
-The reference runs the verbs in fp64; Triton, until it has its own, in the accumulation type.
+The reference runs the verbs in fp64; Triton, against a sparse teacher, in the accumulation type.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COPIES = 16
 def merge(pieces: Sequence[Tensor]) -> Tensor:
     """The statistics (N, len(Statistics)) of whole rows, from those of their pieces in order."""
     each = torch.stack([piece.T for piece in pieces], 1)  # (columns, pieces, N)
-    of = _Tables.on(each.device)
+    of = Tables.on(each.device)
     exponents = each[of.exponents]
     largest = exponents.amax(1, keepdim=True)
     factors = torch.exp2(exponents - largest.masked_fill(largest == -INF, 0.0))  # -inf: of nothing
@@ -41,7 +41,7 @@ def merge(pieces: Sequence[Tensor]) -> Tensor:
     return merged.T.contiguous()
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """Which columns are merged how: all that is in none of these is added up."""
 
     exponents: Tensor
@@ -55,7 +55,7 @@ class _Tables(NamedTuple):
 
     @staticmethod
     @functools.cache
-    def on(device: torch.device) -> _Tables:
+    def on(device: torch.device) -> Tables:
         sums = ("student", "unit", "teacher", "outside", "inside")
         exponents = tuple(f"{x}_exponent" for x in sums)
         units = dict.fromkeys(Statistics._fields, len(exponents))
@@ -73,7 +73,7 @@ class _Tables(NamedTuple):
         )
         found = [torch.tensor([Statistics._fields.index(x) for x in of]) for of in names]
         found.insert(1, torch.tensor([units[name] for name in Statistics._fields]))
-        return _Tables(*(x.to(device) for x in found))
+        return Tables(*(x.to(device) for x in found))
 
 
 def block_rows(call: RowCall, widest: int, budget: int) -> int:

@@ -21,7 +21,8 @@ LAYERS = (
     ("integrations",),
     ("train",),
     ("students", "teachers"),
-    ("models", "data", "cache"),
+    ("cache",),
+    ("models", "data"),
     ("alignment",),
     ("loss", "distributions", "kernels"),
 )

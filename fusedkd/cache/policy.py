@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,35 @@ class Policy:
             raise CacheError("--top-p does not go with --sample: draws are not cut.")
         if self.top_p is not None and not (is_finite(self.top_p) and 0 < self.top_p <= 1):
             raise CacheError(f"--top-p {short(self.top_p)}: expected a probability in (0, 1].")
+
+    @classmethod
+    def of(
+        cls,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        sample: int | None = None,
+        hidden: str | None = None,
+        temperatures: Sequence[float] = (1.0,),
+    ) -> Policy:
+        """The one of these that is given; top 64 where none is. Of hidden states ``k`` is 1, until
+        the teacher tells how many numbers they are, and all temperatures can be made of them.
+
+        Raises:
+            CacheError: two that contradict each other, or as the policy.
+        """
+        if hidden is not None:
+            others = any(x is not None for x in (top_k, top_p, sample))
+            if others or tuple(temperatures) != (1.0,):
+                raise CacheError(
+                    "--hidden keeps what every entry and every temperature can be made of: "
+                    "expected no --top-k, --top-p, --sample or --temperatures."
+                )
+            return cls(hidden, 1)
+        if sample is None:
+            return cls("top", 64 if top_k is None else top_k, top_p)
+        if top_k is not None:
+            raise CacheError("--top-k and --sample: expected one of them.")
+        return cls("sample", sample, top_p)
 
     @property
     def hidden(self) -> bool:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from fusedkd.cache.batches import on, teacher_of
+from fusedkd.cache.build import build
 from fusedkd.cache.errors import CacheError, Damaged
 from fusedkd.cache.head import open_head
 from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Target
 from fusedkd.cache.manifest import Manifest
-from fusedkd.cache.policy import linear_in_teacher
+from fusedkd.cache.policy import Policy, linear_in_teacher
 from fusedkd.cache.shard import REMEDY, open_index, open_shard
 from fusedkd.cache.sums import known
+from fusedkd.cache.writer import SHARD_BYTES, Share
 from fusedkd.distributions import LMHead, SparseTeacher
 from fusedkd.divergences import Divergence
+from fusedkd.top import top_k
+
+CPU = torch.device("cpu")
 
 
 class TeacherCache:
@@ -54,6 +63,68 @@ class TeacherCache:
         self._keys = self._index.keys[self._order]
         self._known = np.zeros(len(self._keys), bool)  # those that were decoded before
         self._shards: dict[int, pa.RecordBatch] = {}
+        self._heads: dict[torch.device, LMHead] = {}
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        teacher: nn.Module,
+        tokenizer: Any,
+        rows: Any,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        sample: int | None = None,
+        hidden: str | None = None,
+        temperatures: Sequence[float] = (1.0,),
+        vocab_size: int | None = None,
+        batch_size: int = 8,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> TeacherCache:
+        """Write a model's answers down, or what is missing of them, as ``fusedkd cache`` does, and
+        open the cache.
+
+        In a process group of torch.distributed every process calls this, with the same arguments;
+        each writes shards of its own, and all have the cache on return.
+
+        Args:
+            folder: of the cache; made where it is missing.
+            teacher: a causal language model of transformers, where it is to run; it is switched to
+                ``eval()``.
+            tokenizer: the teacher's.
+            rows: lists or tensors of token ids without padding; rows that have ``input_ids`` (a
+                data set) and perhaps an ``attention_mask``; or a batch of these, as a tokenizer
+                gives it.
+            top_k, top_p, sample, hidden: what is kept of a token, see
+                :class:`~fusedkd.cache.policy.Policy`: by default the 64 most probable entries.
+                ``hidden`` is ``"bf16"`` or ``"int8"``.
+            temperatures: to serve; hidden states serve all.
+            vocab_size: entries with an id; None: the tokenizer's.
+            batch_size: sequences of one length in a forward pass.
+            shard_bytes: about the size of a file: what a kill costs at most.
+
+        Raises:
+            CacheError: a number out of range, a folder of something else, the disk is too small,
+                or the teacher answers with NaN.
+        """
+        from fusedkd.cache.of_model import LiveTeacher, job_of, sequences_of
+
+        run, share = LiveTeacher(teacher.eval()), Share.of_group()
+        job = job_of(
+            *(run, tokenizer, sequences_of(rows)),
+            Policy.of(top_k, top_p, sample, hidden, temperatures),
+            tuple(map(float, temperatures)),
+            name=getattr(teacher, "name_or_path", "") or type(teacher).__name__,
+            vocab_size=vocab_size,
+            batch_size=batch_size,
+            shard_bytes=shard_bytes,
+        )
+        device = next(teacher.parameters()).device
+        build(Path(folder), job, lambda ids: run({"input_ids": ids.to(device)}), share=share)
+        if share.world > 1:
+            dist.barrier()
+        return cls(folder)
 
     def __reduce__(self) -> tuple[Callable[..., TeacherCache], tuple[Path]]:
         return TeacherCache, (self.folder,)  # another process maps the files for itself
@@ -69,8 +140,9 @@ class TeacherCache:
         :meth:`get`."""
         return isinstance(self.layout, HiddenLayout)
 
-    def head(self) -> LMHead:
-        """What turns hidden states into logits, with none of them, (0, H).
+    def head(self, device: torch.device = CPU) -> LMHead:
+        """What turns hidden states into logits, with none of them, (0, H). It is read, and sent to
+        a device, once.
 
         Raises:
             CacheError: the cache holds none.
@@ -78,7 +150,12 @@ class TeacherCache:
         """
         if (file := self.manifest.head) is None:
             raise CacheError(f"the cache {self.folder} keeps {self.layout.policy}, and no head.")
-        return open_head(self.folder, file, self.manifest.padded_vocab_size, self.layout.k)
+        if CPU not in self._heads:
+            columns = self.manifest.padded_vocab_size
+            self._heads[CPU] = open_head(self.folder, file, columns, self.layout.k)
+        if device not in self._heads:
+            self._heads[device] = on(self._heads[CPU], device)
+        return self._heads[device]
 
     def states(self, ids: Sequence[int] | np.ndarray) -> Tensor:
         """(L, H) bf16, the head's input at each of the tokens ``ids``, without padding.
@@ -135,7 +212,7 @@ class TeacherCache:
             CacheError, Damaged: as :meth:`get`.
         """
         row = np.asarray(ids)
-        return teacher_of(self, [row], np.ones(len(row), bool), temperature)
+        return teacher_of(self, [row], np.ones(len(row), bool), temperature, CPU)
 
     def batch(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, temperature: float = 1.0
@@ -150,7 +227,30 @@ class TeacherCache:
         if attention_mask is not None:
             there = attention_mask.cpu().numpy().astype(bool)
         rows = [row[mask] for row, mask in zip(ids, there, strict=True)]
-        return on(teacher_of(self, rows, there, temperature), input_ids.device)
+        return teacher_of(self, rows, there, temperature, input_ids.device)
+
+    def top(self, row: int, k: int, temperature: float = 1.0) -> Target:
+        """What it holds of a sequence by its number: no more than k entries a token, the most
+        probable first; of hidden states the k most probable tokens.
+
+        Raises:
+            CacheError: no such row, or the temperature was not declared.
+            Damaged: its shard, or the head, is not what was written.
+        """
+        if not 0 <= row < len(self._keys):
+            raise CacheError(
+                f"row {row} of the cache {self.folder}: expected 0 to {len(self._keys) - 1}."
+            )
+        if self.hidden:
+            head, size = self.head(), self.layout.vocab_size
+            side = replace(head, hidden=self._states(row).to(head.weight.dtype))
+            found = top_k(side, min(k, size), temperature=temperature, vocab_size=size)
+            unknown = np.full(len(found.indices), np.nan, np.float32)
+            return Target(found.indices.numpy(), found.log_probs.float().numpy(), unknown)
+        ids, logs, entropy = self._decode(row, temperature)
+        order = np.argsort(-logs, axis=1, kind="stable")[:, :k]
+        ids, logs = (np.take_along_axis(part, order, 1) for part in (ids, logs))
+        return Target(ids, logs, entropy)
 
     def get_many(
         self, sequences: Sequence[Sequence[int] | np.ndarray], temperature: float

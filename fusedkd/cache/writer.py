@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from fusedkd.cache.errors import CacheError, Damaged, short
 from fusedkd.cache.files import leftovers, replace_file
@@ -55,6 +56,13 @@ class Share:
     def of_torchrun(cls) -> Share:
         """Of the process that torchrun, or what sets the same variables, has started."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    @classmethod
+    def of_group(cls) -> Share:
+        """Of this process in torch.distributed's group, where there is one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
 
     def numbers(self, shards: int) -> range:
         """Of so many."""

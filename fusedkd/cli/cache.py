@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedkd.data.arguments import DataArguments
-from fusedkd.errors import UserError, as_user_error
+from fusedkd.errors import as_user_error
 from fusedkd.models.served import ServedArguments
 from fusedkd.parser import Parser, add_fields, number, of_fields
 
@@ -49,6 +49,7 @@ examples:
   What is in it, and whether every byte is as it was written:
     fusedkd cache info cache/
     fusedkd cache verify cache/
+    fusedkd cache show cache/ --row 3
   From answers that vLLM gave (prompt_logprobs), or that a data set holds in columns:
     fusedkd cache import answers.jsonl --tokenizer ./teacher --output cache/
     fusedkd cache import topk.parquet --tokenizer ./teacher --output cache/ \\
@@ -57,6 +58,11 @@ examples:
 # With 31 % of the mass outside, students on the demo's data ended 2 % above those of the live
 # teacher, see README.
 MUCH = 0.1
+
+SHOW = """\
+What the teacher said after each token of a sequence: the most probable next tokens, or those that
+were drawn most often; of hidden states, what the head makes of them. A cache knows its sequences by
+a hash: with the same flags for the data as were cached, the tokens themselves are shown too."""
 
 IMPORT = """\
 A cache from answers that were collected elsewhere.
@@ -77,6 +83,7 @@ def main(argv: list[str]) -> int:
     parts: dict[str, Callable[[list[str]], int]] = {
         "verify": _verify,
         "info": _info,
+        "show": _show,
         "import": _import,
     }
     if argv and argv[0] in parts:
@@ -87,7 +94,7 @@ def main(argv: list[str]) -> int:
 def _build(argv: list[str]) -> int:
     parser = Parser("cache", ABOUT, EXAMPLES)
     parser.usage = (
-        "fusedkd cache --teacher T --data D --output DIR [flags] | verify | info | import"
+        "fusedkd cache --teacher T --data D --output DIR [flags] | verify | info | show | import"
     )
     add = parser.add_argument
     add("--teacher", help="folder or hub name of the teacher, a decoder, or where it is served")
@@ -109,9 +116,11 @@ def _build(argv: list[str]) -> int:
     add("--shard-mb", type=shard, default=64, help="size of a file: what a kill costs at most; 64")
     args = parser.parse_args(argv)
     with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
+        from fusedkd.cache.policy import Policy
         from fusedkd.cli.make_cache import CacheArguments, make_cache
     data, served = of_fields(DataArguments, args), of_fields(ServedArguments, args)
-    values = {**vars(args), "data": data, "served": served, "policy": _policy(args)}
+    policy = Policy.of(args.top_k, args.top_p, args.sample, args.hidden, args.temperatures)
+    values = {**vars(args), "data": data, "served": served, "policy": policy}
     for name in ("top_k", "top_p", "sample", "hidden"):
         del values[name]
     make_cache(CacheArguments(**values))
@@ -128,24 +137,6 @@ _TEACHER_FLAGS: dict[str, dict[str, Any]] = {
     "teacher_tp": {"action": "store_true", "help": "split it over torchrun's processes"},
     "vocab_size": {"type": int, "help": "true vocabulary (default: the tokenizer's)"},
 }
-
-
-def _policy(args: argparse.Namespace) -> Any:
-    from fusedkd.cache.policy import Policy
-
-    if args.hidden is not None:
-        others = [args.top_k, args.top_p, args.sample]
-        if any(x is not None for x in others) or args.temperatures != (1.0,):
-            raise UserError(
-                "--hidden keeps what every entry and every temperature can be made of: expected no "
-                "--top-k, --top-p, --sample or --temperatures."
-            )
-        return Policy(args.hidden, 1)  # how many numbers they are, the teacher tells
-    if args.sample is None:
-        return Policy("top", 64 if args.top_k is None else args.top_k, args.top_p)
-    if args.top_k is not None:
-        raise UserError("--top-k and --sample: expected one of them.")
-    return Policy("sample", args.sample, args.top_p)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -228,6 +219,24 @@ def _outside(temperatures: tuple[float, ...], tails: tuple[float, ...]) -> str:
     """The mean mass of all other entries, in words."""
     pairs = zip(temperatures, tails, strict=False)  # draws have no tails
     return ", ".join(f"{tail:.1%} of the probability at T = {t:g}" for t, tail in pairs) or "-"
+
+
+def _show(argv: list[str]) -> int:
+    parser = Parser("cache show", SHOW)
+    add = parser.add_argument
+    add("folder", type=Path)
+    add("--row", type=number(0), default=0, metavar="N", help="sequence of the cache; 0")
+    add("--top-k", type=number(1), default=5, metavar="K", help="entries of each token; 5")
+    add("--temperature", type=number(0.0001, 1000, float), default=1.0, metavar="T", help="1")
+    add("--first", type=number(0), default=0, metavar="N", help="token to begin with; 0")
+    add("--tokens", type=number(1), default=20, metavar="N", help="that are shown; 20")
+    add("--tokenizer", help="folder or hub name (default: the teacher's, if its folder is here)")
+    add_fields(parser, DataArguments, NOT_CACHED)
+    args = parser.parse_args(argv)
+    with as_user_error("fusedkd cache needs `pip install fusedkd[train]`"):
+        from fusedkd.cli.show_cache import show_cache
+    show_cache(args, of_fields(DataArguments, args))
+    return 0
 
 
 def _import(argv: list[str]) -> int:

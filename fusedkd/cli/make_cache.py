@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from accelerate.utils.modeling import get_state_dict_offloaded_model
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fusedkd.cache.build import NO_HEAD, Job, build
-from fusedkd.cache.hidden import layout_of
-from fusedkd.cache.keys import tokenizer_hash, weight_hash
+from fusedkd.cache.build import Job, build
+from fusedkd.cache.of_model import job_of
 from fusedkd.cache.policy import Policy
 from fusedkd.cache.writer import ALONE, Share
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
-from fusedkd.distributions import LMHead
 from fusedkd.errors import UserError, as_user_error
-from fusedkd.models.kinds import is_placed, vocabulary_size
+from fusedkd.models.kinds import is_placed
 from fusedkd.models.loading import load_tokenizer, required
 from fusedkd.models.saved import SavedModel
 from fusedkd.models.served import ServedArguments
@@ -114,7 +111,7 @@ def _fill(args: CacheArguments, console: Console, share: Share) -> bool:
     )
     beside = args.output.with_name(f"{args.output.name}.answers")
     teacher = ServedTeacher(service, tokenizer, args.served.teacher_answers or beside)
-    sequences = _Sequences(rows.train, rows.test)
+    sequences = Sequences(rows.train, rows.test)
     teacher.check_rows("given", sequences)
     console.print(f"{len(sequences):,} sequences, {teacher}")
     with _bar(console) as bar:
@@ -173,7 +170,13 @@ def _run(args: CacheArguments, console: Console, share: Share) -> bool | None:
         run: LiveTeacher = LedTeacher(model)
     else:
         run = LiveTeacher(model if is_placed(model) else model.to(device))
-    job = _job(args, name, run, tokenizer, _Sequences(rows.train, rows.test))
+    job = job_of(
+        *(run, tokenizer, Sequences(rows.train, rows.test), args.policy, args.temperatures),
+        name=name,
+        vocab_size=args.vocab_size,
+        batch_size=args.batch_size,
+        shard_bytes=int(args.shard_mb * 2**20),
+    )
     if isinstance(run, LedTeacher) and not run.leads:
         run.follow()
         return None
@@ -210,53 +213,6 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _job(
-    args: CacheArguments, name: str, run: LiveTeacher, tokenizer: Any, sequences: _Sequences
-) -> Job:
-    model: Any = run.model
-    columns = vocabulary_size(model)
-    size = min(len(tokenizer), columns) if args.vocab_size is None else args.vocab_size
-    if not 2 <= size <= columns:
-        raise UserError(
-            f"--vocab-size {size}: expected 2 to {columns}, the columns of the teacher's logits."
-        )
-    facts = {
-        "teacher": name,
-        "teacher_hash": weight_hash(_weights(model)),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "padded_vocab_size": columns,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    policy, head = args.policy, None
-    if policy.hidden:
-        head = _head(run)
-        policy = replace(policy, k=head.weight.shape[1])
-        facts["padded_vocab_size"] = head.weight.shape[0]
-    layout = layout_of(policy, size, args.temperatures)
-    return Job(sequences, layout, facts, args.batch_size, int(args.shard_mb * 2**20), head)
-
-
-def _head(run: LiveTeacher) -> LMHead:
-    """
-    Raises:
-        UserError: it has none that is plain.
-    """
-    device = next(run.model.parameters()).device
-    answers = run({"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)})
-    if not isinstance(answers, LMHead):
-        raise UserError(NO_HEAD)
-    return answers
-
-
-def _weights(model: Any) -> Iterator[tuple[str, Any]]:
-    """Also those that a device map has put on the disk."""
-    named = model.state_dict()
-    if any(tensor.is_meta for tensor in named.values()):
-        found = get_state_dict_offloaded_model(model)
-        named = {name: found[name] for name in named}
-    yield from named.items()
-
-
 def _say(console: Console, job: Job) -> None:
     tokens, size = sum(map(len, job.sequences)), job.layout.most_bytes_per_token
     fixed = job.layout.policy.kind != "sample" and job.layout.policy.top_p is None
@@ -267,7 +223,7 @@ def _say(console: Console, job: Job) -> None:
     )
 
 
-class _Sequences(Sequence[np.ndarray]):
+class Sequences(Sequence[np.ndarray]):
     """The rows of data sets, neighbours of one length, as arrays that are made when they are asked
     for."""
 

@@ -1,7 +1,7 @@
 """The teacher's side of the loss, as the trainer calls it: with a batch."""
 
+from fusedkd.models.live import LiveTeacher
 from fusedkd.teachers.cached import CachedTeacher
-from fusedkd.teachers.live import LiveTeacher
 from fusedkd.teachers.routed import RoutedTeachers
 from fusedkd.teachers.served import ServedTeacher, Service
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from fusedkd.cache.reader import TeacherCache
+from fusedkd.models.live import LiveTeacher
 from fusedkd.routed import Routed
 from fusedkd.teachers.cached import CachedTeacher
-from fusedkd.teachers.live import LiveTeacher
 from fusedkd.teachers.served import ServedTeacher
 
 NAMES = "teacher_names"  # of a batch's rows, in it

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fusedkd import LMHead
-from fusedkd.teachers.live import LiveTeacher
+from fusedkd.models.live import LiveTeacher
 
 
 def is_spread(model: nn.Module) -> bool:

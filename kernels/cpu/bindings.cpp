@@ -88,11 +88,10 @@ int64_t l2_bytes() {
 #endif
 }
 
-// Whether a row rule's tape has use for what a row is swept for once more.
-bool reads_metrics(const Tape& rule) {
-  return std::any_of(rule.steps, rule.steps + rule.count, [](const TapeStep& step) {
-    const int field = static_cast<int>(step.number);
-    return step.op == TapeOp::parameter && (field == 1 || field == 2 || field == 4 || field == 5);
+// Whether a row rule's tape reads a field of RuleNumbers, by its number.
+bool reads(const Tape& rule, int field) {
+  return std::any_of(rule.steps, rule.steps + rule.count, [field](const TapeStep& step) {
+    return step.op == TapeOp::parameter && static_cast<int>(step.number) == field;
   });
 }
 
@@ -109,8 +108,8 @@ RowsCall call_of(const Listing& listing, const std::vector<double>& numbers) {
   call.disjoint = listing.set.disjoint(call.divergence, call.parameters);
   if (call.rule != 0) {
     call.rule_factor = instructions().rule_factor;
-    call.measures =
-        reads_metrics(*reinterpret_cast<const Tape*>(static_cast<uintptr_t>(call.rule)));
+    const Tape& rule = *reinterpret_cast<const Tape*>(static_cast<uintptr_t>(call.rule));
+    call.teacher_entropy = reads(rule, 1), call.student_entropy = reads(rule, 2);
   }
   return call;
 }
@@ -204,7 +203,7 @@ void rows(Tensor student, Tensor teacher, std::optional<Tensor> indices, int64_t
   const Listing listing = find(divergence);
   RowsCall call =
       call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers, vocabulary, {});
-  call.measures |= metrics.has_value();
+  call.measures = metrics.has_value();
   write_to(call, loss, metrics);
   if (grad) write_to(call, *grad);
   for_each_row(listing.set, call);
@@ -277,7 +276,7 @@ void piece(int64_t verb, Tensor student, Tensor teacher, std::optional<Tensor> i
   RowsCall call = call_of(listing, student, teacher, indices, tail, labels, row_scale, numbers,
                           vocabulary, part);
   const int64_t count = call.batch * call.tokens, lane = call.wide || call.exact ? 8 : 4;
-  call.verb = static_cast<Verb>(verb), call.measures |= measures;
+  call.verb = static_cast<Verb>(verb), call.measures = measures;
   if (grad) write_to(call, *grad);
   STD_TORCH_CHECK(
       statistics.numel() == count * static_cast<int64_t>(sizeof(Statistics) / sizeof(double)) &&

@@ -249,9 +249,10 @@ template <class X> class OneRow {
   // What label and metrics need of the logits: the label's, their mean, those that p and q expect.
   void measure() {
     measure_label();
-    if (!call_.measures) return;
-    expected_student_ = expected(student_, row_.student, sums_.student);
-    expected_teacher_ = expected(teacher_, row_.teacher, sums_.teacher);
+    if (call_.measures || call_.student_entropy)
+      expected_student_ = expected(student_, row_.student, sums_.student);
+    if (call_.measures || call_.teacher_entropy)
+      expected_teacher_ = expected(teacher_, row_.teacher, sums_.teacher);
   }
   void measure_label() {
     double slope, unused = 0;

@@ -95,7 +95,7 @@ struct RowsCall : Numbers {
   const void* row_scale;  // (rows,) fp64 if `wide`, else fp32; also loss and metrics
   void* loss;
   void* metrics;           // (rows, kMetrics) or null
-  bool measures;           // whether what metrics tell is wanted
+  bool measures;           // whether there will be metrics
   bool exact;              // fp64 throughout, as rows need it whose p and q hardly meet
   Statistics* statistics;  // of this piece, or merged
   Comparison* comparison;  // of this piece, or merged
@@ -111,6 +111,7 @@ struct RowsCall : Numbers {
   bool wide;    // accumulate in fp64
   bool stream;  // write the gradient past the caches
   double (*rule_factor)(const Tape&, const RuleNumbers&);
+  bool teacher_entropy, student_entropy;  // whether a row rule reads them
   int divergence;
   double disjoint;  // the divergence's value where p and q have nothing in common; infinite: not to
                     // be looked at

@@ -102,10 +102,8 @@ template <class X> class SparseRow : public OneRow<X> {
       Tile<X> t = this->tile(k, false);
       F hi, fill = 0;
       extremes(t.student, t.n, minima(k), &hi);
-      if (call_.measures) {
-        this->best(t.student, begin(k), end(k), hi, all_, &top_student_);
-        all_.advance(hi);
-      }
+      if (call_.measures) this->best(t.student, begin(k), end(k), hi, all_, &top_student_);
+      all_.advance(hi);
       const int32_t* from = id;
       id = ids_until(from, end(k));
       if (id != from) {
@@ -160,7 +158,7 @@ template <class X> class SparseRow : public OneRow<X> {
   }
   void measure() {
     this->measure_label();
-    if (!call_.measures) return;
+    if (!call_.measures && !call_.student_entropy) return;
     const double rate = row_.student.inverse_temperature();
     double moment = 0, unused = 0;
     const int32_t* id = indices_;

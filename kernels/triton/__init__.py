@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.kernels import RowCall, Rows
-from fusedkd.kernels.pieces import block_rows, compare, finish, observe
+from fusedkd.kernels import Comparison, RowCall, Rows, pieces
 from fusedkd.kernels.tokens import token_gradient, token_statistics, top
 from fusedkd.spec import LossSpec
 
@@ -50,6 +49,40 @@ def rows(call: RowCall, *fields: Any) -> Rows:
     ops, sparse_ops = _launchers()
     kind = sparse_ops if isinstance(call.teacher, SparseRows) else ops
     return kind.rows(call)  # type: ignore[no-any-return]
+
+
+def observe(call: RowCall) -> Tensor:
+    return _of_pieces(call).observe(call)  # type: ignore[no-any-return]
+
+
+def merge(pieces: Sequence[Tensor]) -> Tensor:
+    return _part_ops().merge(pieces)  # type: ignore[no-any-return]
+
+
+def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
+    return _of_pieces(call).compare(call, statistics)  # type: ignore[no-any-return]
+
+
+def finish(call: RowCall, statistics: Tensor, comparison: Comparison | None) -> tuple[Rows, None]:
+    return _of_pieces(call).finish(call, statistics, comparison)  # type: ignore[no-any-return]
+
+
+def block_rows(call: RowCall, widest: int, budget: int) -> int:
+    if isinstance(call.teacher, SparseRows):
+        return pieces.block_rows(call, widest, budget)
+    return _part_ops().block_rows(widest)  # type: ignore[no-any-return]
+
+
+def _of_pieces(call: RowCall) -> ModuleType:
+    """Against a sparse teacher, in plain torch."""
+    return pieces if isinstance(call.teacher, SparseRows) else _part_ops()
+
+
+@functools.cache
+def _part_ops() -> ModuleType:
+    from . import part_ops
+
+    return part_ops
 
 
 def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None] | None:

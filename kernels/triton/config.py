@@ -129,6 +129,7 @@ class Plan(Tiling):
     metrics: bool
     transformed_s: bool  # the student's logits are scaled or capped
     transformed_t: bool
+    part: bool  # of the row's columns, and statistics by their names (named.py)
     rule: Any  # the row rule's function of a row's statistics, or None
 
     @cached_property
@@ -183,6 +184,7 @@ class Variant(NamedTuple):
     metrics: bool = False
     transformed_s: bool = False
     transformed_t: bool = False
+    part: bool = False
     rule: str | None = None
 
 
@@ -190,6 +192,8 @@ def stages(variant: Variant, launch: Launch) -> tuple[str, ...]:
     """The launches of one call, in order."""
     # A closed divergence has a middle stage too: its programs return at once unless their row
     # turned out to hold masks, which only the device knows.
+    if variant.part:  # the ranks of a group have something to tell one another in between
+        return ("statistics", "middle", "gradient")
     if launch.joint and not INTERPRETED:
         return ("joint",)
     return ("whole",) if launch.pieces == 1 else ("statistics", "middle", "gradient")
@@ -204,7 +208,8 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     item = named[lead].itemsize
     wide = torch.float64 in (variant.student, variant.teacher)
     form = lean.FORMS.get(variant.divergence, lean.NONE)
-    exact = wide or form is lean.NONE
+    # the named statistics have no sums of powers
+    exact = wide or form is lean.NONE or (variant.part and form.powers > 0)
     kls, powers = variant.divergence in pointwise.KLS, 0 if exact else form.powers
     # with twice the lines these spill (benchmarks/resources.py)
     unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
@@ -246,6 +251,7 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         metrics=variant.metrics,
         transformed_s=variant.transformed_s,
         transformed_t=variant.transformed_t,
+        part=variant.part,
         rule=None if variant.rule is None else _rule(variant.rule),
     )
 

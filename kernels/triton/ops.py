@@ -21,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def rows(call: RowCall) -> Rows:
     device.check(call.student)
-    if (rule := rule_of(call.spec)) is not None and not call.metrics:  # which are what it reads
+    if rule_of(call.spec) is not None and not call.metrics:  # which are what it reads
         return Rows(rows(call._replace(metrics=True)).loss, None)
     results, n = call.results(), call.row_scale.numel()
     if n == 0:
@@ -29,24 +29,31 @@ def rows(call: RowCall) -> Rows:
     launch = config.choose(n, call.spec.vocab_size, device.processors(call.student.device))
     if debug.ENABLED:
         debug.note(f"{n:,} rows by {launch}")
-    variant = _variant(call)._replace(rule=rule)
+    variant = variant_of(call)
     arguments = {
-        "student": call.student,
-        "teacher": call.teacher_logits,
-        "grad": call.grad,
-        "labels": call.labels if variant.ce else None,
-        "row_scale": call.row_scale,
+        **inputs(call, variant),
         "loss": results.loss,
         "metrics": results.metrics,
         **scratch(call, launch, config.PARTIALS),
         "arrived": _arrived(call, config.stages(variant, launch)),
-        **layout(call.student, call.teacher_logits, call.grad),
-        **numbers(call.spec),
     }
     with device.guard(call.student):
         for launcher, per_row, pieces in _launchers(variant, launch):
             launcher((n * per_row, pieces), arguments)
     return results
+
+
+def inputs(call: RowCall, variant: config.Variant) -> dict[str, Any]:
+    """What a kernel reads of a call, and where its gradient goes."""
+    return {
+        "student": call.student,
+        "teacher": call.teacher_logits,
+        "grad": call.grad,
+        "labels": call.labels if variant.ce else None,
+        "row_scale": call.row_scale,
+        **layout(call.student, call.teacher_logits, call.grad),
+        **numbers(call.spec),
+    }
 
 
 def scratch(call: RowCall, launch: config.Launch, partials: int) -> dict[str, Tensor | None]:
@@ -66,14 +73,14 @@ def _arrived(call: RowCall, stages: tuple[str, ...]) -> Tensor | None:
     return call.row_scale.new_zeros(n, 2, dtype=torch.int32) if joint else None
 
 
-def _variant(call: RowCall) -> config.Variant:
+def variant_of(call: RowCall) -> config.Variant:
     sides, spec = [call.student, call.teacher_logits], call.spec
     ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
     return config.Variant(
         student=call.student.dtype,
         teacher=call.teacher_logits.dtype,
         grad=None if call.grad is None else call.grad.dtype,
-        divergence=spec.divergence.key or spec.divergence.name,
+        divergence=divergence_of(spec),
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
@@ -82,6 +89,8 @@ def _variant(call: RowCall) -> config.Variant:
         metrics=call.metrics,
         transformed_s=spec.student_transform != IDENTITY,
         transformed_t=spec.teacher_transform != IDENTITY,
+        part=call.part is not None,
+        rule=rule_of(spec),
     )
 
 
@@ -92,12 +101,16 @@ def _launchers(
     """The kernels of a call, in order, each with its programs a row, on the grid's axes."""
     made = []
     for stage in config.stages(variant, launch):
-        plan = config.plan(variant, launch, stage, device.TARGET)
-        options = config.options(launch, device.TARGET, plan)
-        launcher = Launcher(programs.row_kernel, {"plan": plan}, options)
+        launcher = stage_launcher(variant, launch, stage)
         count = programs_a_row(variant, launch, stage)
         made.append((launcher, *((count, 1) if stage == "joint" else (1, count))))
     return tuple(made)
+
+
+def stage_launcher(variant: config.Variant, launch: config.Launch, stage: str) -> Launcher:
+    plan = config.plan(variant, launch, stage, device.TARGET)
+    options = config.options(launch, device.TARGET, plan)
+    return Launcher(programs.row_kernel, {"plan": plan}, options)
 
 
 def programs_a_row(variant: config.Variant, launch: config.Launch, stage: str) -> int:
@@ -130,6 +143,8 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
     of_rule = () if spec.row_rule is None else spec.row_rule.params
     return {
         "vocab": spec.vocab_size,
+        "offset": 0,
+        "total": spec.vocab_size,
         "inverse_s": 1.0 / spec.temperature,
         "inverse_t": 1.0 / spec.teacher_temperature,
         "ratio": spec.temperature / spec.teacher_temperature,
@@ -149,6 +164,11 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
 
 def _seven(parameters: tuple[float, ...]) -> tuple[float, ...]:
     return (*map(float, parameters), *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
+
+
+def divergence_of(spec: LossSpec) -> str:
+    """What its functions are found by."""
+    return spec.divergence.key or spec.divergence.name
 
 
 def rule_of(spec: LossSpec) -> str | None:

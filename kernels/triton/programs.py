@@ -11,6 +11,9 @@
   Programs start in the order of their ids, so of all rows that have begun only the last can be
   incomplete: the others' programs end and make room. It wants room for ``pieces`` programs.
 
+Where a row's columns lie on the ranks of a group (plan.part) the three stages are what one of them
+does of it, and what they leave and find are the statistics that all backends name (named.py).
+
 No argument is specialised on: neither a size of 1, nor a multiple of 16, nor where a pointer lies
 compiles a kernel anew. (An annotation alone does not stop Triton from specialising an integer.) So
 what is compiled ahead of time in benchmarks/resources.py is what is launched. Hyper-parameters
@@ -22,6 +25,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .named import (
+    COLUMNS,
+    Label,
+    label_here,
+    leave_named,
+    leave_nothing,
+    named,
+    no_label,
+    recall_named,
+    unnamed,
+)
 from .numerics import LN2, LOG2E, log_sum, reciprocal, rounded, scalar
 from .row import (
     INFINITY,
@@ -61,7 +75,10 @@ POINTERS = (
     *("student", "teacher", "grad", "labels", "row_scale"),
     *("loss", "metrics", "partial", "sums", "arrived"),
 )
-SIZES = ("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t", "vocab", "columns")
+SIZES = (
+    *("length", "s_b", "s_t", "t_b", "t_t", "g_b", "g_t"),
+    *("vocab", "columns", "offset", "total"),
+)
 
 
 class Weights(NamedTuple):
@@ -71,12 +88,6 @@ class Weights(NamedTuple):
     kd: Any
     ce: Any
     smoothing: Any
-
-
-class Label(NamedTuple):
-    column: Any  # -1: none
-    student: Any  # raw logits there, read before any gradient is written: that may go over them
-    teacher: Any
 
 
 class Shared(NamedTuple):
@@ -128,15 +139,15 @@ def _shape(sides, grad, columns, plan: tl.constexpr):
 
 @triton.jit
 def _label(sides, labels, n, plan: tl.constexpr):
-    column = tl.full([], -1, tl.int32)
-    student, teacher = scalar(0.0, plan.acc), scalar(0.0, plan.acc)
+    found = no_label(plan)
     if plan.ce:
         column = tl.load(labels + n).to(tl.int32)
         student = tl.load(sides.student + column).to(plan.acc)
         teacher = student
         if plan.teacher:
             teacher = tl.load(sides.teacher + column).to(plan.acc)
-    return Label(column, student, teacher)
+        found = Label(column, column, found.logit, student, teacher)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,12 +155,21 @@ def _label(sides, labels, n, plan: tl.constexpr):
 
 
 @triton.jit
-def _cross_entropy(of, label, sides, weights, vocab, plan: tl.constexpr):
-    z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
+def _label_logit(label, sides, plan: tl.constexpr):
+    if plan.part:
+        z = label.logit
+    else:
+        z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
+    return z
+
+
+@triton.jit
+def _cross_entropy(of, label, sides, weights, total, plan: tl.constexpr):
+    z = _label_logit(label, sides, plan)
     log_unit = log_sum(of.unit, plan.acc)
     ce = (of.student.max - z) + log_unit
     if plan.smoothing:
-        mean = (of.mean / vocab.to(tl.float32)).to(plan.acc)
+        mean = (of.mean / total.to(tl.float32)).to(plan.acc)
         soft = (of.student.max - mean) + log_unit
         ce = (1.0 - weights.smoothing) * ce + weights.smoothing * soft
     return ce
@@ -161,11 +181,11 @@ def _entropy(side, softmax, plan: tl.constexpr):
 
 
 @triton.jit
-def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, plan: tl.constexpr):
+def _report(loss, metrics, n, of, pair, value, label, sides, weights, total, plan: tl.constexpr):
     """The row's loss, and its metrics in the order of spec.METRIC_COLUMNS."""
     ce = scalar(float("nan"), plan.acc)
     if plan.ce:
-        ce = _cross_entropy(of, label, sides, weights, vocab, plan)
+        ce = _cross_entropy(of, label, sides, weights, total, plan)
     sum_of_terms = scalar(0.0, plan.acc)
     if plan.kd:
         sum_of_terms += tl.where(weights.kd == 0, 0.0, weights.kd * value)
@@ -180,8 +200,8 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab, pla
         tl.store(out + 3, _entropy(of.student, pair.student, plan))
         at_s, at_t = of.student.at, of.teacher.at
         tl.store(out + 4, (at_s == at_t).to(plan.acc))
-        tl.store(out + 5, (at_s == label.column).to(plan.acc) if plan.ce else unknown)
-        tl.store(out + 6, (at_t == label.column).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 5, (at_s == label.id).to(plan.acc) if plan.ce else unknown)
+        tl.store(out + 6, (at_t == label.id).to(plan.acc) if plan.ce else unknown)
         tl.store(out + 7, unknown)
 
 
@@ -203,7 +223,7 @@ def _ruled(weights, of, pair, value, label, sides, by, plan: tl.constexpr):
     s, t = pair.student, pair.teacher
     log_q = scalar(0.0, plan.acc)
     if plan.ce:
-        z, _ = through(label.student, None, sides.of_student, plan.transformed_s)
+        z = _label_logit(label, sides, plan)
         log_q = (z - of.student.max) * s.inverse_t - s.log_sum
     entropy_t, entropy_s = _entropy(of.teacher, t, plan), _entropy(of.student, s, plan)
     return ruled(weights, value, entropy_t, entropy_s, log_q, t.over_sum, s.over_sum, by, plan)
@@ -249,6 +269,12 @@ def pieces(partial, n, field: tl.constexpr, of: tl.constexpr, plan: tl.constexpr
 
 
 @triton.jit
+def _left(partial, n, piece):
+    """Where a program leaves the named statistics of its piece of a part."""
+    return partial + (piece.to(tl.int64) * tl.num_programs(0) + n) * COLUMNS
+
+
+@triton.jit
 def _side(partial, n, first: tl.constexpr, plan: tl.constexpr):
     return Side(
         pieces(partial, n, first, 17, plan).to(plan.acc), pieces(partial, n, first + 1, 17, plan),
@@ -270,7 +296,8 @@ def _recall(partial, n, labels, plan: tl.constexpr):
     if plan.ce:
         column = tl.load(labels + n).to(tl.int32)
     student = tl.load(at + 15 * plan.pieces).to(plan.acc)
-    return of, Label(column, student, tl.load(at + 16 * plan.pieces).to(plan.acc))
+    teacher = tl.load(at + 16 * plan.pieces).to(plan.acc)
+    return of, Label(column, column, student, student, teacher)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,8 +328,13 @@ def _leave_sums(sums, n, piece, first, second, plan: tl.constexpr):
 
 @triton.jit
 def _recall_sums(sums, n, plan: tl.constexpr):
-    first, second = pieces(sums, n, 0, 2, plan), pieces(sums, n, 1, 2, plan)
-    return tl.sum(first, axis=0), tl.sum(second, axis=0)
+    if plan.part:
+        at = sums + n.to(tl.int64) * 2
+        first, second = tl.load(at), tl.load(at + 1)
+    else:
+        first, second = pieces(sums, n, 0, 2, plan), pieces(sums, n, 1, 2, plan)
+        first, second = tl.sum(first, axis=0), tl.sum(second, axis=0)
+    return first, second
 
 
 @triton.jit
@@ -368,14 +400,14 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, own, plan: t
 
 @triton.jit
 def _factors(
-    grad, shape, of, pair, compared, weights, vocab, a, b, own, plan: tl.constexpr
+    grad, shape, of, pair, compared, weights, total, a, b, own, plan: tl.constexpr
 ):  # fmt: skip
     kd = weights.row * weights.kd * pair.student.inverse_t
     unit, smooth, hot = weights.row, weights.row, weights.row
     if plan.ce:
         of_ce = weights.row * weights.ce
         unit = of_ce * reciprocal(of.unit).to(plan.acc)
-        smooth = of_ce * weights.smoothing / vocab.to(plan.acc)
+        smooth = of_ce * weights.smoothing / total.to(plan.acc)
         hot = of_ce * (1.0 - weights.smoothing)
     constants, terms = (kd,), (kd,)
     if plan.kd and not plan.exact:
@@ -390,7 +422,8 @@ def _factors(
 @triton.jit
 def _write_label(label, sides, span, shape, by, SLOPE: tl.constexpr, plan: tl.constexpr):
     """The label's entry, over what the sweep wrote there without looking."""
-    if within(label.column, span, shape, plan):
+    owned = label.column >= 0 if plan.part else within(label.column, span, shape, plan)
+    if owned:
         z_s, raw = through(label.student, None, sides.of_student, plan.transformed_s)
         z_t, _ = through(label.teacher, None, sides.of_teacher, plan.transformed_t)
         g = (SLOPE(z_s, z_t, by, plan) - by.hot) * (raw if plan.transformed_s else 1.0)
@@ -472,10 +505,13 @@ def _gradient(label, shared, n, piece, sides, span, shape, by, compared, plan: t
 def row_kernel(
     student, teacher, grad,  # (B, T, C), (B, T, C'), (B, T, C) or None
     labels, row_scale, loss, metrics,  # (N,) or None, (N,), (N,), (N, 8) or None; N = B T
-    partial, sums,  # fp64 (N, PARTIALS, pieces), (N, 2, pieces), or None in the stage "whole"
+    # fp64 (N, PARTIALS, pieces), (N, 2, pieces), or None in the stage "whole"; of a part of a row
+    # named statistics, (pieces, N, COLUMNS) that are left, (N, COLUMNS) and (N, 2) that are found
+    partial, sums,
     arrived,  # int32 (N, 2) of 0, or None but in the stage "joint"
     length: tl.int32, s_b: tl.int64, s_t: tl.int64, t_b: tl.int64, t_t: tl.int64,
     g_b: tl.int64, g_t: tl.int64, vocab: tl.int32, columns: tl.int32,
+    offset: tl.int32, total: tl.int32,  # the first column's id, and the whole rows' vocab
     inverse_s: tl.float64, inverse_t: tl.float64,  # 1 / temperature
     ratio: tl.float64,  # the student's temperature over the teacher's
     s_scale: tl.float64, s_cap: tl.float64, t_scale: tl.float64, t_cap: tl.float64,
@@ -508,6 +544,8 @@ def row_kernel(
         span, leader = share(shape, piece, plan), piece == 0
     scale = tl.load(row_scale + n)
     if scale == 0:
+        if plan.part and plan.stage == "statistics":
+            leave_nothing(_left(partial, n, piece))
         if plan.stage != "statistics" and plan.stage != "middle":
             drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
@@ -516,19 +554,34 @@ def row_kernel(
         of_s, of_t, over = scalar(inverse_s, acc), scalar(inverse_t, acc), scalar(ratio, acc)
         scales = Scales(of_s * LOG2E, of_t * LOG2E, over, first, second)
         if plan.stage != "middle" and plan.stage != "gradient":
-            label = _label(sides, labels, n, plan)
+            if plan.part:
+                label = label_here(sides, labels, n, offset, span, shape, plan)
+            else:
+                label = _label(sides, labels, n, plan)
             start = nothing_seen(plan)
             of = sweep(
                 observe, start, sides, shape, span, scales, False, "evict_last", plan.unroll, plan
             )
             of = merged(resolved(of, sides, shape, plan), scales, plan)
-            if plan.stage != "whole":
+            if plan.part:
+                fields = named(of, label, offset, total, scales, plan)
+                leave_named(_left(partial, n, piece), fields)
+            elif plan.stage != "whole":
                 leave(partial, n, piece, _flat(of, label), plan)
             if plan.stage == "joint":
                 _meet(arrived + 2 * n, plan)
         if plan.stage != "whole" and plan.stage != "statistics":
-            of, label = _recall(partial, n, labels, plan)
-            of = merged(of, scales, plan)
+            if plan.part:
+                fields = recall_named(partial + n.to(tl.int64) * COLUMNS)
+                of = unnamed(fields, total, scales, plan)
+                label = label_here(sides, labels, n, offset, span, shape, plan)
+                # of all pieces; and nobody has begun to write
+                logit = fields.label.to(acc)
+                label = Label(label.column, label.id, logit, label.student, label.teacher)
+                tl.debug_barrier()
+            else:
+                of, label = _recall(partial, n, labels, plan)
+                of = merged(of, scales, plan)
         if plan.stage != "statistics":
             pair = paired(of, of_s, of_t, over, plan)
             compared = _compared(
@@ -542,14 +595,14 @@ def row_kernel(
                     weights = _ruled(weights, of, pair, compared.value, label, sides, rule, plan)
                 if leader and not plan.late:
                     _report(loss, metrics, n, of, pair, compared.value, label, sides, weights,
-                            vocab, plan)  # fmt: skip
+                            total, plan)  # fmt: skip
                 if grad is not None:
-                    by = _factors(grad, shape, of, pair, compared, weights, vocab, first, second,
+                    by = _factors(grad, shape, of, pair, compared, weights, total, first, second,
                                   own, plan)  # fmt: skip
                     value, known = _gradient(label, shared, n, piece, sides, span, shape, by,
                                              compared, plan)  # fmt: skip
                     if plan.late and known:
-                        _report(loss, metrics, n, of, pair, value, label, sides, weights, vocab,
+                        _report(loss, metrics, n, of, pair, value, label, sides, weights, total,
                                 plan)  # fmt: skip
                     beyond = vocab if leader else columns
                     zeros(grad, shape, Span(0, 0, 0, 0), beyond, columns, plan)

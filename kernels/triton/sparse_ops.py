@@ -17,7 +17,7 @@ from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-TEACHERS = ("t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
+UNUSED = ("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
 
 
 def rows(call: RowCall) -> Rows:
@@ -72,7 +72,7 @@ def _outside(variant: config.Variant, tail: str) -> bool:
 
 def _numbers(call: RowCall) -> dict[str, float | int]:
     numbers = ops.layout(call.student, call.student, call.grad) | ops.numbers(call.spec)
-    return {name: x for name, x in numbers.items() if name not in TEACHERS}
+    return {name: x for name, x in numbers.items() if name not in UNUSED}
 
 
 def _variant(call: RowCall) -> config.Variant:
@@ -83,7 +83,7 @@ def _variant(call: RowCall) -> config.Variant:
         student=student.dtype,
         teacher=torch.float64 if wide else student.dtype,  # decides the accumulation type only
         grad=None if grad is None else grad.dtype,
-        divergence=spec.divergence.key or spec.divergence.name,
+        divergence=ops.divergence_of(spec),
         aligned=config.aligned([student] if grad is None else [student, grad]),
         kd=spec.kd_scale != 0,
         ce=ce,

@@ -36,6 +36,7 @@ from fusedkd.cache.layout import Answers
 from fusedkd.cache.packing import bits_for, pack, pack_runs, packed_size, unpack, unpack_runs
 from fusedkd.cache.policy import linear_in_teacher
 from fusedkd.cache.summary import summarize
+from fusedkd.cache.writer import Share
 from fusedkd.cli import main
 from fusedkd.train import DistillationArguments, DistillationTrainer
 
@@ -316,11 +317,15 @@ def test_what_is_read_is_what_the_teacher_said(disk: Path, cache: Path) -> None:
 
 
 def blocks(disk: Path) -> Dataset:
+    return parts(disk).train
+
+
+def parts(disk: Path) -> Any:
     from fusedkd.data.arguments import DataArguments
     from fusedkd.data.loading import load_rows
 
     flags = DataArguments(data=[str(disk / "text")], eval_share=0.25, max_length=BLOCK)
-    return load_rows(flags, tokenizer()).train
+    return load_rows(flags, tokenizer())
 
 
 def test_batches_are_found_however_they_are_made(disk: Path, cache: Path) -> None:
@@ -370,6 +375,87 @@ def test_a_loop_of_ones_own(disk: Path, cache: Path, sampled: Path) -> None:
         assert (got.entropy is None) == (want.entropy is None) == (heat != 1)
         if want.entropy is not None:
             assert torch.equal(got.entropy, want.entropy)
+
+
+def test_built_in_a_program_of_ones_own(disk: Path, cache: Path, tmp_path: Path) -> None:
+    """The command's cache, of data sets, lists, and padded batches."""
+    teacher = AutoModelForCausalLM.from_pretrained(disk / "teacher").train()
+    rows = [row["input_ids"] for part in parts(disk)[:2] for row in part]
+    kept: dict[str, Any] = {"top_k": 40, "temperatures": (1, 2)}
+    made = TeacherCache.build(
+        tmp_path / "c", teacher, tokenizer(), rows, shard_bytes=int(0.03 * 2**20), **kept
+    )
+    assert not teacher.training and content(made.folder) == content(cache)
+    short = blocks(disk).select(range(2))
+    ids, mask = torch.full((2, 40), 7), torch.zeros(2, 40, dtype=torch.int64)
+    ids[0, 8:], mask[0, 8:] = torch.tensor(short[0]["input_ids"]), 1
+    ids[1, :BLOCK], mask[1, :BLOCK] = torch.tensor(short[1]["input_ids"]), 1
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+    few = torch.tensor(short["input_ids"])
+    every = {"set": short, "tensor": few, "batch": batch, "dicts": [*short]}
+    for name, form in every.items():
+        made = TeacherCache.build(tmp_path / name, teacher, tokenizer(), form, hidden="int8")
+        assert made.manifest.sequences == 2
+        assert torch.equal(made.batch(ids, mask).hidden[0, 8:], made.teacher(few[0]).hidden)
+        assert made.batch(ids, mask).weight is made.head().weight  # read once
+    with pytest.raises(CacheError, match="--hidden keeps what"):
+        TeacherCache.build(tmp_path / "no", teacher, tokenizer(), few, hidden="int8", top_k=3)
+    with pytest.raises(CacheError, match=r"expected 2 to 264"):
+        TeacherCache.build(tmp_path / "no", teacher, tokenizer(), few, vocab_size=265)
+
+
+def test_built_by_a_group(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(disk / "teacher")
+    rows = blocks(disk)["input_ids"][:40]
+
+    def built(rank: int) -> TeacherCache:
+        monkeypatch.setattr(Share, "of_group", lambda: Share(rank, 2))
+        return TeacherCache.build(tmp_path / "c", teacher, tokenizer(), rows, shard_bytes=9000)
+
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: built(1) if waiting.pop() else None)
+    waiting = [False, True]
+    assert built(0).manifest.number_of_shards > 1 and not waiting
+
+
+def test_show(
+    disk: Path, cache: Path, sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher's own most probable tokens, of any kind of cache."""
+    teacher = AutoModelForCausalLM.from_pretrained(disk / "teacher").eval()
+    ids = blocks(disk)["input_ids"][3]
+    made = TeacherCache.build(tmp_path / "c", teacher, tokenizer(), [ids], hidden="bf16")
+    with torch.no_grad():
+        wanted = (teacher(torch.tensor([ids])).logits[0, :, :257] / 2).log_softmax(-1).topk(3)
+    kept = TeacherCache(cache)
+    row = kept.find(ids)
+    assert row is not None and made.find(ids) == 0
+    found, whole = kept.top(row, 3, 2.0), kept.get(ids, 2.0)
+    assert np.array_equal(found.ids, whole.ids[:, :3])
+    assert np.array_equal(found.log_probs, whole.log_probs[:, :3])
+    found = made.top(0, 3, 2.0)
+    assert (found.ids == wanted.indices.numpy()).mean() > 0.9  # bf16
+    np.testing.assert_allclose(found.log_probs, wanted.values, atol=2e-2)
+    drawn = TeacherCache(sampled).top(row, 3)
+    assert (np.diff(drawn.log_probs, axis=1) <= 0).all()
+    flags = ["cache", "show", str(cache), "--row", str(TeacherCache(cache).find(ids))]
+    assert main([*flags, "--tokens", "2", "--top-k", "2", "--temperature", "2"]) == 0
+    said = capsys.readouterr().out
+    token, share = whole.ids[1, 0], np.exp(whole.log_probs[1, 0])
+    assert f"{tokenizer().decode([int(token)])!r} {share:.1%}" in said
+    assert f"{BLOCK - 2} more tokens: --first 2" in said and "the data tell" in said
+    data = ["--data", str(disk / "text"), "--block_size", str(BLOCK), "--eval_share", "0.25"]
+    assert main([*flags, "--first", str(BLOCK - 1), *data]) == 0
+    said = capsys.readouterr().out
+    assert f" {tokenizer().decode([ids[-1]])!r} │" in said and "tell" not in said
+    for wrong, why in (
+        (["--row", "9999"], "row 9999"),
+        (["--first", "32"], "--first 32"),
+        (["--temperature", "3"], "made for 1,2"),
+        ([*data, "--block_size", "16"], "is not in it"),
+        (["--tokenizer", str(tmp_path)], "tokenizer"),
+    ):
+        assert main([*flags, *wrong]) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_batch_size_and_order_change_no_key(disk: Path, cache: Path, tmp_path: Path) -> None:
@@ -537,7 +623,7 @@ def test_nothing_is_computed_twice(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    from fusedkd.cache.writer import Share, held
+    from fusedkd.cache.writer import held
 
     refused = pytest.raises(CacheError, match="another process")
     with held(tmp_path), refused, held(tmp_path):
@@ -765,7 +851,7 @@ def test_mistakes_get_one_message(
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["cache", "--help"], ["cache", "import", "--help"]):
+    for argv in (["cache", "--help"], ["cache", "import", "--help"], ["cache", "show", "--help"]):
         with pytest.raises(SystemExit) as done:
             main(argv)
         assert done.value.code == 0

@@ -794,8 +794,9 @@ def test_a_recipe_imports_what_the_command_line_trusts(
 ) -> None:
     """And the command line whatever it names."""
     (tmp_path / "my_losses.py").write_text(
-        "from fusedkd import divergences\n\n@divergences.custom\n"
-        "def mass(lp, lq, *, scale=1.0):\n    return scale * lq.exp()\n"
+        "from fusedkd import divergences, row_rules\n\n@divergences.custom\n"
+        "def mass(lp, lq, *, scale=1.0):\n    return scale * lq.exp()\n\n@row_rules.custom\n"
+        "def clip(divergence, *, most=1.0):\n    return (most / divergence).clamp(max=1)\n"
     )
     (tmp_path / "recipe.yaml").write_text("divergence: my_losses:mass(scale=2)\n")
     monkeypatch.chdir(tmp_path)
@@ -803,10 +804,11 @@ def test_a_recipe_imports_what_the_command_line_trusts(
     log = ("--logging_steps", "1")
     assert main([*words, *log, "--config", "recipe.yaml", "--trust_remote_code"]) == 0
     words = model(disk, tmp_path / "other")
-    assert main([*words, *log, "--divergence", "my_losses:mass(scale=2)"]) == 0
+    rule = ("--row_rule", "my_losses:clip(most=0.5)")
+    assert main([*words, *log, "--divergence", "my_losses:mass(scale=2)", *rule]) == 0
     states = [tmp_path / name / "trainer_state.json" for name in ("out", "other")]
-    logged = [json.loads(state.read_text())["log_history"][0]["kd"] for state in states]
-    assert logged == [2, 2]
+    logged = [json.loads(state.read_text())["log_history"][0] for state in states]
+    assert [(step["kd"], step["loss"]) for step in logged] == [(2, 2), (2, 0.5)]
 
 
 # ---- without what is not installed -------------------------------------------------------------

@@ -115,6 +115,8 @@ def taken_for_granted(snippet: str) -> dict[str, Any]:
         "student": student if "Trainer(" in snippet else head,
         "teacher": teacher,
         "data": rows(4),
+        "tokenizer": tokenizer(),
+        "texts": [" ".join(WORDS[i : i + 5]) for i in range(8)],
         "batches": [{"input_ids": torch.ones(2, 5).long(), "labels": torch.ones(2, 5).long()}],
         "collator": tf.DataCollatorForLanguageModeling(tokenizer(), mlm=False),
     }

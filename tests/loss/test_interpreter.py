@@ -8,6 +8,7 @@ import pytest
 import torch
 
 FILES = (
+    "kernels/test_triton_parts",
     "kernels/test_triton_rows",
     "loss/test_contract",
     "loss/test_counted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -39,6 +40,15 @@ def test_divergences(name: str, world: int, results: dict[int, list[Any]]) -> No
 @pytest.mark.parametrize("world", WORLDS)
 def test_everything_else(world: int, results: dict[int, list[Any]]) -> None:
     wrong = {name: x for rank in results[world] for name, x in rank["plain"].items() if x}
+    assert not wrong, f"{list(wrong)}\n{next(iter(wrong.values()))}"
+
+
+@pytest.mark.slow
+def test_triton_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(processes, "TIMEOUT", 3600)
+    found = processes.run("workers_parallel.py", "interpreted", 3, tmp_path)
+    wrong = {name: x for rank in found for name, x in rank.items() if x}
     assert not wrong, f"{list(wrong)}\n{next(iter(wrong.values()))}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import processes
@@ -197,7 +197,7 @@ def failures(function: Callable[[str], None], names: Any) -> dict[str, str | Non
     return values
 
 
-def plain(rank: int) -> dict[str, str | None]:
+def plain(rank: int, backends: Sequence[str] = ("reference", "cpu")) -> dict[str, str | None]:
     sizes = SPLITS[dist.get_world_size()]
 
     def gathered(name: str, grad: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def plain(rank: int) -> dict[str, str | None]:
         local = lambda n, t: mine(n, t, rank, sizes)  # noqa: E731
         compare(cases()[name], local, gathered, dist.group.WORLD, backend)
 
-    return failures(one, [f"{b} {name}" for b in ("reference", "cpu") for name in cases()])
+    return failures(one, [f"{b} {name}" for b in backends for name in cases()])
 
 
 DTENSOR_CASES = ("dense jsd", "heads jsd", "bucket forward_kl", "mixed", "other mix", "none")
@@ -334,6 +334,10 @@ def messages(rank: int) -> dict[str, str]:
     return values
 
 
+def interpreted(rank: int) -> dict[str, str | None]:
+    return plain(rank, ["triton"])
+
+
 def everything(rank: int) -> dict[str, Any]:
     values: dict[str, Any] = {"plain": plain(rank), "dtensors": dtensors(rank)}
     values["tokens"] = tokens(rank)
@@ -343,4 +347,4 @@ def everything(rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    processes.main({"everything": everything})
+    processes.main({"everything": everything, "interpreted": interpreted})

@@ -1,0 +1,105 @@
+"""Rows of which only some columns lie here, by the Triton kernels: a row in parts is the whole row.
+
+They run where triton does: on a GPU, or in its interpreter in the child process that
+loss/test_interpreter.py starts. What every backend must do is test_pieces.py."""
+
+from __future__ import annotations
+
+import in_pieces
+import pytest
+import torch
+from in_pieces import DTYPES, NAN, V, check, make, statistics
+from own_rules import of_everything
+
+from fusedkd import backends, divergences
+from fusedkd.kernels import RowCall, pieces
+from fusedkd.kernels import triton as backend
+from fusedkd.spec import LossSpec, Transform
+
+if reason := backends.load("triton").unavailable():
+    pytest.skip(f"triton: {reason}", allow_module_level=True)
+from fusedkd.kernels.triton import device, part_ops
+from fusedkd.kernels.triton.launches import Launch
+
+if not device.INTERPRETED:
+    pytest.skip("tensors on a GPU are test_triton_gpu.py's", allow_module_level=True)
+BENT = Transform(0.7, 20.0)
+FAST = {("forward_kl", torch.bfloat16), ("jsd", torch.float32), ("alpha", torch.float16)}
+FEW = [3, 4, 5]  # a masked part, one that does not count, p far from q
+
+
+def few(call: RowCall, rows: list[int] = FEW) -> RowCall:
+    assert call.grad is not None
+    some = call.of(torch.tensor(rows), None)  # type: ignore[arg-type]
+    return some._replace(grad=torch.full_like(some.student, NAN))
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        pytest.param(name, dtype, marks=() if (name, dtype) in FAST else pytest.mark.slow)
+        for name in divergences.names()
+        for dtype in DTYPES
+    ],
+)
+def test_parts_are_the_row(name: str, dtype: torch.dtype) -> None:
+    check(backend, few(make(dtype, name)), (2048, 0, V - 2048))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", divergences.names())
+def test_any_parts(name: str) -> None:
+    for sizes, dtype in zip(in_pieces.SPLITS, DTYPES, strict=True):
+        check(backend, make(dtype, name), sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed_kl", "jsd"])
+def test_options(name: str) -> None:
+    """Softcap and scale, every class of temperatures, cross-entropy or divergence alone, no
+    labels, smoothing."""
+    sizes = (1, V - 1)
+    for fields in (
+        {"student_transform": BENT, "teacher_transform": BENT},
+        {"temperature": 1.0},
+        {"temperature": 2.5},
+        {"kd_weight": 0.0},
+    ):
+        check(backend, few(make(torch.float32, name, **fields), [1, 3, 4, 7]), sizes)  # type: ignore[arg-type]
+    call = few(make(torch.float32, name))
+    check(backend, call._replace(labels=None, spec=LossSpec(call.spec.divergence, V)), sizes)
+    call = few(make(torch.float32, name, label_smoothing=0.2), [0, 4, 6, 7])  # none with masks
+    check(backend, call, sizes)
+
+
+def test_a_row_rule() -> None:
+    rule = of_everything(slope=0.3)
+    check(backend, few(make(torch.float32, "reverse_kl", row_rule=rule), [3, 4]), (2048, V - 2048))
+
+
+def test_programs_share_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows: what they leave is merged as the ranks' is, and the label is one program's."""
+    shared = Launch(pieces=2, warps=4, unroll=1)
+    monkeypatch.setattr(part_ops.config, "choose", lambda *sizes: shared)
+    check(backend, few(make(torch.bfloat16, "mixed_kl"), [3]), (V,))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_merged_statistics_are_those_of_every_backend(count: int) -> None:
+    found = statistics()[:count]
+    merged, want = backend.merge(found), pieces.merge(found)
+    torch.testing.assert_close(merged, want, rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+def test_the_gradient_may_go_over_the_logits() -> None:
+    call = few(make(torch.float32, "jsd"), [3])
+    found = []
+    for in_place in (False, True):
+        student = call.student.clone()
+        grad = student if in_place else torch.empty_like(student)
+        part = part_ops.RowCall(*call)._replace(student=student, grad=grad)
+        part = part.of(slice(0, 1), in_pieces.Part(0, V))
+        merged = backend.observe(part)
+        backend.finish(part, merged, backend.compare(part, merged))
+        found.append(part.grad)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
