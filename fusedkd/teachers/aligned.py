@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusedkd import LMHead
 from fusedkd.alignment import Retelling, pad_spans, shared_vocabulary
 from fusedkd.models.kinds import vocabulary_size
-from fusedkd.teachers.live import LiveTeacher
+from fusedkd.models.live import LiveTeacher
 
 _IDS, _MASK = "teacher_input_ids", "teacher_attention_mask"
 _STUDENT, _TEACHER = "student_spans", "teacher_spans"

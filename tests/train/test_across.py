@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+import words
 from datasets import Dataset
 from tokenizer_kinds import byte_level, sentencepiece, texts
 from torch import Tensor
@@ -214,6 +216,47 @@ def test_a_row_that_begins_and_ends_within_characters() -> None:
     assert tokens[0][0] in ("Ġ", "Ġdef") and tokens[-1] == ["x"]
 
 
+def test_a_row_with_half_a_character_inside() -> None:
+    ours, theirs = byte_level(300), sentencepiece(500)
+    ids = ours("ab🙂cd ef")["input_ids"]
+    del ids[ids.index(ours.convert_tokens_to_ids("Ļ"))]  # F0 9F .. 82
+    told = Retelling(ours, theirs)(ids)
+    pairs = zip(told.student_spans.tolist(), told.teacher_spans.tolist(), strict=True)
+    said = [(ours.decode(ids[a:b]), theirs.decode(told.ids[c:d])) for (a, b), (c, d) in pairs]
+    assert len(said) > 2 and all(a.strip() == b.strip() for a, b in said)
+
+
+def test_the_space_before_a_text_is_not_read_out() -> None:
+    ours, theirs = sentencepiece(500), byte_level(300)
+    told = Retelling(ours, theirs)(ours("def x")["input_ids"])
+    assert theirs.decode(told.ids) == "def x"
+
+
+def test_words_are_read_by_their_text() -> None:
+    ours = words.tokenizer()
+    told = Retelling(ours, byte_level(300))(ours("w1 w22 [SEP] w3")["input_ids"])
+    assert byte_level(300).decode(told.ids) == "w1 w22<|endoftext|>w3"
+    assert len(told.student_spans) == 4
+
+
+def test_only_what_is_in_a_span_is_asked_of_the_teacher(tmp_path: Path) -> None:
+    ours, theirs = byte_level(300), sentencepiece(500)
+    models = llama(len(ours)), llama(len(theirs), seed=1)
+    made = trainer(tmp_path, *models, ours, theirs, rows(ours), cross_tokenizer="alm")
+    collator = pickle.loads(pickle.dumps(made.data_collator))  # as for a worker
+    batch = collator([made.train_dataset[n] for n in range(4)])
+    _, read = made._teacher_side.take(batch)
+    answers = made._teacher_side(read)
+    within = {
+        (n, at)
+        for n, row in enumerate(answers.teacher_spans.tolist())
+        for a, b in row
+        for at in range(a, b)
+        if a >= 0
+    }
+    assert {tuple(x) for x in (answers.labels != -100).nonzero().tolist()} == within
+
+
 def test_special_tokens_become_those_of_the_same_role() -> None:
     ours, theirs = byte_level(300), sentencepiece(500)
     eos = ours.eos_token_id
@@ -234,8 +277,10 @@ def test_a_template_of_the_students_own_is_in_no_span() -> None:
     told = Retelling(ours, theirs)(ids)
     template = [n for n, i in enumerate(ids) if ours.convert_ids_to_tokens(i) == "<|im|>"]
     assert len(template) == 2
-    for a, b in told.student_spans.tolist():
+    pairs = zip(told.student_spans.tolist(), told.teacher_spans.tolist(), strict=True)
+    for (a, b), (c, d) in pairs:
         assert not any(a <= n < b for n in template)
+        assert ours.decode(ids[a:b]).strip() == theirs.decode(told.ids[c:d]).strip()
     assert "im" in theirs.decode(told.ids)
 
 
