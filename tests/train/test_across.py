@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusedkd import kd_loss
 from fusedkd.alignment import Retelling, shared_vocabulary
+from fusedkd.cli import main
 from fusedkd.errors import UserError
 from fusedkd.train import DistillationArguments, DistillationTrainer
 
@@ -335,3 +336,24 @@ def test_a_batch_that_was_made_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--packing blocks or none"):
         made.data_collator.collate = lambda x: {"input_ids": ids, "position_ids": ids}
         made.data_collator([])
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = byte_level(300), sentencepiece(500)
+    ours.pad_token = ours.eos_token
+    for name, tokenizer, seed in (("student", ours, 0), ("teacher", theirs, 1)):
+        llama(len(tokenizer), seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "text.txt").write_text("".join(texts()[:3]), encoding="utf-8")
+    command = [
+        "distill", "--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student"),
+        "--data", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "out"),
+        "--block_size", "64", "--max_steps", "2", "--use_cpu", "true", "--report_to", "none",
+        "--disable_tqdm", "true", "--logging_steps", "1",
+    ]  # fmt: skip
+    assert main(command) == 2
+    assert "--cross_tokenizer alm" in capsys.readouterr().err
+    across = [*command, "--cross_tokenizer", "both", "--schedules", "alm_weight=linear:0"]
+    assert main(across) == 0
+    assert "1 x ALM + 1 x forward_kl over the shared vocabulary" in capsys.readouterr().out
+    assert len(tf.AutoTokenizer.from_pretrained(tmp_path / "out")) == len(ours)
