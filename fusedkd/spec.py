@@ -26,6 +26,12 @@ OF_TEACHER = ("kd", "teacher_entropy", "top1_agreement", "teacher_accuracy")
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def temperature_class(temperature: float) -> int:
+    """1, 2, or 0 for any other: each has kernels of its own on a GPU, for the cross-entropy is at
+    temperature 1, and needs no exponentials of its own beside a divergence at 1 or 2."""
+    return int(temperature) if temperature in (1, 2) else 0
+
+
 class Transform(NamedTuple):
     """What happens to a logit between the matrix product and the softmax: ``cap tanh(scale x /
     cap)``.

@@ -16,6 +16,7 @@ from fusedkd import (
     token_log_probs,
 )
 from fusedkd.train.across import across
+from fusedkd.train.ahead import compiles, other_kernels
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.meter import Measured, measured
 from fusedkd.train.targets import Count, Targets, nothing
@@ -35,6 +36,7 @@ class Objective:
     def __init__(self, args: DistillationArguments, keywords: dict[str, Any]) -> None:
         self.args, self.keywords = args, keywords
         self._starts, self._schedules = args.scheduled(), args.parsed_schedules()
+        self._begun = False
 
     def numbers(self, done: float) -> dict[str, float]:
         """Every weight and temperature at this moment, by name; those of terms too."""
@@ -44,7 +46,19 @@ class Objective:
         return self._starts | now
 
     def __call__(self, student: Any, teacher: Any, targets: Targets) -> tuple[Tensor, Measured]:
-        """The loss, and what was measured on the way: nothing where ``targets`` does not ask."""
+        """The loss, and what was measured on the way: nothing where ``targets`` does not ask.
+
+        The first one for training is also computed as the schedules will have it later, for the
+        kernels' sake (:mod:`fusedkd.train.ahead`).
+        """
+        if targets.training and targets.steps and not self._begun:
+            self._begun = True
+            if self._schedules and compiles(student, self.keywords["backend"]):
+                for done in other_kernels(self.numbers, targets.done, targets.steps):
+                    self._loss(student, teacher, targets._replace(done=done))
+        return self._loss(student, teacher, targets)
+
+    def _loss(self, student: Any, teacher: Any, targets: Targets) -> tuple[Tensor, Measured]:
         numbers = self.numbers(targets.done)
         keywords = self.keywords | {k: v for k, v in numbers.items() if k in self.keywords}
         if targets.training:

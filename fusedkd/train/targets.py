@@ -29,6 +29,7 @@ class Targets(NamedTuple):
     training: bool
     measured: bool  # whether anybody wants metrics
     done: float  # share of the training that is over
+    steps: int  # of all of it
 
 
 def nothing(student: Any) -> Tensor:

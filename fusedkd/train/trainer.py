@@ -309,6 +309,7 @@ class DistillationTrainer(FromHeads, Trainer):
             training=model.training,
             measured=measured,
             done=done,
+            steps=self.state.max_steps,
         )
         with self.terms.watch(self.teacher) as states, self._timed("teacher"):
             teacher = self._teacher_side(theirs)

@@ -11,13 +11,16 @@ import torch
 from fusedkd import debug
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import RowCall, Rows
-from fusedkd.spec import IDENTITY
+from fusedkd.spec import IDENTITY, temperature_class
 
 from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-UNUSED = ("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
+UNUSED = (
+    *("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap"),
+    *("weight", "constant"),
+)
 
 
 def rows(call: RowCall) -> Rows:
@@ -87,7 +90,7 @@ def _variant(call: RowCall) -> config.Variant:
         aligned=config.aligned([student] if grad is None else [student, grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
-        power=ops.power(spec) if ce else 1,
+        power=temperature_class(spec.temperature) if ce else 1,
         smoothing=ce and spec.label_smoothing != 0,
         metrics=call.metrics,
         transformed_s=spec.student_transform != IDENTITY,
@@ -100,11 +103,9 @@ def _launchers(
 ) -> tuple[tuple[Launcher, int], ...]:
     made = []
     for stage in stages(variant, launch, tail):
-        launcher = Launcher(
-            sparse.sparse_kernel,
-            constants(variant, launch, stage, tail, device.TARGET),
-            config.options(launch, device.TARGET),
-        )
+        of = constants(variant, launch, stage, tail, device.TARGET)
+        options = config.options(launch, device.TARGET, of["plan"])
+        launcher = Launcher(sparse.sparse_kernel, of, options)
         made.append((launcher, ops.programs_a_row(variant, launch, stage)))
     return tuple(made)
 

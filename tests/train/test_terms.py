@@ -16,8 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedkd import kd_loss_and_metrics
 from fusedkd.models.capture import capture
-from fusedkd.train import DistillationArguments, DistillationTrainer
+from fusedkd.train import (
+    DistillationArguments,
+    DistillationTrainer,
+    ahead,
+    compare,
+    objective,
+)
 from fusedkd.train.schedules import parse_schedules
 from fusedkd.train.terms import parse_term
 
@@ -393,6 +400,42 @@ def test_weights_and_temperature_move_over_the_training(tmp_path: Path) -> None:
         assert entry["loss"] == pytest.approx(
             expected + now["cosine"] * entry.get("cosine", 0.0), rel=1e-3
         )
+
+
+def test_a_gpu_s_kernels_are_asked_for_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T = 4, 2.5, 2 and 1 in turn, and cross-entropy at last; and nobody learns of it."""
+    losses: list[list[float]] = []
+    for compiled in (False, True):
+        met: list[tuple[float, bool]] = []
+
+        def recorded(*sides: Any, met: Any = met, **keywords: Any) -> Any:
+            met.append((keywords["temperature"], keywords["ce_weight"] != 0))
+            return kd_loss_and_metrics(*sides, **keywords)
+
+        monkeypatch.setattr(compare, "kd_loss_and_metrics", recorded)
+        monkeypatch.setattr(objective, "compiles", lambda *_, compiled=compiled: compiled)
+        tested = trainer(
+            build("llama", 1), build("llama", 2), tmp_path, rows(8), temperature=4.0, max_steps=8,
+            schedules=["temperature=linear:1:0.75", "ce_weight=step:1:0.875"],
+        )  # fmt: skip
+        tested.train()
+        losses.append([e["loss"] for e in tested.state.log_history if "loss" in e])
+        steps = [(4.0 - 0.5 * i, False) for i in range(6)] + [(1.0, False), (1.0, True)]
+        others = [(2.0, False), (1.0, False), (1.0, True)]
+        assert met == (others if compiled else []) + steps
+    assert losses[0] == losses[1]
+
+
+def test_what_a_schedule_asks_of_a_gpu_anew() -> None:
+    numbers = {"temperature": 2.0, "kd_weight": 1.0, "ce_weight": 0.0}
+    steady: Any = lambda done: numbers  # noqa: E731
+    assert ahead.other_kernels(steady, 0.0, 100) == []
+    switched: Any = lambda done: numbers | {"kd_weight": float(done < 0.3)}  # noqa: E731
+    assert ahead.other_kernels(switched, 0.0, 100) == [0.3]
+    assert ahead.other_kernels(switched, 0.5, 100) == []  # goes on after that
+    assert not ahead.compiles(torch.zeros(2, 3), None)
 
 
 @pytest.mark.parametrize(
