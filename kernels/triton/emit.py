@@ -21,8 +21,8 @@ from typing import Any
 from fusedkd.algebra import operations, simplified
 from fusedkd.files import private_folder, replace_file
 from fusedkd.formulas import MOST_PARAMETERS
+from fusedkd.row_rules import STATISTICS
 from fusedkd.tape import OPERATIONS, Tape
-from fusedkd.trace import STATISTICS
 
 from . import elementwise, lean
 

@@ -75,11 +75,14 @@ def _arrived(call: RowCall, stages: tuple[str, ...]) -> Tensor | None:
 
 
 def variant_of(call: RowCall) -> config.Variant:
-    sides, spec = [call.student, call.teacher_logits], call.spec
+    teacher, spec = call.teacher_logits, call.spec
+    sides = [call.student, teacher]
+    # without a teacher in it a call may yet be one in fp64: cross-entropy beside one's weight of 0
+    wide = call.teacher is None and call.row_scale.dtype == torch.float64
     ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
     return config.Variant(
         student=call.student.dtype,
-        teacher=call.teacher_logits.dtype,
+        teacher=torch.float64 if wide else teacher.dtype,
         grad=None if call.grad is None else call.grad.dtype,
         divergence=divergence_of(spec),
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
