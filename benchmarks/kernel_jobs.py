@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedkd import divergences
-from fusedkd.kernels.triton import config, launches, programs, sparse, sparse_ops
+from fusedkd.kernels.triton import config, launches, ops, programs, sparse, sparse_ops
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,6 +34,8 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 # one tiny load.
 LAUNCHES = tuple(entry.launch(1, 262144, 132) for entry in launches.TABLE)
 TAILS = ("", "bucket", "drop")
+# parameters that have kernels of their own
+OTHERS = {"jsd(0.1)": divergences.jsd(0.1)}
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
     "all": {"metrics": True, "transformed_s": True, "transformed_t": True},
@@ -64,8 +66,9 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) ->
     for target, dtype in itertools.product(targets, dtypes):
         if dtype != "head":  # scales one tensor
             yield Job(target, dtype, "-", config.SCALE, "scale")
-        for name, flag, launch in itertools.product(divergences.names(), flags, LAUNCHES):
-            for tail in TAILS[: 1 if flag == "part" else None]:
+        names = (*divergences.names(), *OTHERS)
+        for name, flag, launch in itertools.product(names, flags, LAUNCHES):
+            for tail in TAILS[: 1 if flag == "part" or name in OTHERS else None]:
                 for stage in stages_of(dtype, name, flag, launch, tail):
                     yield Job(target, dtype, name, launch, stage, flag, tail)
 
@@ -75,7 +78,7 @@ def sample() -> list[Job]:
     all flags: then the divergence, the launch and the stage go round."""
     chosen = [
         Job("sm_90", "bf16", name, launch, stage)
-        for name in divergences.names()
+        for name in (*divergences.names(), *OTHERS)
         for launch in LAUNCHES[2:]
         for stage in config.stages(_variant("bf16", name, "plain"), launch)
     ]
@@ -112,7 +115,10 @@ def sample() -> list[Job]:
 
 def _variant(dtype: str, divergence: str, flags: str, tail: str = "") -> config.Variant:
     variant = config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
-    return variant._replace(teacher=variant.student, transformed_t=False) if tail else variant
+    if tail:
+        return variant._replace(teacher=variant.student, transformed_t=False)
+    made = OTHERS.get(divergence) or divergences.make(divergence)
+    return variant._replace(divergence=ops.dense_name(made))
 
 
 def stages_of(
