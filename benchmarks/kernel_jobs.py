@@ -13,7 +13,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedkd import divergences
-from fusedkd.kernels.triton import config, launches, ops, programs, sparse, sparse_ops
+from fusedkd.kernels.triton import (
+    config,
+    launches,
+    ops,
+    programs,
+    sparse,
+    sparse_ops,
+    token_ops,
+    tokens,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,6 +50,11 @@ FLAGS: dict[str, dict[str, bool]] = {
     "all": {"metrics": True, "transformed_s": True, "transformed_t": True},
     "part": {"part": True},  # of a dense row's columns
 }
+# Stages without a divergence: of one token's log-probability, with "all" the entropy beside it.
+TOKEN_KERNELS = {
+    "token statistics": tokens.statistics_kernel,
+    "token gradient": tokens.gradient_kernel,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,9 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) ->
     for target, dtype in itertools.product(targets, dtypes):
         if dtype != "head":  # scales one tensor
             yield Job(target, dtype, "-", config.SCALE, "scale")
+        whole = [flag for flag in flags if flag != "part"]
+        for flag, launch, stage in itertools.product(whole, LAUNCHES, TOKEN_KERNELS):
+            yield Job(target, dtype, "-", launch, stage, flag)
         names = (*divergences.names(), *OTHERS)
         for name, flag, launch in itertools.product(names, flags, LAUNCHES):
             for tail in TAILS[: 1 if flag == "part" or name in OTHERS else None]:
@@ -108,6 +125,9 @@ def sample() -> list[Job]:
             chosen.append(
                 Job(target, dtype, name, launch, stages[i // 4 % len(stages)], flag, tail)
             )
+        if i % 8 in (1, 6):  # of each target the larger kernel with all, the smaller for a head
+            stage = "token gradient" if flag == "all" else "token statistics"
+            chosen.append(Job(target, dtype, "-", LAUNCHES[i // 8], stage, flag))
         if flag == "plain" and dtype != "head":
             chosen.append(Job(target, dtype, "-", config.SCALE, "scale"))
     return chosen
@@ -134,6 +154,8 @@ def source(job: Job) -> ASTSource:
     """What the launcher would hand to Triton's compiler."""
     if job.stage == "scale":
         return _scale_source(job)
+    if job.stage in TOKEN_KERNELS:
+        return _token_source(job)
     variant = _variant(job.dtype, job.divergence, job.flags, job.tail)
     kernel, constants = _kernel(job, variant)
     plan = constants["plan"]
@@ -175,7 +197,7 @@ def _kernel(job: Job, variant: config.Variant) -> tuple[Any, dict[str, Any]]:
 
 def plan_of(job: Job) -> config.Plan | None:
     """Of a row kernel."""
-    if job.tail or job.stage == "scale":
+    if job.tail or job.stage in ("scale", *TOKEN_KERNELS):
         return None
     variant = _variant(job.dtype, job.divergence, job.flags)
     return config.plan(variant, job.launch, job.stage, job.backend)
@@ -187,3 +209,21 @@ def _scale_source(job: Job) -> ASTSource:
     signature |= {"x": f"*{NAMES[dtype]}", "factor": "*fp32", "plan": "constexpr"}
     constants = {"plan": config.scale_plan(dtype, job.backend)}
     return ASTSource(programs.scale_kernel, signature, constants)
+
+
+def _token_source(job: Job) -> ASTSource:
+    (student, _, grad), more = DTYPES[job.dtype], job.flags != "plain"
+    written = grad if job.stage == "token gradient" else None
+    kind = token_ops.Kind(
+        student, written, entropy=more, transformed=job.flags == "all", aligned=True
+    )
+    constants: dict[str, Any] = {"plan": token_ops.plan(kind, job.launch, job.backend)}
+    if written is not None and not more:
+        constants["linear"] = None
+    pointers = {"logits": student, "grad": grad, "counts": torch.uint8, "tokens": torch.int64}
+    names = NAMES | {torch.uint8: "u8", torch.int64: "i64"}
+    signature = {}
+    for p in TOKEN_KERNELS[job.stage].params:
+        of = f"*{names[pointers[p.name]]}" if p.name in pointers else p.annotation_type or "*fp64"
+        signature[p.name] = "constexpr" if p.name in constants else of
+    return ASTSource(TOKEN_KERNELS[job.stage], signature, constants)

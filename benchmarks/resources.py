@@ -99,13 +99,16 @@ def _without_cursor(widths: list[int]) -> list[int]:
 
 def _budget(job: Job) -> int:
     """Registers of a thread, for one program of that many warps to fit."""
+    plan = plan_of(job)
+    warps = config.options(job.launch, job.backend, plan)["num_warps"]
     if job.backend == "hip":  # 4 SIMDs with 512 each
-        return min(512, 512 // -(-config.options(job.launch, "hip")["num_warps"] // 4))
-    return min(config.most_registers(plan_of(job)), 65536 // (32 * job.launch.warps))
+        return min(512, 512 // -(-warps // 4))
+    return min(config.most_registers(plan), 65536 // (32 * warps))
 
 
 def _entries_per_thread(job: Job) -> int:
-    items = DTYPES[job.dtype][:1] if job.stage == "scale" else DTYPES[job.dtype]
+    alone = job.stage in ("scale", "token statistics")
+    items = DTYPES[job.dtype][:1] if alone else DTYPES[job.dtype]
     return 16 // min(dtype.itemsize for dtype in items) * job.launch.unroll
 
 
@@ -126,7 +129,7 @@ def problems(report: Report) -> list[str]:
     if report.loads[:sweeps] != (16,) * sweeps:
         reasons.append(f"loads of {report.loads} bytes, expected {sweeps} loops of 16 only")
     # One loop for the gradient, one or more (unrolled) for the zeros of a row that does not count.
-    loops = {"whole": 2, "joint": 2, "gradient": 2, "scale": 1}.get(stage, 0)
+    loops = {"whole": 2, "joint": 2, "gradient": 2, "token gradient": 2, "scale": 1}.get(stage, 0)
     if report.stores[:loops] != (16,) * loops:
         reasons.append(f"stores of {report.stores} bytes, expected {loops} loops of 16 only")
     return reasons
@@ -146,7 +149,7 @@ def _line(report: Report) -> str:
     cost = " ".join(f"{c:.0f}/{s:.1f}" for c, s in zip(report.cost, report.special, strict=True))
     return (
         f"{job.target:7s}{job.dtype:5s}{job.divergence:17s}{job.tail or 'dense':7s}"
-        f"{job.stage:11s}{job.flags:6s}"
+        f"{job.stage:17s}{job.flags:6s}"
         f"{launch.warps:3d} x {launch.unroll}{report.registers:5d}/{report.budget:3d}"
         f"{report.shared:7d}{report.spilled:5d}{report.calls:4d}"
         f"  {report.loads[0] if report.loads else '-':>3}"
@@ -155,8 +158,8 @@ def _line(report: Report) -> str:
 
 
 HEADER = (
-    "target dtype divergence      tail   stage     flags  warps regs/budget shared spill call load"
-    " store instructions/special per entry, by sweep"
+    "target dtype divergence      tail   stage           flags  warps regs/budget shared spill call"
+    " load store instructions/special per entry, by sweep"
 )
 
 

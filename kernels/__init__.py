@@ -11,10 +11,12 @@ One verb is all that a loss needs, on rows that are whole:
     loss = row_scale * (kd_scale * D(p, q) + ce_weight * CE)
 
 A term whose factor is 0 is left out (0 * inf does not arise). CE is torch's, at T = 1, with
-``label_smoothing``. Rows of ``row_scale`` 0 do not count: nothing of them is read, their loss,
-metrics and gradient are 0 even if they hold NaN. The gradient is d loss / d student, rounded once
-to its own dtype; 0 in padding columns, in rows that do not count and where the student's logit is
--inf. The edges (-inf, q = 0 < p) are written down in :mod:`fusedkd.divergences`.
+``label_smoothing``. Where ``kd_scale`` is not 0 ``spec.row_rule`` is one more factor on D, a
+constant made of the row's statistics (:mod:`fusedkd.row_rules`), NaN where D is; metrics are
+without it. Rows of ``row_scale`` 0 do not count: nothing of them is read, their loss, metrics and
+gradient are 0 even if they hold NaN. The gradient is d loss / d student, rounded once to its own
+dtype; 0 in padding columns, in rows that do not count and where the student's logit is -inf. The
+edges (-inf, q = 0 < p) are written down in :mod:`fusedkd.divergences`.
 
 **A sparse teacher** has K entries a row, checked, sorted and completed by
 :func:`~fusedkd.distributions.sparse.canonical`. With the tail "bucket", D compares K + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fusedkd.cache.head import SavedHead
 from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.keys import sequence_key
 from fusedkd.cache.layout import Layout
+from fusedkd.cache.manifest import Manifest
 from fusedkd.cache.summary import summarize
 from fusedkd.cache.writer import (
     ALONE,
@@ -23,8 +25,11 @@ from fusedkd.cache.writer import (
     Plan,
     Progress,
     Share,
+    Writer,
+    held,
     per_shard,
     write_cache,
+    write_shard,
 )
 from fusedkd.distributions import LMHead
 
@@ -79,6 +84,62 @@ def build(
         CacheError: another command writes there, the folder holds something else, the disk is too
             small, or the teacher answers with NaN.
     """
+    found, first, facts, head = _outline(job)
+
+    def rows(numbers: range) -> Iterator[dict[str, bytes]]:
+        ids = [job.sequences[first[i]] for i in numbers]
+        return _rows(
+            ids,
+            job.layout,
+            found.keys[numbers.start : numbers.stop],
+            job.batch_size,
+            answer,
+            progress,
+        )
+
+    return write_cache(folder, found, facts, rows, head, share, progress)
+
+
+@contextmanager
+def begun(folder: Path, job: Job) -> Iterator[Iterator[tuple[int, list[Ids]]]]:
+    """A cache, new or gone on with, for an engine that hands work out to processes of its own.
+
+    Gives the shards that are missing or damaged, their numbers and sequences, which
+    :func:`answer_shard` is to write, wherever and in whichever order, before the block ends.
+
+    Raises:
+        CacheError: as :func:`build`; or at the end of the block, that shards are missing still.
+    """
+    found, first, facts, head = _outline(job)
+    with held(folder):
+        writer = Writer(folder, found, facts, head)
+        missing = writer.missing()
+        writer.check_space(missing)
+        yield (
+            (number, [job.sequences[first[i]] for i in writer.sequences_of(number)])
+            for number in missing
+        )
+        if not writer.finish():
+            raise CacheError(f"{folder}: not all shards were written. The same again goes on.")
+
+
+def answer_shard(
+    folder: Path, number: int, sequences: Sequence[Ids], answer: Answer, batch_size: int = 8
+) -> None:
+    """Write a shard of a cache that has :func:`begun`.
+
+    Args:
+        folder, number, sequences: as they come from there.
+        answer, batch_size: as in :func:`build`.
+    """
+    manifest = Manifest.load(folder)
+    keys = [sequence_key(ids, manifest.tokenizer_hash) for ids in sequences]
+    rows = _rows(sequences, manifest.layout, keys, batch_size, answer)
+    write_shard(folder, manifest, number, Plan(keys, [len(ids) for ids in sequences]), rows)
+
+
+def _outline(job: Job) -> tuple[Plan, list[int], dict[str, Any], SavedHead | None]:
+    """The plan, where its sequences are in the job, and what the manifest says."""
     found, first = plan(job.sequences, job.facts["tokenizer_hash"])
     size = job.layout.most_bytes_per_token
     facts = {
@@ -89,12 +150,7 @@ def build(
         "source": f"{job.facts['dtype']} forward passes of {job.batch_size} sequences",
         "per_shard": per_shard(found, size, job.shard_bytes, of=job.batch_size),
     }
-
-    def rows(numbers: range) -> Iterator[dict[str, bytes]]:
-        return _rows(job, [first[i] for i in numbers], answer, progress)
-
-    head = None if job.head is None else SavedHead.of(job.head)
-    return write_cache(folder, found, facts, rows, head, share, progress)
+    return found, first, facts, None if job.head is None else SavedHead.of(job.head)
 
 
 def plan(sequences: Iterable[Ids], tokenizer: str) -> tuple[Plan, list[int]]:
@@ -116,17 +172,25 @@ def plan(sequences: Iterable[Ids], tokenizer: str) -> tuple[Plan, list[int]]:
 
 
 def _rows(
-    job: Job, members: list[int], answer: Answer, progress: Progress
+    sequences: Sequence[Ids],
+    layout: Layout,
+    keys: Sequence[bytes],
+    batch_size: int,
+    answer: Answer,
+    progress: Progress = lambda tokens: None,
 ) -> Iterator[dict[str, bytes]]:
     """The columns of these sequences, in order."""
-    for batch in _batches([job.sequences[i] for i in members], job.batch_size):
-        keys = [sequence_key(ids, job.facts["tokenizer_hash"]) for ids in batch]
+    done = 0
+    for batch in _batches(sequences, batch_size):
         with torch.inference_mode():
             answers = answer(torch.as_tensor(np.stack(batch)))
-            if isinstance(job.layout, HiddenLayout):
-                yield from map(job.layout.encode_states, _hidden(answers))
+            if isinstance(layout, HiddenLayout):
+                yield from map(layout.encode_states, _hidden(answers))
             else:
-                yield from map(job.layout.encode, summarize(answers, job.layout, keys))
+                yield from map(
+                    layout.encode, summarize(answers, layout, keys[done : done + len(batch)])
+                )
+        done += len(batch)
         progress(sum(len(ids) for ids in batch))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import Comparison, RowCall, Rows, pieces
-from fusedkd.kernels.tokens import token_gradient, token_statistics, top
+from fusedkd.kernels.tokens import Factors, TokenCall, top
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -89,6 +89,18 @@ def reduced(spec: LossSpec) -> Callable[..., tuple[Tensor, Tensor | None] | None
     from . import tally
 
     return tally.reduced(spec)
+
+
+def token_statistics(call: TokenCall) -> Tensor:
+    from . import token_ops
+
+    return token_ops.token_statistics(call)
+
+
+def token_gradient(call: TokenCall, statistics: Tensor, factors: Factors, out: Tensor) -> None:
+    from . import token_ops
+
+    token_ops.token_gradient(call, statistics, factors, out)
 
 
 @functools.cache

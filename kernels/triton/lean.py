@@ -75,6 +75,10 @@ class Lean:
     powers: int = 0  # 1: p^a q^b; 2: p^(a + b) and q^(a + b) too
     rest: bool = False  # whether r is not 0
     heavy: bool = False  # ``terms`` wants the registers of a second line
+    # made of somebody's own (emit.py): ``a`` is a tuple of its parameters, and
+    emitted: bool = False
+    large: bool = False  # of many operations
+    doubted: bool = False  # sums that are not finite say that the row is not ordinary
 
     @property
     def cache_key(self) -> str:  # part of Triton's, so that an edited form is compiled anew
@@ -82,7 +86,7 @@ class Lean:
         return " ".join(getattr(x, "cache_key", str(x)) for x in values)
 
     def __repr__(self) -> str:  # asked for at every launch
-        return f"Lean({self.slope.__name__})"
+        return f"Lean({self.slope.__module__}.{self.slope.__name__})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def _reverse_closed(of, pair, a, b, plan: tl.constexpr):
 def _mixed_closed(of, pair, a, b, plan: tl.constexpr):
     forward, _ = _forward_closed(of, pair, a, b, plan)
     reverse, _ = _reverse_closed(of, pair, a, b, plan)
-    return a * forward + (1.0 - a) * reverse, (1.0 - a) * (reverse + 1.0) - a
+    return a * forward + b * reverse, b * (reverse + 1.0) - a
 
 
 @triton.jit
@@ -144,7 +148,7 @@ def _reverse_slope(at, by, pair, plan: tl.constexpr):
 @triton.jit
 def _mixed_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
     forward = _forward_factors(of, pair, sum_grad, a * kd, a, b, plan)
-    reverse = _reverse_factors(of, pair, sum_grad, (1.0 - a) * kd, a, b, plan)
+    reverse = _reverse_factors(of, pair, sum_grad, b * kd, a, b, plan)
     return forward[0], forward[1], reverse[0], reverse[1]
 
 
@@ -496,7 +500,6 @@ _POWERS = Lean(
     powers=1,
     rest=True,
 )
-NONE = Lean(_reverse_factors, _reverse_slope)  # of a divergence that has none: none is called
 FORMS = {
     "forward_kl": Lean(_forward_factors, _forward_slope, _forward_closed, forward=True, rest=True),
     "reverse_kl": Lean(_reverse_factors, _reverse_slope, _reverse_closed, reverse=True),

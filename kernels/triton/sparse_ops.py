@@ -17,7 +17,10 @@ from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-UNUSED = ("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
+UNUSED = (
+    *("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap"),
+    *("weight", "constant"),
+)
 
 
 def rows(call: RowCall) -> Rows:
@@ -100,11 +103,9 @@ def _launchers(
 ) -> tuple[tuple[Launcher, int], ...]:
     made = []
     for stage in stages(variant, launch, tail):
-        launcher = Launcher(
-            sparse.sparse_kernel,
-            constants(variant, launch, stage, tail, device.TARGET),
-            config.options(launch, device.TARGET),
-        )
+        of = constants(variant, launch, stage, tail, device.TARGET)
+        options = config.options(launch, device.TARGET, of["plan"])
+        launcher = Launcher(sparse.sparse_kernel, of, options)
         made.append((launcher, ops.programs_a_row(variant, launch, stage)))
     return tuple(made)
 

@@ -18,6 +18,7 @@ import torch
 
 from fusedkd import LMHead
 from fusedkd.cache import CacheError, Job, Layout, Policy, TeacherCache, build, verify
+from fusedkd.cache.build import answer_shard, begun
 from fusedkd.cache.hidden import HiddenLayout
 from fusedkd.cache.manifest import Manifest, shard_name
 from fusedkd.cache.writer import ALONE, Share, held
@@ -211,3 +212,22 @@ def test_space_for_all_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write(tmp_path / "c", made(), Share(0, 2))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(free))
     assert write(tmp_path / "c", made(), Share(1, 2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_that_an_engine_hands_out(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "whole", made(kind))
+
+    def answer(ids: torch.Tensor) -> Any:
+        side = replace(HEAD, hidden=HEAD.weight[ids])
+        return side if KINDS[kind].policy.hidden else side.hidden @ HEAD.weight.T
+
+    refused = pytest.raises(CacheError, match="not all shards")
+    with refused, begun(tmp_path / "c", made(kind)) as missing:
+        for number, ids in [*missing][2:]:
+            answer_shard(tmp_path / "c", number, ids, answer, 2)
+    with begun(tmp_path / "c", made(kind)) as missing:
+        for number, ids in reversed([*missing]):
+            assert number in (0, 1)
+            answer_shard(tmp_path / "c", number, ids, answer, 2)
+    assert content(tmp_path / "c") == content(tmp_path / "whole")

@@ -10,6 +10,7 @@ import torch
 FILES = (
     "kernels/test_triton_parts",
     "kernels/test_triton_rows",
+    "kernels/test_triton_tokens",
     "loss/test_contract",
     "loss/test_counted",
     "loss/test_custom",
