@@ -145,5 +145,5 @@ def test_entries(name: str, host: SimpleNamespace) -> None:
 
 def test_megatron_would_run_another_loss(host: SimpleNamespace) -> None:
     loss = host.registry["fusedkd_forward_kl_topk"]
-    with pytest.raises(NotImplementedError, match="strategy='megatron': expected fsdp.*fusedkd_k2"):
+    with pytest.raises(NotImplementedError, match=r"strategy='megatron': expected fsdp.*_k2"):
         loss(SimpleNamespace(strategy="megatron"), config("fusedkd_forward_kl_topk"), {}, {})
