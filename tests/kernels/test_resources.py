@@ -1,7 +1,8 @@
 """What the Triton kernels compile to for each GPU, without one: registers, spills, access widths.
 
-``python -m benchmarks.resources --all`` is the full product (two hours); this is a sample of it
-that covers every divergence in every stage and every target with every dtype.
+``python -m benchmarks.resources --all`` is the full product (two hours); ``make test-slow`` has a
+sample of it that covers every divergence in every stage and every target with every dtype, and
+``make test`` a third of that.
 """
 # ruff: noqa: E402 (triton may be missing)
 
@@ -33,7 +34,13 @@ def _id(job: resources.Job) -> str:
     )
 
 
-@pytest.mark.parametrize("job", resources.sample(), ids=_id)
+JOBS = [
+    pytest.param(job, id=_id(job), marks=[pytest.mark.slow] if i % 3 else [])
+    for i, job in enumerate(resources.sample())
+]
+
+
+@pytest.mark.parametrize("job", JOBS)
 def test_within_bounds(job: resources.Job) -> None:
     report = resources.compile_(job)
     assert not resources.problems(report), report
