@@ -137,7 +137,8 @@ def problems(report: Report) -> list[str]:
 
 def _sweeps(job: Job) -> int:
     """Of a program that does a whole row: what would be launches if the row were split."""
-    if not job.tail and config.form_of(job.divergence).powers:
+    plan = plan_of(job)
+    if plan is not None and plan.powers:
         return 2  # the divergence is summed along with the gradient
     split = replace(job.launch, pieces=2, joint=False)
     return len(stages_of(job.dtype, job.divergence, job.flags, split, job.tail))

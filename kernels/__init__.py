@@ -30,7 +30,8 @@ numbers p; its top is the first largest of the K, or none, which agrees with not
 
 **Arithmetic** is in the type of ``row_scale`` (fp64 if either side's logits are fp64, else fp32) or
 wider; gaps to a sparse teacher are formed in fp64. Bitwise repeatable, no host synchronisation on a
-GPU, and no compilation for other numbers in ``spec``.
+GPU, and no compilation for other numbers in ``spec``, but for the few that have kernels of their
+own there: temperatures of 1 and 2, and JSD's beta of 1/2.
 
 **A row in pieces**, in columns of a vocabulary or on the ranks of a group, takes four verbs, of
 which each piece sees ``call.part``; what is merged is the same for all pieces, and bitwise so:

@@ -13,9 +13,10 @@ Bytes per entry (bf16): 2 student + 2 teacher + 2 gradient = 6 if the later swee
 L2; 10 (two sweeps) or 14 (three) if they never do.
 
 Arithmetic per entry (sm_90, counted 2026-11-28): forward KL + CE 20 + 15 instructions, reverse
-18 + 12, alpha 21 + 33, JSD 15 + 35 + 18; 6 bytes at 4.3 TB/s, an H200's copy, take as long as 47.
-By that count the KLs and alpha reach 80 to 82 % of the copy, the third of L2 that a row per SM
-misses being the limit, and JSD 62, instructions being it. Before lean.py it was 69, 21 and 25.
+18 + 12, alpha 21 + 33, JSD 15 + 28 + 18 (15 + 35 + 18 where its beta is not 1/2); 6 bytes at 4.3
+TB/s, an H200's copy, take as long as 47. By that count the KLs and alpha reach 78 to 82 % of the
+copy, mostly for the third of L2 that a row per SM misses, and JSD 65, L2 being its limit. Before
+lean.py it was 69, 21 and 25.
 
 Against a teacher of K entries (sparse.py) only the student is swept: 4 bytes per entry, 6 if the
 second sweep never finds the row in L2, and 8 bytes for each of the K, which is nothing beside a

@@ -257,6 +257,53 @@ def _jsd_sharp(at, by, terms, pair, plan: tl.constexpr):
     return -((m.beyond + m.log) * by[0]) - by[1], 0.0
 
 
+class Halves(NamedTuple):
+    """A mixture of w = 1/2, the default: nothing of it hangs on which of p and q is larger."""
+
+    larger: Any
+    p_larger: Any
+    of_larger: Any  # log2(m / larger)
+    log_smaller: Any  # log2(m / smaller)
+    of_smaller: Any  # that, times the smaller over the larger
+
+
+@triton.jit
+def _half_constants(of, pair, a, b, plan: tl.constexpr):
+    _, shift, second, _, fourth, log_s, log_t = _polynomial(a, pair)
+    return shift, second, fourth, log_s, log_t  # the third is 0
+
+
+@triton.jit
+def _halves(at, by, pair, plan: tl.constexpr):
+    shift, second, fourth, log_s, log_t = by
+    d = at.x * pair.student.scale + shift
+    size = at_most(tl.abs(d), FAR)  # infinite where one is masked, NaN where both are
+    ratio = tl.exp2(-size)
+    larger = tl.exp2(tl.maximum(at.a_t - log_t, at.a_s - log_s))
+    near = size * (size * (second + size * size * fourth) - 0.5)
+    log = tl.where(size < NEAR, near, log2_near(0.5 * ratio + 0.5, plan))
+    return Halves(larger, d > 0, log, log + size, ratio * (log + size))
+
+
+@triton.jit
+def _half_jsd_terms(at, by, pair, plan: tl.constexpr):
+    """-p log2(p / m) - q log2(q / m), and q log2(m / q)"""
+    m = _halves(at, by, pair, plan)
+    of_q = tl.where(m.p_larger, m.of_smaller, m.of_larger)
+    return m.larger * (m.of_larger + m.of_smaller), m.larger * of_q
+
+
+@triton.jit
+def _half_jsd_summed(first, second, sum_grad, a, b):
+    return first * (-0.5 * LN2), second * (-0.5 * LN2)
+
+
+@triton.jit
+def _half_jsd_sharp(at, by, terms, pair, plan: tl.constexpr):
+    m = _halves(at, terms, pair, plan)
+    return -(tl.where(m.p_larger, m.log_smaller, m.of_larger) * by[0]) - by[1], 0.0
+
+
 @triton.jit
 def _skew_forward_terms(at, by, pair, plan: tl.constexpr):
     """p log2(p / m), and p q / m"""
@@ -460,6 +507,15 @@ FORMS = {
         _mixed_factors, _mixed_slope, _mixed_closed, forward=True, reverse=True, rest=True
     ),
     "jsd": Lean(_jsd_factors, _jsd_slope, None, _weight_a, _jsd_terms, _jsd_summed, _jsd_sharp),
+    "jsd_half": Lean(
+        _jsd_factors,
+        _jsd_slope,
+        None,
+        _half_constants,
+        _half_jsd_terms,
+        _half_jsd_summed,
+        _half_jsd_sharp,
+    ),
     "skew_forward_kl": Lean(
         _skew_forward_factors,
         _skew_forward_slope,

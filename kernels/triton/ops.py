@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedkd import debug
 from fusedkd.algebra import simplified
+from fusedkd.divergences import Divergence
 from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec, temperature_class
@@ -75,13 +76,16 @@ def _arrived(call: RowCall, stages: tuple[str, ...]) -> Tensor | None:
 
 
 def variant_of(call: RowCall) -> config.Variant:
-    sides, spec = [call.student, call.teacher_logits], call.spec
+    teacher, spec = call.teacher_logits, call.spec
+    sides = [call.student, teacher]
+    # without a teacher in it a call may yet be one in fp64: cross-entropy beside one's weight of 0
+    wide = call.teacher is None and call.row_scale.dtype == torch.float64
     ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
     return config.Variant(
         student=call.student.dtype,
-        teacher=call.teacher_logits.dtype,
+        teacher=torch.float64 if wide else teacher.dtype,
         grad=None if call.grad is None else call.grad.dtype,
-        divergence=divergence_of(spec),
+        divergence=dense_name(spec.divergence),
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
@@ -173,9 +177,15 @@ def _seven(parameters: tuple[float, ...]) -> tuple[float, ...]:
     return (*map(float, parameters), *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
 
 
-def divergence_of(spec: LossSpec) -> str:
+def name_of(divergence: Divergence) -> str:
     """What its functions are found by."""
-    return spec.divergence.key or spec.divergence.name
+    return divergence.key or divergence.name
+
+
+def dense_name(divergence: Divergence) -> str:
+    """The same for dense rows, of which the default JSD has a kernel of its own."""
+    name = name_of(divergence)
+    return "jsd_half" if name == "jsd" and divergence.params == (0.5,) else name
 
 
 def rule_of(spec: LossSpec) -> str | None:
