@@ -16,6 +16,7 @@ from fusedkd import divergences
 from fusedkd.kernels.triton import (
     config,
     launches,
+    ops,
     programs,
     sparse,
     sparse_ops,
@@ -42,6 +43,8 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 # one tiny load.
 LAUNCHES = tuple(entry.launch(1, 262144, 132) for entry in launches.TABLE)
 TAILS = ("", "bucket", "drop")
+# parameters that have kernels of their own
+OTHERS = {"jsd(0.1)": divergences.jsd(0.1)}
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
     "all": {"metrics": True, "transformed_s": True, "transformed_t": True},
@@ -77,10 +80,12 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) ->
     for target, dtype in itertools.product(targets, dtypes):
         if dtype != "head":  # scales one tensor
             yield Job(target, dtype, "-", config.SCALE, "scale")
-        for flag, launch, stage in itertools.product(flags, LAUNCHES, TOKEN_KERNELS):
+        whole = [flag for flag in flags if flag != "part"]
+        for flag, launch, stage in itertools.product(whole, LAUNCHES, TOKEN_KERNELS):
             yield Job(target, dtype, "-", launch, stage, flag)
-        for name, flag, launch in itertools.product(divergences.names(), flags, LAUNCHES):
-            for tail in TAILS[: 1 if flag == "part" else None]:
+        names = (*divergences.names(), *OTHERS)
+        for name, flag, launch in itertools.product(names, flags, LAUNCHES):
+            for tail in TAILS[: 1 if flag == "part" or name in OTHERS else None]:
                 for stage in stages_of(dtype, name, flag, launch, tail):
                     yield Job(target, dtype, name, launch, stage, flag, tail)
 
@@ -90,7 +95,7 @@ def sample() -> list[Job]:
     all flags: then the divergence, the launch and the stage go round."""
     chosen = [
         Job("sm_90", "bf16", name, launch, stage)
-        for name in divergences.names()
+        for name in (*divergences.names(), *OTHERS)
         for launch in LAUNCHES[2:]
         for stage in config.stages(_variant("bf16", name, "plain"), launch)
     ]
@@ -130,7 +135,10 @@ def sample() -> list[Job]:
 
 def _variant(dtype: str, divergence: str, flags: str, tail: str = "") -> config.Variant:
     variant = config.Variant(*DTYPES[dtype], divergence, **FLAGS[flags])
-    return variant._replace(teacher=variant.student, transformed_t=False) if tail else variant
+    if tail:
+        return variant._replace(teacher=variant.student, transformed_t=False)
+    made = OTHERS.get(divergence) or divergences.make(divergence)
+    return variant._replace(divergence=ops.dense_name(made))
 
 
 def stages_of(

@@ -35,7 +35,7 @@ from fusedkd.benchmarks.kernel_jobs import (
     stages_of,
 )
 from fusedkd.benchmarks.machine_code import narrowest
-from fusedkd.kernels.triton import config, lean
+from fusedkd.kernels.triton import config
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,11 @@ def _without_cursor(widths: list[int]) -> list[int]:
 
 def _budget(job: Job) -> int:
     """Registers of a thread, for one program of that many warps to fit."""
+    plan = plan_of(job)
+    warps = config.options(job.launch, job.backend, plan)["num_warps"]
     if job.backend == "hip":  # 4 SIMDs with 512 each
-        return min(512, 512 // -(-config.options(job.launch, "hip")["num_warps"] // 4))
-    return min(config.most_registers(plan_of(job)), 65536 // (32 * job.launch.warps))
+        return min(512, 512 // -(-warps // 4))
+    return min(config.most_registers(plan), 65536 // (32 * warps))
 
 
 def _entries_per_thread(job: Job) -> int:
@@ -135,7 +137,8 @@ def problems(report: Report) -> list[str]:
 
 def _sweeps(job: Job) -> int:
     """Of a program that does a whole row: what would be launches if the row were split."""
-    if not job.tail and lean.FORMS[job.divergence].powers:
+    plan = plan_of(job)
+    if plan is not None and plan.powers:
         return 2  # the divergence is summed along with the gradient
     split = replace(job.launch, pieces=2, joint=False)
     return len(stages_of(job.dtype, job.divergence, job.flags, split, job.tail))

@@ -20,8 +20,9 @@ entropy of what remains; the student's are of its whole vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +31,22 @@ from torch import Tensor
 
 from fusedkd.formulas import Formula, called, defaults_of, imported
 from fusedkd.tape import Tape
-from fusedkd.trace import STATISTICS, check_rule, trace_rule
+from fusedkd.trace import Recorder, place_of
 from fusedkd.values import split_call
 
 __all__ = ["RowRule", "custom"]
+
+# Of a row, in the order of kernels/cpu's RuleNumbers; and where a rule is tried, from one end of
+# what each may be to the other (an entropy is at most log V).
+STATISTICS = {
+    "divergence": (0.0, 1e-12, 1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3, 1e6, math.inf),
+    "teacher_entropy": (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0),
+    "student_entropy": (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0),
+    "label_log_prob": (-math.inf, -1e4, -100.0, -30.0, -10.0, -3.0, -1.0, -0.1, -1e-6, 0.0),
+    "teacher_top1": (0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0),
+    "student_top1": (0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0),
+}
+_NUMBERS = {name: number for number, name in enumerate(STATISTICS)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,6 @@ class RowRule:
         return torch.where(like.isnan(), like, factor)
 
 
-_NUMBERS = {name: number for number, name in enumerate(STATISTICS)}
 _TAPES: dict[str, tuple[str, int, Tape]] = {}  # with the number of parameters
 
 
@@ -95,8 +107,8 @@ class Custom(Formula):
     def __init__(self, formula: Callable[..., Tensor]) -> None:
         self.inputs, defaults = _signature(formula)
         super().__init__(formula, defaults)
-        self.tape = trace_rule(formula, self.inputs, self.defaults)
-        check_rule(self.__name__, self.tape, self.inputs, tuple(self.defaults.values()))
+        self.tape = _traced(formula, self.inputs, self.defaults)
+        _check(self.__name__, self.tape, self.inputs, tuple(self.defaults.values()))
 
     def __call__(self, *positional: float, **named: float) -> RowRule:
         """The rule with these parameters; the others have their defaults.
@@ -107,7 +119,7 @@ class Custom(Formula):
         """
         values = self.values(positional, named)
         if values != tuple(self.defaults.values()):
-            check_rule(self.__name__, self.tape, self.inputs, values)
+            _check(self.__name__, self.tape, self.inputs, values)
         return recorded(self.__name__, values, self.tape)
 
 
@@ -125,6 +137,51 @@ def _signature(formula: Callable[..., Tensor]) -> tuple[dict[str, int], dict[str
             "parameter=default."
         )
     return {name: _NUMBERS[name] for name in inputs}, defaults_of(formula, where, rest)
+
+
+def _traced(
+    formula: Callable[..., Tensor], inputs: dict[str, int], parameters: dict[str, float]
+) -> Tape:
+    """What ``formula(*inputs, **parameters)`` computes of a row, as a function of the parameters of
+    a tape: those of such numbers are the inputs, and the formula's own come behind ``STATISTICS``.
+
+    Raises:
+        ValueError: as :func:`fusedkd.trace.trace`.
+    """
+    recorder = Recorder(formula, ", ".join(inputs), "row")
+    first = len(STATISTICS)
+    numbers = recorder.numbers(parameters, range(first, first + len(parameters)))
+    tensors = torch.full((len(inputs), 3), 0.5).unbind()
+    for tensor, number in zip(tensors, inputs.values(), strict=True):
+        recorder.know(tensor, recorder.builder.node("parameter", number=number))
+    tape = recorder.builder.constant_tape(recorder.run(tensors, numbers))
+    if not any(node.op == "parameter" and node.number < first for node in tape.nodes):
+        raise ValueError(f"{place_of(formula)}: the result does not depend on {recorder.inputs}.")
+    return tape
+
+
+def _check(name: str, tape: Tape, inputs: dict[str, int], parameters: Sequence[float]) -> None:
+    """Whether the tape is a factor wherever its inputs may lie.
+
+    Raises:
+        ValueError: NaN, infinite or less than 0 somewhere; names the point and the remedy.
+    """
+    for dtype in (torch.float64, torch.float32):
+        axes = [torch.tensor(STATISTICS[x], dtype=dtype) for x in inputs]
+        points = [x.flatten() for x in torch.meshgrid(*axes, indexing="ij")]
+        numbers: list[Tensor | float] = [points[0]] * len(STATISTICS) + list(parameters)
+        for point, number in zip(points, inputs.values(), strict=True):
+            numbers[number] = point
+        factors = tape(points[0], points[0], numbers)[0]
+        wrong = ~(factors >= 0) | factors.isinf()
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            said = ", ".join(f"{x} = {p[at].item():g}" for x, p in zip(inputs, points, strict=True))
+            raise ValueError(
+                f"{name}: the factor is {factors[at].item():g} at {said} (in {dtype}): expected a "
+                "finite number of at least 0. Guard it: torch.clamp(..., min=0.0, max=...), or "
+                "torch.where(divergence > 0, ..., 1.0)."
+            )
 
 
 def custom(formula: Callable[..., Tensor]) -> Custom:

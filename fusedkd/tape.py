@@ -165,15 +165,15 @@ class Builder:
                 slope = OPERATIONS[node.op].slope(self, position, node.inputs, inner)
             slopes.append(slope)
         grad = slopes[value]
-        return None if grad is None else _pruned(self.nodes, value, grad)
+        return None if grad is None else pruned(self.nodes, value, grad)
 
     def constant_tape(self, value: int) -> Tape:
         """Without a derivative."""
         value = self.as_float(value)
-        return _pruned(self.nodes, value, value)
+        return pruned(self.nodes, value, value)
 
 
-def _pruned(nodes: Sequence[Node], value: int, grad: int) -> Tape:
+def pruned(nodes: Sequence[Node], value: int, grad: int) -> Tape:
     """What the two need, and nothing else."""
     wanted = {value, grad}
     for position in reversed(range(len(nodes))):

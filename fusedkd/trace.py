@@ -1,5 +1,5 @@
-"""From a Python function of two log-probabilities, or of a row's statistics, to a checked
-:class:`~fusedkd.tape.Tape`."""
+"""From a Python function of two log-probabilities to a checked :class:`~fusedkd.tape.Tape`, and
+what records the operations of any."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trace(formula: Formula, parameters: dict[str, float]) -> Tape:
         ValueError: an operation that is not elementwise or not known, control flow on values, a
             result that is no tensor made of ``lq``; names the line.
     """
-    recorder = _Recorder(formula, "lp and lq", "vocabulary entry; kd_loss adds them up")
+    recorder = Recorder(formula, "lp and lq", "vocabulary entry; kd_loss adds them up")
     numbers = recorder.numbers(parameters, range(len(parameters)))
     inputs = torch.full((2, 3), -1.0).unbind()
     for name, tensor in zip(("lp", "lq"), inputs, strict=True):
@@ -41,64 +41,10 @@ def trace(formula: Formula, parameters: dict[str, float]) -> Tape:
     tape = recorder.builder.tape(recorder.run(inputs, numbers))
     if tape is None:
         raise ValueError(
-            f"{_where(formula)}: the result does not depend on lq, the student's log-probabilities."
+            f"{place_of(formula)}: the result does not depend on lq, the student's "
+            "log-probabilities."
         )
     return tape
-
-
-def trace_rule(formula: Formula, inputs: dict[str, int], parameters: dict[str, float]) -> Tape:
-    """What ``formula(*inputs, **parameters)`` computes of a row, as a function of the parameters of
-    a tape: those of such numbers are the inputs, and the formula's own come behind ``STATISTICS``.
-
-    Raises:
-        ValueError: as :func:`trace`.
-    """
-    recorder = _Recorder(formula, ", ".join(inputs), "row")
-    first = len(STATISTICS)
-    numbers = recorder.numbers(parameters, range(first, first + len(parameters)))
-    tensors = torch.full((len(inputs), 3), 0.5).unbind()
-    for tensor, number in zip(tensors, inputs.values(), strict=True):
-        recorder.know(tensor, recorder.builder.node("parameter", number=number))
-    tape = recorder.builder.constant_tape(recorder.run(tensors, numbers))
-    if not any(node.op == "parameter" and node.number < first for node in tape.nodes):
-        raise ValueError(f"{_where(formula)}: the result does not depend on {recorder.inputs}.")
-    return tape
-
-
-# Of a row, in the order of kernels/cpu's RuleNumbers; and where a rule is tried, both ends of what
-# each may be among it.
-STATISTICS = {
-    "divergence": (0.0, 1e-12, 1e-6, 1e-3, 0.1, 1.0, 10.0, 1e3, 1e6, math.inf),
-    "teacher_entropy": (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0),
-    "student_entropy": (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0),
-    "label_log_prob": (-math.inf, -1e4, -100.0, -30.0, -10.0, -3.0, -1.0, -0.1, -1e-6, 0.0),
-    "teacher_top1": (0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0),
-    "student_top1": (0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0),
-}
-
-
-def check_rule(name: str, tape: Tape, inputs: dict[str, int], parameters: Sequence[float]) -> None:
-    """Whether the tape is a factor wherever its inputs may lie.
-
-    Raises:
-        ValueError: NaN, infinite or less than 0 somewhere; names the point and the remedy.
-    """
-    for dtype in (torch.float64, torch.float32):
-        axes = [torch.tensor(STATISTICS[x], dtype=dtype) for x in inputs]
-        points = [x.flatten() for x in torch.meshgrid(*axes, indexing="ij")]
-        numbers: list[Tensor | float] = [points[0]] * len(STATISTICS) + list(parameters)
-        for point, number in zip(points, inputs.values(), strict=True):
-            numbers[number] = point
-        factors = tape(points[0], points[0], numbers)[0]
-        wrong = ~(factors >= 0) | factors.isinf()
-        if wrong.any():
-            at = int(wrong.nonzero()[0])
-            said = ", ".join(f"{x} = {p[at].item():g}" for x, p in zip(inputs, points, strict=True))
-            raise ValueError(
-                f"{name}: the factor is {factors[at].item():g} at {said} (in {dtype}): expected a "
-                "finite number of at least 0. Guard it: torch.clamp(..., min=0.0, max=...), or "
-                "torch.where(divergence > 0, ..., 1.0)."
-            )
 
 
 def check(name: str, tape: Tape, parameters: Sequence[float]) -> None:
@@ -158,12 +104,12 @@ def _short(logs: Tensor) -> str:
     return "(" + ", ".join(f"{p:.2g}" for p in logs.exp().tolist()) + ")"
 
 
-def _where(formula: Formula) -> str:
+def place_of(formula: Formula) -> str:
     code = formula.__code__
     return f"{formula.__name__} ({code.co_filename}:{code.co_firstlineno})"
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Sees each operation as the formula makes it, while its line is on the stack."""
 
     def __init__(self, formula: Formula, inputs: str, each: str) -> None:
@@ -199,9 +145,8 @@ class _Recorder(TorchDispatchMode):
         position = self.positions.get(id(result))
         if not isinstance(result, Tensor) or position is None:
             came = "a tensor made elsewhere" if isinstance(result, Tensor) else repr(result)
-            raise ValueError(
-                f"{_where(self.formula)}: expected a tensor made of {self.inputs}, and got {came}."
-            )
+            where = place_of(self.formula)
+            raise ValueError(f"{where}: expected a tensor made of {self.inputs}, and got {came}.")
         return position
 
     def know(self, tensor: Tensor, position: int) -> None:

@@ -11,10 +11,12 @@ One verb is all that a loss needs, on rows that are whole:
     loss = row_scale * (kd_scale * D(p, q) + ce_weight * CE)
 
 A term whose factor is 0 is left out (0 * inf does not arise). CE is torch's, at T = 1, with
-``label_smoothing``. Rows of ``row_scale`` 0 do not count: nothing of them is read, their loss,
-metrics and gradient are 0 even if they hold NaN. The gradient is d loss / d student, rounded once
-to its own dtype; 0 in padding columns, in rows that do not count and where the student's logit is
--inf. The edges (-inf, q = 0 < p) are written down in :mod:`fusedkd.divergences`.
+``label_smoothing``. Where ``kd_scale`` is not 0 ``spec.row_rule`` is one more factor on D, a
+constant made of the row's statistics (:mod:`fusedkd.row_rules`), NaN where D is; metrics are
+without it. Rows of ``row_scale`` 0 do not count: nothing of them is read, their loss, metrics and
+gradient are 0 even if they hold NaN. The gradient is d loss / d student, rounded once to its own
+dtype; 0 in padding columns, in rows that do not count and where the student's logit is -inf. The
+edges (-inf, q = 0 < p) are written down in :mod:`fusedkd.divergences`.
 
 **A sparse teacher** has K entries a row, checked, sorted and completed by
 :func:`~fusedkd.distributions.sparse.canonical`. With the tail "bucket", D compares K + 1
@@ -28,7 +30,8 @@ numbers p; its top is the first largest of the K, or none, which agrees with not
 
 **Arithmetic** is in the type of ``row_scale`` (fp64 if either side's logits are fp64, else fp32) or
 wider; gaps to a sparse teacher are formed in fp64. Bitwise repeatable, no host synchronisation on a
-GPU, and no compilation for other numbers in ``spec``.
+GPU, and no compilation for other numbers in ``spec``, but for the few that have kernels of their
+own there: temperatures of 1 and 2, and JSD's beta of 1/2.
 
 **A row in pieces**, in columns of a vocabulary or on the ranks of a group, takes four verbs, of
 which each piece sees ``call.part``; what is merged is the same for all pieces, and bitwise so:

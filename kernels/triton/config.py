@@ -13,9 +13,10 @@ Bytes per entry (bf16): 2 student + 2 teacher + 2 gradient = 6 if the later swee
 L2; 10 (two sweeps) or 14 (three) if they never do.
 
 Arithmetic per entry (sm_90, counted 2026-11-28): forward KL + CE 20 + 15 instructions, reverse
-18 + 12, alpha 21 + 33, JSD 15 + 35 + 18; 6 bytes at 4.3 TB/s, an H200's copy, take as long as 47.
-By that count the KLs and alpha reach 80 to 82 % of the copy, the third of L2 that a row per SM
-misses being the limit, and JSD 62, instructions being it. Before lean.py it was 69, 21 and 25.
+18 + 12, alpha 21 + 33, JSD 15 + 28 + 18 (15 + 35 + 18 where its beta is not 1/2); 6 bytes at 4.3
+TB/s, an H200's copy, take as long as 47. By that count the KLs and alpha reach 78 to 82 % of the
+copy, mostly for the third of L2 that a row per SM misses, and JSD 65, L2 being its limit. Before
+lean.py it was 69, 21 and 25.
 
 Against a teacher of K entries (sparse.py) only the student is swept: 4 bytes per entry, 6 if the
 second sweep never finds the row in L2, and 8 bytes for each of the K, which is nothing beside a
@@ -47,7 +48,7 @@ the limit. Both save loads and their addresses: two loads for 8 entries, each of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ INTERPRETED = bool(_INTERPRETED.value)
 # Threads of a warp on NVIDIA; AMD's CDNA has 64.
 WARP = {"cuda": 32, "hip": 64}
 MOST_REGISTERS = 128  # per thread, on NVIDIA
+# What a divergence of many operations is launched as at most, with all of an SM's registers.
+LARGE = Launch(pieces=1, warps=8, unroll=1)
 # Statistics that the programs of a row hand on (programs.py, sparse.py), and sums after them.
 PARTIALS, SPARSE_PARTIALS, SUMS = 17, 7, 2
 AT_ONCE = ("whole", "joint")  # the stages that do all of a row
@@ -109,8 +112,12 @@ class Plan(Tiling):
     nvidia: bool  # its approximate instructions are there
     careful: Any  # the divergence's function in pointwise.py, or the one that emit.py made of it
     own: bool  # the latter, with parameters of its own
+    weighted: bool  # and a weight in front of the form, which is a built-in divergence's
+    emitted: bool  # or a form of its own,
+    doubted: bool  # which may prove not to be right for a row
+    large: bool  # so many operations that 128 registers are too few
     form: lean.Lean
-    exact: bool  # entry by entry: fp64, and divergences of somebody's own
+    exact: bool  # entry by entry: fp64, and some of somebody's own
     closed: bool  # the statistics give the divergence, ...
     kls: bool  # ... as a mix of KL(p || q) and KL(q || p)
     forward: bool  # they hold the gaps weighted by p
@@ -118,6 +125,7 @@ class Plan(Tiling):
     powers: int  # ... sums of powers, see Lean
     terms: bool  # there is a sweep for the divergence's value
     unroll_terms: int  # its lines of a lane
+    unroll_slope: int  # the gradient's
     late: bool  # it is that of the gradient
     sharp: bool  # rows of one sharp peak have a gradient of their own
     mixes: bool  # the divergence is made of a mixture of p and q (pointwise.MIXTURES)
@@ -207,10 +215,15 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
     lead = min(named, key=lambda name: named[name].itemsize)
     item = named[lead].itemsize
     wide = torch.float64 in (variant.student, variant.teacher)
-    form = lean.FORMS.get(variant.divergence, lean.NONE)
-    # the named statistics have no sums of powers
-    exact = wide or form is lean.NONE or (variant.part and form.powers > 0)
-    kls, powers = variant.divergence in pointwise.KLS, 0 if exact else form.powers
+    careful = function(variant.divergence)
+    form, own = form_of(variant.divergence), recorded_tape(variant.divergence) is not None
+    # the named statistics have no sums of powers; and what is doubted is tried and done again by
+    # one program, which has all of the row
+    exact = wide or (variant.part and form.powers > 0) or (form.emitted and stage != "whole")
+    kls = (form.forward or form.reverse) and not (own and exact)
+    powers = 0 if exact else form.powers
+    if form.large and launch.warps > LARGE.warps:
+        launch = replace(launch, warps=LARGE.warps, unroll=LARGE.unroll)
     # with twice the lines these spill (benchmarks/resources.py)
     unroll = 1 if variant.transformed_s or variant.transformed_t else launch.unroll
     return Plan(
@@ -225,17 +238,22 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         stages=launch.stages,
         aligned_to=lead,
         nvidia=target == "cuda" and not INTERPRETED,
-        careful=function(variant.divergence),
-        own=recorded_tape(variant.divergence) is not None,
+        careful=careful,
+        own=own,
+        weighted=own and not form.emitted and not exact,
+        emitted=form.emitted and not exact,
+        doubted=form.doubted and not exact,
+        large=form.large,
         form=form,
         exact=exact,
         closed=kls or powers > 0,
         kls=kls,
-        forward=form.forward,
-        reverse=form.reverse,
+        forward=form.forward and kls,
+        reverse=form.reverse and kls,
         powers=powers,
         terms=form.terms is not None,
         unroll_terms=1 if form.heavy or stage == "joint" or lead == "grad" else unroll,
+        unroll_slope=1 if form.emitted else unroll,
         sharp=form.sharp is not None and variant.kd and not exact,
         late=powers > 0
         and variant.kd
@@ -263,7 +281,7 @@ def options(launch: Launch, target: str, plan: Plan | None = None) -> dict[str, 
     lower on its own, for small programs, and spills: skew_reverse_kl with 4 warps on sm_90 took 96
     registers and 8 bytes of stack, and with the bound 125 and none (Triton 3.7.1).
     """
-    warps = _threads(launch, target) // WARP[target]
+    warps = (_threads(launch, target) if plan is None else plan.lanes) // WARP[target]
     return {"num_warps": warps} | ({"maxnreg": most_registers(plan)} if target == "cuda" else {})
 
 
@@ -272,6 +290,8 @@ def most_registers(plan: Plan | None) -> int:
     bent, take more: with 128 they spill 24 to 48 bytes on sm_100 (Triton 3.7.1, 2026-11-25). That
     costs the second program of an SM, in calls of fewer rows than there are SMs.
     """
+    if plan is not None and plan.large:
+        return 255
     if plan is None or plan.stage != "statistics":
         return MOST_REGISTERS
     head = plan.aligned_to == "grad"  # its logits are wider than their gradient
@@ -296,6 +316,15 @@ def scale_plan(dtype: torch.dtype, target: str) -> Tiling:
         item=dtype.itemsize,
         aligned=True,  # a tensor is always aligned with itself
     )
+
+
+def form_of(divergence: str) -> lean.Lean:
+    """The lean form of a divergence."""
+    if (tape := recorded_tape(divergence)) is not None:
+        from . import emit
+
+        return emit.form(tape)
+    return lean.FORMS[divergence]
 
 
 def _rule(key: str) -> Any:

@@ -5,7 +5,7 @@ at infinities, 0 and NaN what torch answers.
 import triton
 import triton.language as tl
 
-from .numerics import LN2, expm1_small
+from .numerics import LN2, LOG2E, expm1_small, log2_near, reciprocal_near
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -74,3 +74,52 @@ def power(x, y):
     whole, half = tl.floor(y) == y, y * 0.5
     signed = tl.where(whole, tl.where(tl.floor(half) == half, size, -size), float("nan"))
     return tl.where(x < 0, signed, size).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# of the lean forms
+
+
+@triton.jit
+def relative(at, pair, of_s, of_t):
+    """(lp, lq, gap, p, q, of_p, of_q, larger): the first five relative to the larger of p and q, so
+    that one of those is 1; the last three as they are, times the factors of the exponentials."""
+    gap = at.x * pair.student.inverse_t + pair.log_ratio
+    p_larger = gap > 0
+    ratio = exp_near(-tl.abs(gap))
+    p, q = tl.where(p_larger, 1.0, ratio), tl.where(p_larger, ratio, 1.0)
+    of_p, of_q = at.e_t * of_t, at.e_s * of_s
+    larger = tl.where(p_larger, of_p, of_q)
+    return tl.minimum(gap, 0.0), tl.minimum(-gap, 0.0), gap, p, q, of_p, of_q, larger
+
+
+@triton.jit
+def absolute(at, pair, of_s, of_t):
+    """The same, all of them as they are."""
+    s, t = pair.student, pair.teacher
+    gap = at.x * s.inverse_t + pair.log_ratio
+    lp, lq = at.a_t * LN2 - t.log_sum, at.a_s * LN2 - s.log_sum
+    p, q = at.e_t * t.over_sum, at.e_s * s.over_sum
+    return lp, lq, gap, p, q, p, q, 1.0
+
+
+@triton.jit
+def present(at, g):
+    """A gradient, but of an entry that is masked."""
+    return tl.where(at.a_s == -INFINITY, 0.0, g)
+
+
+@triton.jit
+def exp_near(x):
+    """0 where fp32 has no normal number."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def log_near(x, plan: tl.constexpr):
+    return log2_near(x, plan) * LN2
+
+
+@triton.jit
+def divided(x, y, plan: tl.constexpr):
+    return x * reciprocal_near(y, plan)

@@ -75,6 +75,10 @@ class Lean:
     powers: int = 0  # 1: p^a q^b; 2: p^(a + b) and q^(a + b) too
     rest: bool = False  # whether r is not 0
     heavy: bool = False  # ``terms`` wants the registers of a second line
+    # made of somebody's own (emit.py): ``a`` is a tuple of its parameters, and
+    emitted: bool = False
+    large: bool = False  # of many operations
+    doubted: bool = False  # sums that are not finite say that the row is not ordinary
 
     @property
     def cache_key(self) -> str:  # part of Triton's, so that an edited form is compiled anew
@@ -82,7 +86,7 @@ class Lean:
         return " ".join(getattr(x, "cache_key", str(x)) for x in values)
 
     def __repr__(self) -> str:  # asked for at every launch
-        return f"Lean({self.slope.__name__})"
+        return f"Lean({self.slope.__module__}.{self.slope.__name__})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def _reverse_closed(of, pair, a, b, plan: tl.constexpr):
 def _mixed_closed(of, pair, a, b, plan: tl.constexpr):
     forward, _ = _forward_closed(of, pair, a, b, plan)
     reverse, _ = _reverse_closed(of, pair, a, b, plan)
-    return a * forward + (1.0 - a) * reverse, (1.0 - a) * (reverse + 1.0) - a
+    return a * forward + b * reverse, b * (reverse + 1.0) - a
 
 
 @triton.jit
@@ -144,7 +148,7 @@ def _reverse_slope(at, by, pair, plan: tl.constexpr):
 @triton.jit
 def _mixed_factors(of, pair, sum_grad, kd, a, b, plan: tl.constexpr):
     forward = _forward_factors(of, pair, sum_grad, a * kd, a, b, plan)
-    reverse = _reverse_factors(of, pair, sum_grad, (1.0 - a) * kd, a, b, plan)
+    reverse = _reverse_factors(of, pair, sum_grad, b * kd, a, b, plan)
     return forward[0], forward[1], reverse[0], reverse[1]
 
 
@@ -251,6 +255,53 @@ def _jsd_sharp(at, by, terms, pair, plan: tl.constexpr):
     those are nearly equal, and the unit's error would be all that is left."""
     m = _mixture(at, terms, pair, plan)
     return -((m.beyond + m.log) * by[0]) - by[1], 0.0
+
+
+class Halves(NamedTuple):
+    """A mixture of w = 1/2, the default: nothing of it hangs on which of p and q is larger."""
+
+    larger: Any
+    p_larger: Any
+    of_larger: Any  # log2(m / larger)
+    log_smaller: Any  # log2(m / smaller)
+    of_smaller: Any  # that, times the smaller over the larger
+
+
+@triton.jit
+def _half_constants(of, pair, a, b, plan: tl.constexpr):
+    _, shift, second, _, fourth, log_s, log_t = _polynomial(a, pair)
+    return shift, second, fourth, log_s, log_t  # the third is 0
+
+
+@triton.jit
+def _halves(at, by, pair, plan: tl.constexpr):
+    shift, second, fourth, log_s, log_t = by
+    d = at.x * pair.student.scale + shift
+    size = at_most(tl.abs(d), FAR)  # infinite where one is masked, NaN where both are
+    ratio = tl.exp2(-size)
+    larger = tl.exp2(tl.maximum(at.a_t - log_t, at.a_s - log_s))
+    near = size * (size * (second + size * size * fourth) - 0.5)
+    log = tl.where(size < NEAR, near, log2_near(0.5 * ratio + 0.5, plan))
+    return Halves(larger, d > 0, log, log + size, ratio * (log + size))
+
+
+@triton.jit
+def _half_jsd_terms(at, by, pair, plan: tl.constexpr):
+    """-p log2(p / m) - q log2(q / m), and q log2(m / q)"""
+    m = _halves(at, by, pair, plan)
+    of_q = tl.where(m.p_larger, m.of_smaller, m.of_larger)
+    return m.larger * (m.of_larger + m.of_smaller), m.larger * of_q
+
+
+@triton.jit
+def _half_jsd_summed(first, second, sum_grad, a, b):
+    return first * (-0.5 * LN2), second * (-0.5 * LN2)
+
+
+@triton.jit
+def _half_jsd_sharp(at, by, terms, pair, plan: tl.constexpr):
+    m = _halves(at, terms, pair, plan)
+    return -(tl.where(m.p_larger, m.log_smaller, m.of_larger) * by[0]) - by[1], 0.0
 
 
 @triton.jit
@@ -449,7 +500,6 @@ _POWERS = Lean(
     powers=1,
     rest=True,
 )
-NONE = Lean(_reverse_factors, _reverse_slope)  # of a divergence that has none: none is called
 FORMS = {
     "forward_kl": Lean(_forward_factors, _forward_slope, _forward_closed, forward=True, rest=True),
     "reverse_kl": Lean(_reverse_factors, _reverse_slope, _reverse_closed, reverse=True),
@@ -457,6 +507,15 @@ FORMS = {
         _mixed_factors, _mixed_slope, _mixed_closed, forward=True, reverse=True, rest=True
     ),
     "jsd": Lean(_jsd_factors, _jsd_slope, None, _weight_a, _jsd_terms, _jsd_summed, _jsd_sharp),
+    "jsd_half": Lean(
+        _jsd_factors,
+        _jsd_slope,
+        None,
+        _half_constants,
+        _half_jsd_terms,
+        _half_jsd_summed,
+        _half_jsd_sharp,
+    ),
     "skew_forward_kl": Lean(
         _skew_forward_factors,
         _skew_forward_slope,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedkd import debug
+from fusedkd.algebra import simplified
+from fusedkd.divergences import Divergence
 from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.kernels import RowCall, Rows
 from fusedkd.spec import IDENTITY, LossSpec, temperature_class
@@ -74,13 +76,16 @@ def _arrived(call: RowCall, stages: tuple[str, ...]) -> Tensor | None:
 
 
 def variant_of(call: RowCall) -> config.Variant:
-    sides, spec = [call.student, call.teacher_logits], call.spec
+    teacher, spec = call.teacher_logits, call.spec
+    sides = [call.student, teacher]
+    # without a teacher in it a call may yet be one in fp64: cross-entropy beside one's weight of 0
+    wide = call.teacher is None and call.row_scale.dtype == torch.float64
     ce = call.labels is not None and (spec.ce_weight != 0 or call.metrics)
     return config.Variant(
         student=call.student.dtype,
-        teacher=call.teacher_logits.dtype,
+        teacher=torch.float64 if wide else teacher.dtype,
         grad=None if call.grad is None else call.grad.dtype,
-        divergence=divergence_of(spec),
+        divergence=dense_name(spec.divergence),
         aligned=config.aligned(sides if call.grad is None else [*sides, call.grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
@@ -137,9 +142,13 @@ def layout(student: Tensor, teacher: Tensor, grad: Tensor | None) -> dict[str, i
 @functools.lru_cache(maxsize=64)
 def numbers(spec: LossSpec) -> dict[str, float | int]:
     """What a kernel is told of the hyper-parameters; a training repeats them."""
-    a, b = _seven(spec.divergence.params)[:2]
-    if spec.divergence.name == "alpha":  # alpha_beta of a sum of 1
+    own = _seven(spec.divergence.params)
+    a, b, weight, constant = *own[:2], 1.0, 0.0
+    if spec.divergence.name in ("alpha", "mixed_kl"):  # of a sum of 1
         b = 1.0 - a
+    tape = spec.divergence.tape
+    if tape is not None and (known := simplified(tape).known):
+        a, b, weight, constant = known.numbers(own)
     of_rule = () if spec.row_rule is None else spec.row_rule.params
     return {
         "vocab": spec.vocab_size,
@@ -157,7 +166,9 @@ def numbers(spec: LossSpec) -> dict[str, float | int]:
         "smoothing": float(spec.label_smoothing),
         "a": a,
         "b": b,
-        **{f"own_{i}": number for i, number in enumerate(_seven(spec.divergence.params))},
+        "weight": weight,
+        "constant": constant,
+        **{f"own_{i}": number for i, number in enumerate(own)},
         **{f"rule_{i}": number for i, number in enumerate(_seven(of_rule))},
     }
 
@@ -166,9 +177,15 @@ def _seven(parameters: tuple[float, ...]) -> tuple[float, ...]:
     return (*map(float, parameters), *[0.0] * MOST_PARAMETERS)[:MOST_PARAMETERS]
 
 
-def divergence_of(spec: LossSpec) -> str:
+def name_of(divergence: Divergence) -> str:
     """What its functions are found by."""
-    return spec.divergence.key or spec.divergence.name
+    return divergence.key or divergence.name
+
+
+def dense_name(divergence: Divergence) -> str:
+    """The same for dense rows, of which the default JSD has a kernel of its own."""
+    name = name_of(divergence)
+    return "jsd_half" if name == "jsd" and divergence.params == (0.5,) else name
 
 
 def rule_of(spec: LossSpec) -> str | None:

@@ -86,6 +86,9 @@ def jsd(lp, lq, gap, p, q, by):
     return a * (p * over_p) + grad, grad
 
 
+jsd_half = jsd  # of a = 1/2, which lean.py knows at compile time
+
+
 @triton.jit
 def skew_forward_kl(lp, lq, gap, p, q, by):
     a = by[0]
@@ -154,7 +157,7 @@ def alpha_beta(lp, lq, gap, p, q, by):
 
 # Near p = q the logarithm of the mixture cancels. Full rows make up for it by the number of their
 # entries, the few of a sparse teacher are computed in fp64 (sparse.py).
-MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+MIXTURES = ("jsd", "jsd_half", "skew_forward_kl", "skew_reverse_kl")
 
 # Mixes of KL(p || q) and KL(q || p): infinite where q = 0 < p or p = 0 < q, so these tell a huge
 # gap from an infinite one.

@@ -60,6 +60,7 @@ from .stats import Scales, Side, Statistics, added, merged, nothing_seen, observ
 from .sweeps import (
     Comparing,
     Gradient,
+    Numbers,
     compare,
     compare_carefully,
     nothing_summed,
@@ -114,7 +115,7 @@ def seven(n_0, n_1, n_2, n_3, n_4, n_5, n_6, ACC: tl.constexpr):
 
 
 @triton.jit
-def numbers(
+def parameters(
     a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, ACC: tl.constexpr, plan: tl.constexpr
 ):
     """What the divergence's function in pointwise.py takes, or one of one's own."""
@@ -359,38 +360,56 @@ def _swept(STEP: tl.constexpr, shared, n, piece, sides, shape, span, by, unroll:
 
 
 @triton.jit
-def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, own, plan: tl.constexpr):
+def weighted(value, numbers, plan: tl.constexpr):
+    """What a divergence's lean form says, as the divergence."""
+    if plan.weighted:
+        value = value * numbers.weight + numbers.constant
+    return value
+
+
+@triton.jit
+def _compared(of, pair, shared, n, piece, sides, shape, span, numbers, plan: tl.constexpr):
     zero = scalar(0.0, plan.acc)
     value, sum_grad, ordinary, forwards = zero, zero, True, True
-    careful: tl.constexpr = 0 if plan.powers else 1
+    careful: tl.constexpr = 0 if plan.powers or plan.doubted else 1
+    a, b = numbers.a, numbers.b
     if plan.teacher and plan.closed:
         value, sum_grad = plan.form.closed(of, pair, a, b, plan)
+        value = weighted(value, numbers, plan)
         ordinary = (tl.abs(value) < INFINITY) & (tl.abs(sum_grad) < INFINITY)
         if plan.terms and not plan.late:
             if ordinary:
-                by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b, own)
+                by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), numbers)
                 first, second = _swept(
                     compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
                 )
                 value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
+                value = weighted(value, numbers, plan)
         else:
             forwards = False
         if not ordinary:
-            by = Comparing(pair, (a,), a, b, own)
+            by = Comparing(pair, (pair.ratio,), numbers)
             value, sum_grad = _swept(
                 compare_carefully, shared, n, piece, sides, shape, span, by, careful, plan
             )
     elif plan.teacher and plan.exact:
-        by = Comparing(pair, (a,), a, b, own)
+        by = Comparing(pair, (pair.ratio,), numbers)
         value, sum_grad = _swept(
             compare_carefully, shared, n, piece, sides, shape, span, by, 1, plan
         )
     elif plan.teacher:
-        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), a, b, own)
+        by = Comparing(pair, plan.form.constants(of, pair, a, b, plan), numbers)
         first, second = _swept(
             compare, shared, n, piece, sides, shape, span, by, plan.unroll_terms, plan
         )
         value, sum_grad = plan.form.summed(first, second, sum_grad, a, b)
+        if plan.doubted:
+            ordinary = (tl.abs(value) < INFINITY) & (tl.abs(sum_grad) < INFINITY)
+            if not ordinary:
+                again = Comparing(pair, (pair.ratio,), numbers)
+                value, sum_grad = _swept(
+                    compare_carefully, shared, n, piece, sides, shape, span, again, careful, plan
+                )
     if plan.teacher:  # NaN where a logit was
         unsound = pair.student.log_sum - pair.student.log_sum
         unsound += pair.teacher.log_sum - pair.teacher.log_sum
@@ -400,7 +419,7 @@ def _compared(of, pair, shared, n, piece, sides, shape, span, a, b, own, plan: t
 
 @triton.jit
 def _factors(
-    grad, shape, of, pair, compared, weights, total, a, b, own, plan: tl.constexpr
+    grad, shape, of, pair, compared, weights, total, numbers, plan: tl.constexpr
 ):  # fmt: skip
     kd = weights.row * weights.kd * pair.student.inverse_t
     unit, smooth, hot = weights.row, weights.row, weights.row
@@ -410,12 +429,14 @@ def _factors(
         smooth = of_ce * weights.smoothing / total.to(plan.acc)
         hot = of_ce * (1.0 - weights.smoothing)
     constants, terms = (kd,), (kd,)
+    a, b = numbers.a, numbers.b
     if plan.kd and not plan.exact:
-        constants = plan.form.factors(of, pair, compared.sum_grad, kd, a, b, plan)
+        weighted_kd = kd * numbers.weight if plan.weighted else kd
+        constants = plan.form.factors(of, pair, compared.sum_grad, weighted_kd, a, b, plan)
     if plan.late or plan.sharp:
         terms = plan.form.constants(of, pair, a, b, plan)
     return Gradient(
-        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, a, b, own
+        grad, shape, pair, constants, terms, compared.sum_grad, kd, unit, smooth, hot, numbers
     )
 
 
@@ -438,7 +459,9 @@ def _gradient_leanly(label, shared, n, piece, sides, span, shape, by, compared, 
     value, back, known = compared.value, not compared.forwards, piece == 0
     if plan.late:
         swept = nothing_summed(plan)
-        swept = sweep(write, swept, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+        swept = sweep(
+            write, swept, sides, shape, span, by, back, "evict_first", plan.unroll_slope, plan
+        )
         first, second = added(swept.first), added(swept.second)
         if plan.stage == "joint":  # whoever comes last has them all
             _leave_sums(shared.sums, n, piece, first, second, plan)
@@ -447,11 +470,13 @@ def _gradient_leanly(label, shared, n, piece, sides, span, shape, by, compared, 
             if known:
                 first, second = _recall_sums(shared.sums, n, plan)
         first, second = first.to(plan.acc), second.to(plan.acc)
-        value, _ = plan.form.summed(first, second, compared.sum_grad, by.a, by.b)
+        a, b = by.numbers.a, by.numbers.b
+        value, _ = plan.form.summed(first, second, compared.sum_grad, a, b)
+        value = weighted(value, by.numbers, plan)
         value += compared.sum_grad - compared.sum_grad
     else:
         nothing = tl.full([], 0, tl.int32)  # it carries nothing
-        sweep(write, nothing, sides, shape, span, by, back, "evict_first", plan.unroll, plan)
+        sweep(write, nothing, sides, shape, span, by, back, "evict_first", plan.unroll_slope, plan)
     if plan.ce:
         _write_label(label, sides, span, shape, by, slope, plan)
     return value, known
@@ -462,7 +487,7 @@ def _gradient_otherwise(
     STEP: tl.constexpr, SLOPE: tl.constexpr, label, sides, span, shape, by, plan: tl.constexpr
 ):
     nothing = tl.full([], 0, tl.int32)
-    if plan.powers == 0:
+    if plan.powers == 0 and not plan.doubted:
         sweep(STEP, nothing, sides, shape, span, by, False, "evict_first", 1, plan)
     else:
         sweep_columns(STEP, nothing, sides, shape, span, by, plan)
@@ -475,7 +500,7 @@ def _gradient(label, shared, n, piece, sides, span, shape, by, compared, plan: t
     value, known = compared.value, piece == 0
     if plan.exact:
         _gradient_otherwise(write_carefully, slope_carefully, label, sides, span, shape, by, plan)
-    elif plan.closed and plan.teacher:
+    elif (plan.closed or plan.doubted) and plan.teacher:
         if compared.ordinary:
             value, known = _gradient_leanly(
                 label, shared, n, piece, sides, span, shape, by, compared, plan
@@ -516,7 +541,8 @@ def row_kernel(
     ratio: tl.float64,  # the student's temperature over the teacher's
     s_scale: tl.float64, s_cap: tl.float64, t_scale: tl.float64, t_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
-    a: tl.float64, b: tl.float64,  # parameters of the divergence
+    a: tl.float64, b: tl.float64,  # parameters of the divergence, ...
+    weight: tl.float64, constant: tl.float64,  # ... which is that of a built-in one, and this more
     own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,  # or of one's own
     own_4: tl.float64, own_5: tl.float64, own_6: tl.float64,
     rule_0: tl.float64, rule_1: tl.float64, rule_2: tl.float64, rule_3: tl.float64,  # of a row rule
@@ -550,7 +576,10 @@ def row_kernel(
             drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
         first, second = scalar(a, acc), scalar(b, acc)
-        own = numbers(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, acc, plan)
+        own = parameters(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, acc, plan)
+        numbers = Numbers(first, second, own, scalar(weight, acc), scalar(constant, acc))
+        if plan.emitted:
+            numbers = Numbers(own, second, own, numbers.weight, numbers.constant)
         of_s, of_t, over = scalar(inverse_s, acc), scalar(inverse_t, acc), scalar(ratio, acc)
         scales = Scales(of_s * LOG2E, of_t * LOG2E, over, first, second)
         if plan.stage != "middle" and plan.stage != "gradient":
@@ -584,9 +613,7 @@ def row_kernel(
                 of = merged(of, scales, plan)
         if plan.stage != "statistics":
             pair = paired(of, of_s, of_t, over, plan)
-            compared = _compared(
-                of, pair, shared, n, piece, sides, shape, span, first, second, own, plan
-            )
+            compared = _compared(of, pair, shared, n, piece, sides, shape, span, numbers, plan)
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
                                   scalar(smoothing, acc))  # fmt: skip
@@ -597,8 +624,8 @@ def row_kernel(
                     _report(loss, metrics, n, of, pair, compared.value, label, sides, weights,
                             total, plan)  # fmt: skip
                 if grad is not None:
-                    by = _factors(grad, shape, of, pair, compared, weights, total, first, second,
-                                  own, plan)  # fmt: skip
+                    by = _factors(grad, shape, of, pair, compared, weights, total, numbers,
+                                  plan)  # fmt: skip
                     value, known = _gradient(label, shared, n, piece, sides, span, shape, by,
                                              compared, plan)  # fmt: skip
                     if plan.late and known:

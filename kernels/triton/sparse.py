@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .numerics import LN2, LOG2E, exp_wide, log_sum, log_wide, lowest, reciprocal, rounded, scalar
-from .programs import Weights, drop, leave, numbers, pieces, ruled, seven
+from .programs import Weights, drop, leave, parameters, pieces, ruled, seven
 from .row import (
     INFINITY,
     NO_COLUMN,
@@ -443,8 +443,10 @@ def sparse_kernel(
         sides = Sides(row, row, transform, transform)
         first = n.to(tl.int64) * (entries + 1)
         ids = Ids(indices + n.to(tl.int64) * entries, entries)
-        own = numbers(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, acc, plan)
-        own_wide = numbers(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, tl.float64, plan)
+        own = parameters(a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, acc, plan)
+        own_wide = parameters(
+            a, b, own_0, own_1, own_2, own_3, own_4, own_5, own_6, tl.float64, plan
+        )
         of = Entries(ids, log_probs + first, id_logits + first, transform, own, own_wide)
         label = tl.full([], -1, tl.int32)
         if plan.ce:

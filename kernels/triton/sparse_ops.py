@@ -17,7 +17,10 @@ from . import config, device, ops, pointwise, sparse
 from .launcher import Launcher
 
 # What a one-sided kernel has no use for.
-UNUSED = ("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap")
+UNUSED = (
+    *("offset", "total", "t_b", "t_t", "inverse_t", "ratio", "t_scale", "t_cap"),
+    *("weight", "constant"),
+)
 
 
 def rows(call: RowCall) -> Rows:
@@ -83,7 +86,7 @@ def _variant(call: RowCall) -> config.Variant:
         student=student.dtype,
         teacher=torch.float64 if wide else student.dtype,  # decides the accumulation type only
         grad=None if grad is None else grad.dtype,
-        divergence=ops.divergence_of(spec),
+        divergence=ops.name_of(spec.divergence),
         aligned=config.aligned([student] if grad is None else [student, grad]),
         kd=spec.kd_scale != 0,
         ce=ce,
@@ -100,11 +103,9 @@ def _launchers(
 ) -> tuple[tuple[Launcher, int], ...]:
     made = []
     for stage in stages(variant, launch, tail):
-        launcher = Launcher(
-            sparse.sparse_kernel,
-            constants(variant, launch, stage, tail, device.TARGET),
-            config.options(launch, device.TARGET),
-        )
+        of = constants(variant, launch, stage, tail, device.TARGET)
+        options = config.options(launch, device.TARGET, of["plan"])
+        launcher = Launcher(sparse.sparse_kernel, of, options)
         made.append((launcher, ops.programs_a_row(variant, launch, stage)))
     return tuple(made)
 

@@ -20,14 +20,22 @@ class Sums(NamedTuple):
     second: Any
 
 
+class Numbers(NamedTuple):
+    """Parameters of the divergence."""
+
+    a: Any  # as the lean form takes them
+    b: Any
+    own: Any  # as the careful function does
+    weight: Any  # of the lean form, and what is added to it (plan.weighted)
+    constant: Any
+
+
 class Comparing(NamedTuple):
     """What the sweep between statistics and gradient wants."""
 
     pair: Any
     constants: Any  # of the lean form's terms
-    a: Any  # its numbers
-    b: Any
-    own: Any  # the careful function's
+    numbers: Numbers
 
 
 class Gradient(NamedTuple):
@@ -43,9 +51,7 @@ class Gradient(NamedTuple):
     unit: Any  # cross-entropy's, of e^(s - max)
     smooth: Any  # label smoothing's, of every entry
     hot: Any  # the label's
-    a: Any  # the lean form's numbers
-    b: Any
-    own: Any  # the careful function's
+    numbers: Numbers
 
 
 @triton.jit
@@ -104,7 +110,7 @@ def compare(sums, tile, context, plan: tl.constexpr):
 def compare_carefully(sums, tile, context, plan: tl.constexpr):
     """(value, sum of grad) of a divergence that the statistics do not give, or not at its edges."""
     lp, lq, gap, p, q, _, _ = careful(tile.student, tile.teacher, context.pair, plan)
-    value, grad = plan.careful(lp, lq, gap, p, q, context.own)
+    value, grad = plan.careful(lp, lq, gap, p, q, context.numbers.own)
     return Sums(sums.first + lane_sum(value, tile.mask), sums.second + lane_sum(grad, tile.mask))
 
 
@@ -146,7 +152,7 @@ def slope_carefully(z_s, z_t, by, plan: tl.constexpr):
     lp, lq, gap, p, q, e_s, below = careful(z_s, z_t, by.pair, plan)
     g = tl.zeros_like(e_s)
     if plan.kd:
-        _, grad = plan.careful(lp, lq, gap, p, q, by.own)
+        _, grad = plan.careful(lp, lq, gap, p, q, by.numbers.own)
         g += (grad - q * by.sum_grad) * by.kd
     if plan.ce:
         g += at_unit(e_s, below, plan) * by.unit
@@ -174,7 +180,7 @@ def store(g, tile, by, plan: tl.constexpr):
 def write(sums, tile, by, plan: tl.constexpr):
     store(slope(tile.student, tile.teacher, by, plan), tile, by, plan)
     if plan.late:
-        sums = compare(sums, tile, Comparing(by.pair, by.terms, by.a, by.b, by.own), plan)
+        sums = compare(sums, tile, Comparing(by.pair, by.terms, by.numbers), plan)
     return sums
 
 

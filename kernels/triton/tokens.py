@@ -187,5 +187,6 @@ def gradient_kernel(
             g += q * (alike + skewed * (z - most - gap))
             bent = z * per_cap
             g = tl.where(z == -INFINITY, 0.0, g * (scale * (1.0 - bent * bent)))
+            g = g.to(plan.acc)  # and from there as the sweep does
             tl.store(grad + column, rounded(g, grad.dtype.element_ty), mask=inside)
         zeros(grad, shape, Span(0, 0, 0, 0), beyond, padded, plan)

@@ -16,8 +16,8 @@ from fusedkd import divergences
 from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import METRICS, RowCall, Statistics, cpu, reference
 from fusedkd.kernels.pieces import merge
+from fusedkd.row_rules import STATISTICS
 from fusedkd.spec import LossSpec, Transform
-from fusedkd.trace import STATISTICS
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 

@@ -8,11 +8,13 @@ columns make several tiles and several pieces; the table's own run at their smal
 from __future__ import annotations
 
 import math
+import warnings
 
 import budget
 import pytest
 import torch
-from oracle import Case
+from oracle import FORMULAS, Case
+from own_divergences import OWN
 
 from fusedkd import LMHead, backends, divergences, kd_loss, kd_loss_and_metrics, loss
 
@@ -66,6 +68,27 @@ def check(case: Case, metrics: bool = False) -> None:
 
 # ----------------------------------------------------------------------------------------------
 # every divergence
+
+
+def with_rest(lp: torch.Tensor, lq: torch.Tensor, *, a: float = 2.0) -> torch.Tensor:
+    """Reverse KL, times a number, and what is none of the student's."""
+    q = lq.exp()
+    return a * torch.where(q > 0, q * (lq - lp), 0.0) + a * lp.exp()
+
+
+FORMULAS.update({f"own_{name}": FORMULAS[name] for name in OWN})
+FORMULAS["with_rest"] = lambda lp, lq, a: a * lq.exp() * (lq - lp) + a * lp.exp()
+
+
+@pytest.mark.parametrize("name", ["jsd", "alpha", "with_rest"])
+def test_of_ones_own(use, device: torch.device, name: str) -> None:
+    """Its forms in every structure: summed in a sweep, and those that statistics give."""
+    with warnings.catch_warnings(action="ignore"):
+        own = OWN[name](0.3) if name in OWN else divergences.custom(with_rest)(a=0.7)
+    for i, launch in enumerate((ONE_WARP, pieces(2))):
+        use(launch)
+        keywords = {"divergence": own, "ce_weight": 0.5 * i, "label_smoothing": 0.1 * i}
+        check(budget.plain_case(i, device, 2, 515, (BF16, FP32)[i], **keywords), metrics=i == 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

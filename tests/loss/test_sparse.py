@@ -654,3 +654,13 @@ def test_the_entropy_that_a_teacher_brings(backend: str, device: torch.device) -
     assert whole[1]._replace(teacher_entropy=plain[1].teacher_entropy) == plain[1]
     with pytest.raises(ValueError, match=r"teacher.entropy has shape \(2, 3, 1\).*\(2, 3\)"):
         kd_loss(logits, SparseTeacher(ids, log_probs, "bucket", entropy[..., None]), labels)
+
+
+def test_fp64_where_the_teacher_has_no_say(backend: str, device: torch.device) -> None:
+    """Its dtype is still the loss's, and the precision with it."""
+    student = torch.randn(3, 40).half().to(device).requires_grad_()
+    ids, labels = torch.tensor([[1, 2]] * 3, device=device), torch.tensor([5, 6, 7], device=device)
+    teacher = SparseTeacher(ids, torch.full((3, 2), -1.0, dtype=torch.float64, device=device))
+    loss = kd_loss(student, teacher, labels, kd_weight=0.0, ce_weight=0.7, backend=backend)
+    want = 0.7 * torch.nn.functional.cross_entropy(student.detach().double(), labels)
+    torch.testing.assert_close(loss.detach(), want, rtol=1e-13, atol=0)

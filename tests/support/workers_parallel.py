@@ -9,6 +9,7 @@ from typing import Any
 import processes
 import torch
 import torch.distributed as dist
+from own_rules import of_everything
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -74,6 +75,7 @@ def cases() -> dict[str, Case]:
         cases_by_name[f"conditional {name}"] = ("head", "conditional", wide, options)
     cases_by_name |= {
         "mixed": ("head", "dense", single, OPTIONS),
+        "row rule": ("head", "bucket", wide, {**OPTIONS, "row_rule": of_everything(slope=0.3)}),
         "other mix": ("dense", "head", single, OPTIONS),
         "transforms": ("capped", "capped", wide, OPTIONS),
         "true vocabulary": ("dense", "dense", wide, {**OPTIONS, "vocab_size": 41}),
