@@ -2,6 +2,7 @@
 
     python -m benchmarks.counted             # every divergence, dense bf16 rows
     python -m benchmarks.counted --readme    # ... and write the README's table of it
+    python -m benchmarks.counted --own       # formulas of one's own, beside the built-in ones
     python -m benchmarks.counted --divergences token_log_probs      # with and without the entropy
 
 Compiles what a call of 8,192 x 151,936 launches by default, for sm_90 and without a GPU, counts
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 # by absolute names, as in resources.py
 from fusedkd import divergences
-from fusedkd.benchmarks import machine_code, readme, resources, sass
+from fusedkd.benchmarks import machine_code, own, readme, resources, sass
 from fusedkd.benchmarks.kernel_jobs import DTYPES, TOKEN_KERNELS, Job
 from fusedkd.benchmarks.roofline import GPUS, VOCAB, Counts, share
 from fusedkd.kernels.triton import config, launches
@@ -27,6 +28,8 @@ TOKENS = "token_log_probs"
 
 def job(divergence: str, dtype: str = "bf16", tail: str = "", joint: bool = False) -> Job:
     """What a large call gets by default, or with programs that wait for one another."""
+    if divergence in WRITTEN:
+        divergence = getattr(own, divergence)().key
     launch = launches.JOINT if joint else config.choose(ROWS, VOCAB, 132)
     return Job(TARGET, dtype, divergence, launch, "joint" if joint else "whole", tail=tail)
 
@@ -96,7 +99,16 @@ BOUNDS = (
     Bound("forward_kl", 34.9, 4.2, joint=True),
     Bound("jsd", 62.2, 8.2, joint=True),
     Bound(TOKENS, 13.7, 2.1),
+    Bound("written_jsd", 78.5, 9.2),
 )
+
+# Of one's own, and the built-in one of the same value, if there is one.
+WRITTEN = {
+    "written_kl": "forward_kl",
+    "written_jsd": "jsd",
+    "written_alpha": "alpha",
+    "written_le_cam": None,
+}
 
 
 INTRODUCTION = """\
@@ -140,6 +152,17 @@ def _share(counted: Counts, gpu: str) -> str:
     return f"{100 * percent:.0f} %, {limit}"
 
 
+def print_own(dtype: str) -> None:
+    """Each formula, and how many instructions it takes of the built-in one's."""
+    for name, builtin in WRITTEN.items():
+        counted = counts(name, dtype)
+        print(line(name, dtype, counted), flush=True)
+        if builtin is not None:
+            ours = counts(builtin, dtype)
+            ratio = counted.instructions / ours.instructions
+            print(f"{line(builtin, dtype, ours)}; {ratio:.2f} of it", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -148,7 +171,11 @@ def main() -> int:
     names = [*divergences.names(), TOKENS]
     parser.add_argument("--divergences", nargs="+", choices=names, help="these alone")
     parser.add_argument("--readme", action="store_true", help="write the README's table")
+    parser.add_argument("--own", action="store_true", help="formulas of one's own")
     arguments = parser.parse_args()
+    if arguments.own:
+        print_own(arguments.dtype)
+        return 0
     table = {}
     for name in arguments.divergences or names:
         if name == TOKENS:

@@ -52,6 +52,24 @@ def entropy_gate(teacher_entropy: Tensor, *, threshold: float = 2.0) -> Tensor:
     return teacher_entropy < threshold
 
 
+@divergences.custom
+def written_kl(lp: Tensor, lq: Tensor) -> Tensor:
+    p = lp.exp()
+    return torch.where(p > 0, p * (lp - lq), 0.0)
+
+
+@divergences.custom
+def written_alpha(lp: Tensor, lq: Tensor, *, alpha: float = 0.5) -> Tensor:
+    p, q = lp.exp(), lq.exp()
+    return (alpha * p + (1 - alpha) * q - p**alpha * q ** (1 - alpha)) / (alpha * (1 - alpha))
+
+
+@divergences.custom
+def written_le_cam(lp: Tensor, lq: Tensor) -> Tensor:
+    p, q = lp.exp(), lq.exp()
+    return torch.where(p + q > 0, (p - q) ** 2 / (p + q), 0.0)
+
+
 def first_uses() -> dict[str, float]:
     """Seconds of calls beyond a built-in one's: compiled; again in a new process; with another
     parameter there."""

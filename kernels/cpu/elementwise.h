@@ -27,7 +27,12 @@ template <class V>
 FUSEDKD_INLINE V not_negative(V x) {  // NaN elsewhere: vec.h's log has -inf there
   return x < V{} ? splat<V>(__builtin_nan("")) : x;
 }
-template <class V> FUSEDKD_INLINE V log_of(V x) { return log(not_negative(x)); }
+template <class V> FUSEDKD_INLINE V log_of(V x) {  // of numbers below the normal ones too
+  constexpr int up = sizeof(x[0]) == 4 ? 24 : 53;
+  const auto small = x < splat<V>(Of<V>::smallest);
+  const V y = log(not_negative(small ? x * splat<V>((double)(1LL << up)) : x));
+  return small ? y - splat<V>(up * kLn2) : y;
+}
 template <class V> FUSEDKD_INLINE V log1p(V x) {
   const V y = splat<V>(1) + x, plain = log_of(y);
   const V corrected = plain + (x - (y - splat<V>(1))) / y;
@@ -51,7 +56,7 @@ template <class V> FUSEDKD_INLINE V logaddexp(V a, V b) {
 // By exp and log where that does: of bases that are not negative. The others are few.
 template <class V> FUSEDKD_INLINE V pow(V x, V y) {
   auto negative = x < V{};
-  V power = exp(y * log(negative ? splat<V>(1) : x));
+  V power = exp(y * log_of(negative ? splat<V>(1) : x));
   power = y == V{} ? splat<V>(1) : power;
   for (size_t i = 0; i < sizeof x / sizeof x[0]; ++i)
     if (negative[i]) power[i] = ::pow((double)x[i], (double)y[i]);

@@ -40,7 +40,7 @@ FUNCTIONS |= {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs"}
 FUNCTIONS |= {"minimum": "tl.minimum", "maximum": "tl.maximum", "where": "tl.where"}
 # Of the lean forms; those of the second line are asked for a plan.
 # Operations of an entry, value and gradient, beyond which 128 registers are too few (found by
-# compiling random formulas, benchmarks/resources.py --own).
+# compiling random formulas, tests/kernels/test_resources.py).
 MANY = 40
 QUICK = {"exp": "exp_near", "sqrt": "tl.sqrt"}
 QUICKEST = QUICK | {"log": "log_near", "div": "divided"}
