@@ -3,6 +3,7 @@ traced."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def statistics(inputs: TokenInputs, spec: TokenSpec, keep: int) -> list[Tensor]:
     """As :func:`fusedkd.token_rows.statistics`."""
     if not stand_in(*inputs):
         return token_rows.statistics(inputs, spec, keep)
-    return torch.ops.fusedkd.token_statistics(*inputs, *_packed(spec, inputs), keep)
+    return torch.ops.fusedkd.token_statistics(*_packed(spec, inputs), keep)
 
 
 def gradients(
@@ -30,128 +31,79 @@ def gradients(
     """As :func:`fusedkd.token_rows.gradients`."""
     if not stand_in(*inputs, known, *factors):
         return token_rows.gradients(inputs, spec, wanted, known, factors)
-    return torch.ops.fusedkd.token_gradients(
-        *inputs, *_packed(spec, inputs), list(wanted), known, *factors
-    )
+    packed = _packed(spec, inputs)
+    return torch.ops.fusedkd.token_gradients(*packed, list(wanted), known, *factors)
 
 
 def judged(inputs: TokenInputs, spec: TokenSpec, wanted: Wanted, judge: Judged) -> list[Tensor]:
     """As :func:`fusedkd.token_rows.judged`."""
     if not stand_in(*inputs, *judge[:4]):
         return token_rows.judged(inputs, spec, wanted, judge)
-    numbers, *rest = _packed(spec, inputs)
-    bounds = [numbers.new_ones(()) * x for x in judge.clip or ()]
-    numbers = torch.stack([*numbers.unbind(), *bounds])
-    return torch.ops.fusedkd.token_judged(
-        *inputs, numbers, *rest, list(wanted), *judge[:4], judge.loss_type
-    )
+    packed = _packed(spec, inputs, judge.clip or ())
+    return torch.ops.fusedkd.token_judged(*packed, list(wanted), *judge[:4], judge.loss_type)
 
 
-@torch.library.custom_op("fusedkd::token_statistics", mutates_args=())
-def _statistics(
-    student: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tokens: Tensor,
-    counts: Tensor,
-    ids: Tensor | None,
-    numbers: Tensor,
-    vocab_size: int,
-    entropy: bool,
-    backend: str | None,
-    chunk_bytes: int | None,
-    autocast: torch.dtype | None,
-    keep: int,
-) -> list[Tensor]:
-    spec = _unpacked(numbers, vocab_size, entropy, backend, chunk_bytes, autocast)
-    inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
+# What the ops of all three begin with, as torch's schemas have it: the inputs, and a spec.
+CALL = (
+    "Tensor student, Tensor? weight, Tensor? bias, Tensor tokens, Tensor counts, Tensor? ids, "
+    "Tensor numbers, SymInt vocab_size, bool entropy, str? backend, SymInt? chunk_bytes, "
+    "ScalarType? autocast"
+)
+INPUTS, LENGTH = len(TokenInputs._fields), CALL.count(",") + 1
+JUDGE = "Tensor scale, Tensor? teacher, Tensor? old, Tensor? advantages, str loss_type"
+
+
+def _op(name: str, more: str) -> Callable[[Callable[..., list[Tensor]]], Any]:
+    schema = f"({CALL}, {more}) -> Tensor[]"
+    return torch.library.custom_op(f"fusedkd::{name}", mutates_args=(), schema=schema)
+
+
+@_op("token_statistics", "SymInt keep")
+def _statistics(*call: Any) -> list[Tensor]:
+    inputs, spec, _, (keep,) = _unpacked(call)
     return token_rows.statistics(inputs, spec, keep)
 
 
 @_statistics.register_fake
-def _(student: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> list[Tensor]:
-    tokens, keep = rest[0], rest[-1]
+def _(*call: Any) -> list[Tensor]:
+    student, keep = call[0], call[-1]
     dtype = stored_dtype(student, head=True)
     kept = [student.new_empty(student.shape, dtype=dtype) for _ in range(keep)]
-    return [_known(student, tokens), *kept]
+    return [_known(call), *kept]
 
 
-@torch.library.custom_op("fusedkd::token_gradients", mutates_args=())
-def _gradients(
-    student: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tokens: Tensor,
-    counts: Tensor,
-    ids: Tensor | None,
-    numbers: Tensor,
-    vocab_size: int,
-    entropy: bool,
-    backend: str | None,
-    chunk_bytes: int | None,
-    autocast: torch.dtype | None,
-    wanted: list[bool],
-    known: Tensor,
-    of_tokens: Tensor,
-    of_entropy: Tensor | None,
-) -> list[Tensor]:
-    spec = _unpacked(numbers, vocab_size, entropy, backend, chunk_bytes, autocast)
-    inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
-    factors = Factors(of_tokens, of_entropy)
-    return token_rows.gradients(inputs, spec, Wanted(*wanted), known, factors)
+@_op("token_gradients", "bool[] wanted, Tensor known, Tensor of_tokens, Tensor? of_entropy")
+def _gradients(*call: Any) -> list[Tensor]:
+    inputs, spec, _, (wanted, known, *factors) = _unpacked(call)
+    return token_rows.gradients(inputs, spec, Wanted(*wanted), known, Factors(*factors))
 
 
 @_gradients.register_fake
-def _(student: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> list[Tensor]:
-    wanted = next(x for x in rest if isinstance(x, list))
-    return _made(student, weight, bias, wanted)
+def _(*call: Any) -> list[Tensor]:
+    return _made(call)
 
 
-@torch.library.custom_op("fusedkd::token_judged", mutates_args=())
-def _judged(
-    student: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    tokens: Tensor,
-    counts: Tensor,
-    ids: Tensor | None,
-    numbers: Tensor,
-    vocab_size: int,
-    entropy: bool,
-    backend: str | None,
-    chunk_bytes: int | None,
-    autocast: torch.dtype | None,
-    wanted: list[bool],
-    scale: Tensor,
-    teacher: Tensor | None,
-    old: Tensor | None,
-    advantages: Tensor | None,
-    loss_type: str,
-) -> list[Tensor]:
-    spec = _unpacked(numbers[:3], vocab_size, entropy, backend, chunk_bytes, autocast)
-    low, high = numbers[3:].tolist() or (None, None)
-    clip = None if low is None or high is None else (low, high)
-    judge = Judged(scale, teacher, old, advantages, loss_type, clip)
-    inputs = TokenInputs(student, weight, bias, tokens, counts, ids)
-    return token_rows.judged(inputs, spec, Wanted(*wanted), judge)
+@_op("token_judged", f"bool[] wanted, {JUDGE}")
+def _judged(*call: Any) -> list[Tensor]:
+    inputs, spec, clip, (wanted, *judge) = _unpacked(call)
+    return token_rows.judged(inputs, spec, Wanted(*wanted), Judged._make([*judge, clip or None]))
 
 
 @_judged.register_fake
-def _(student: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> list[Tensor]:
-    tokens, wanted = rest[0], next(x for x in rest if isinstance(x, list))
-    return [_known(student, tokens), *_made(student, weight, bias, wanted)]
+def _(*call: Any) -> list[Tensor]:
+    return [_known(call), *_made(call)]
 
 
-def _known(student: Tensor, tokens: Tensor) -> Tensor:
+def _known(call: Sequence[Any]) -> Tensor:
     """Statistics without memory."""
-    shape = (tokens.shape[0], len(FIELDS) + tokens.shape[1])
-    return student.new_empty(shape, dtype=torch.float64)
+    tensors = TokenInputs(*call[:INPUTS])
+    shape = (tensors.tokens.shape[0], len(FIELDS) + tensors.tokens.shape[1])
+    return tensors.student.new_empty(shape, dtype=torch.float64)
 
 
-def _made(
-    student: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: list[bool]
-) -> list[Tensor]:
+def _made(call: Sequence[Any]) -> list[Tensor]:
     """Gradients without memory."""
+    student, weight, bias, wanted = *call[:3], call[LENGTH]
     return [
         x.new_empty(x.shape, dtype=stored_dtype(x, weight is not None))
         for x, want in zip((student, weight, bias), wanted, strict=False)
@@ -159,25 +111,21 @@ def _made(
     ]
 
 
-def _packed(spec: TokenSpec, inputs: TokenInputs) -> tuple[Any, ...]:
-    """A spec as arguments of an op; its numbers in a tensor, for dynamo would burn them into the
-    graph. See :mod:`fusedkd.tracing`."""
+def _packed(spec: TokenSpec, inputs: TokenInputs, bounds: Sequence[float] = ()) -> tuple[Any, ...]:
+    """The arguments of CALL. Numbers are in a tensor, for dynamo would burn them into the graph,
+    see :mod:`fusedkd.tracing`."""
     one = inputs.student.new_ones((), dtype=torch.float64, device="cpu")
-    numbers = torch.stack([one * x for x in (spec.temperature, *spec.how)])
-    return (
-        *(numbers, spec.vocab_size, spec.entropy),
-        *(spec.backend, spec.chunk_bytes, spec.autocast),
-    )
+    numbers = torch.stack([one * x for x in (spec.temperature, *spec.how, *bounds)])
+    named = (spec.vocab_size, spec.entropy, spec.backend, spec.chunk_bytes, spec.autocast)
+    return *inputs, numbers, *named
 
 
 def _unpacked(
-    numbers: Tensor,
-    vocab_size: int,
-    entropy: bool,
-    backend: str | None,
-    chunk_bytes: int | None,
-    autocast: torch.dtype | None,
-) -> TokenSpec:
-    temperature, scale, softcap = numbers.tolist()
+    call: Sequence[Any],
+) -> tuple[TokenInputs, TokenSpec, Any, Sequence[Any]]:
+    """The inputs, the spec, the ratio's bounds, if any, and what an op is given besides."""
+    numbers, vocab_size, entropy, backend, chunk_bytes, autocast = call[INPUTS:LENGTH]
+    temperature, scale, softcap, *bounds = numbers.tolist()
     how = Transform(scale, softcap)
-    return TokenSpec(vocab_size, temperature, how, entropy, backend, chunk_bytes, autocast=autocast)
+    spec = TokenSpec(vocab_size, temperature, how, entropy, backend, chunk_bytes, autocast=autocast)
+    return TokenInputs(*call[:INPUTS]), spec, tuple(bounds), call[LENGTH:]

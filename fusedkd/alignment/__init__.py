@@ -7,7 +7,16 @@ the same, :func:`alm_loss` compares how probable the two models think those byte
 
 from fusedkd.alignment.likelihood import alm_loss
 from fusedkd.alignment.offsets import byte_offsets
+from fusedkd.alignment.rows import Retelling, Retold
 from fusedkd.alignment.spans import align, pad_spans
 from fusedkd.alignment.vocabulary import shared_vocabulary
 
-__all__ = ["align", "alm_loss", "byte_offsets", "pad_spans", "shared_vocabulary"]
+__all__ = [
+    "Retelling",
+    "Retold",
+    "align",
+    "alm_loss",
+    "byte_offsets",
+    "pad_spans",
+    "shared_vocabulary",
+]

@@ -69,8 +69,8 @@ def alm_loss(
     check_divides(normalizer, reduction)
     if normalizer is not None:
         check_normalizer(normalizer)
-    q = _span_sums(student_log_probs, student_spans) / threshold_temperature
-    p = (_span_sums(teacher_log_probs, teacher_spans) / threshold_temperature).to(q.dtype)
+    q = span_sums(student_log_probs, student_spans) / threshold_temperature
+    p = (span_sums(teacher_log_probs, teacher_spans) / threshold_temperature).to(q.dtype)
     rows = _bernoulli_kl(p, q) if form == "kl" else (p.exp() - q.exp()).abs()
     there = student_spans[..., 0] >= 0
     rows = rows.where(there, 0.0)
@@ -82,7 +82,7 @@ def alm_loss(
     return total if reduction == "sum" else total / there.sum().clamp(min=1)
 
 
-def _span_sums(log_probs: Tensor, spans: Tensor) -> Tensor:
+def span_sums(log_probs: Tensor, spans: Tensor) -> Tensor:
     """(..., M) sums over ranges of the last dimension, each put together of runs of 1, 2, 4, ...
     tokens as its length says: no differences of long sums, which would lose digits and make NaN of
     -inf, no atomics, and no waiting for the longest. A range of -1 gives 0."""

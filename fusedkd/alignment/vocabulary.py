@@ -36,7 +36,7 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[T
     words = student.kind == teacher.kind == "characters"
     ours, theirs = _ordinary(student, words), _ordinary(teacher, words)
     pairs = [pair for key in ours.keys() & theirs.keys() for pair in _pairs(ours[key], theirs[key])]
-    pairs = sorted(pairs + _special(student, teacher))
+    pairs = sorted(pairs + list(shared_special(student, teacher).items()))
     found = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     return found[:, 0].contiguous(), found[:, 1].contiguous()
 
@@ -68,8 +68,8 @@ def _pairs(ours: Ids, theirs: Ids) -> list[tuple[int, int]]:
     return pairs or [((ours[0] + ours[1])[0], (theirs[0] + theirs[1])[0])]
 
 
-def _special(student: Spelling, teacher: Spelling) -> list[tuple[int, int]]:
-    """By role, then by text."""
+def shared_special(student: Spelling, teacher: Spelling) -> dict[int, int]:
+    """Special tokens of the teacher's by those of the student's: by role, then by text."""
     found: dict[int, int] = {}
 
     def share(ours: dict[str, int], theirs: dict[str, int]) -> None:
@@ -81,4 +81,4 @@ def _special(student: Spelling, teacher: Spelling) -> list[tuple[int, int]]:
     share(student.roles, teacher.roles)
     texts = ({known.tokens[i]: i for i in sorted(known.special)} for known in (student, teacher))
     share(*texts)
-    return list(found.items())
+    return found

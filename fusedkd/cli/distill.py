@@ -17,7 +17,7 @@ from fusedkd.data.arguments import DataArguments
 from fusedkd.errors import NotFinite, UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
-from fusedkd.models.loading import load_tokenizer
+from fusedkd.models.loading import load_both_tokenizers, load_tokenizer
 from fusedkd.models.saved import SavedModel
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
@@ -141,7 +141,16 @@ def _prepare(
     checkpoint = _checkpoint(args)
     task = _task(teacher, student) if args.task is None else task_named(args.task)
     sides = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    tokenizer = load_tokenizer(models.tokenizer, **sides)
+    theirs = None
+    if args.cross_tokenizer is None:
+        tokenizer = load_tokenizer(models.tokenizer, **sides)
+    elif teacher is None:
+        raise UserError(
+            f"--cross_tokenizer {args.cross_tokenizer}: expected --teacher with one model that "
+            "runs here."
+        )
+    else:
+        tokenizer, theirs = load_both_tokenizers(models.tokenizer, student, teacher)
     if teacher is None and task.no_cache:
         raise UserError(task.no_cache)
     elsewhere = None if source.runs else source.open(args, tokenizer, task)
@@ -163,12 +172,14 @@ def _prepare(
             train_dataset=data.train,
             eval_dataset=data.test,
             processing_class=tokenizer,
+            teacher_processing_class=theirs,
             data_collator=data.collator,
         )
     if trainer.terms.attention and flags.packing == "flatten":
         raise UserError("--packing flatten: terms of attention compare rows: expected none.")
     # after the trainer's checks: a vocabulary that does not fit explains ids that do not
-    readers = {"student": student_model} | ({"teacher": teacher_side} if source.runs else {})
+    reads = source.runs and theirs is None  # the same ids
+    readers = {"student": student_model} | ({"teacher": teacher_side} if reads else {})
     for name in ("train_dataset", "eval_dataset"):
         with as_user_error("--data" if name == "train_dataset" else "--eval_data"):
             rows = check_fits(getattr(trainer, name), readers, flags, task.over_tokens)
@@ -220,7 +231,11 @@ ROWS = {
 
 def _kd(args: DistillationArguments) -> str:
     rule = f"{args.row_rule} x " if args.row_rule else ""
-    return f"{args.kd_weight:g} x {rule}{args.divergence}"
+    kd = f"{args.kd_weight:g} x {rule}{args.divergence}"
+    shared = f"{kd} over the shared vocabulary"
+    alm = f"{args.alm_weight:g} x ALM"
+    across = {"alm": alm, "shared_kl": shared, "both": f"{alm} + {shared}"}
+    return kd if args.cross_tokenizer is None else across[args.cross_tokenizer]
 
 
 def _summary(trainer: DistillationTrainer, card: Card) -> None:

@@ -10,7 +10,8 @@
 * ``fusedkd_forward_kl_bucket``: the whole vocabulary, all that is no id as one entry.
 
 The last two get the student's logits where verl's own does, in the logits processor of the FSDP
-strategies; verl hands over no teacher beyond its top k.
+strategies; Megatron's has another one, and they are an error there. There is none of the teacher's
+full distribution: verl hands over no more of it than its top k.
 """
 
 from __future__ import annotations
@@ -124,6 +125,12 @@ def _of_entries(
     from verl.utils.metric import AggregationType, Metric
     from verl.workers.utils.padding import no_padding_2_padding
 
+    name = distillation_config.distillation_loss.loss_mode
+    if getattr(config, "strategy", "fsdp") == "megatron":  # whose processor has run verl's own loss
+        raise NotImplementedError(
+            f"loss_mode={name!r} with strategy='megatron': expected fsdp, fsdp2 or veomni, or one "
+            f"of {', '.join(map(repr, ESTIMATORS))}, which go with every strategy."
+        )
     names = ("distillation_losses", "student_mass", "teacher_mass", "overlap_count")
     columns = {name: no_padding_2_padding(model_output[name], data) for name in names}
     mask, metrics = _mask(data), {}

@@ -218,6 +218,7 @@ def true_vocabulary(student: Any, teacher: Any, given: int | None, tokenizer: An
         return min(tokens, *sizes)
     raise ValueError(
         f"the student's vocabulary has {sizes[0]:,} entries and the teacher's {sizes[1]:,}, which "
-        "is more than padding explains: distillation by token needs one tokenizer. If it is one, "
+        "is more than padding explains: distillation by token needs one tokenizer. If there are "
+        "two, --cross_tokenizer alm (shared_kl, both) compares them. If it is one, "
         f"pass vocab_size=<number of the tokens that both have, at most {min(sizes)}>."
     )

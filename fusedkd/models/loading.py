@@ -105,6 +105,17 @@ def _only_pickles(folder: Path) -> bool:
     )
 
 
+def load_both_tokenizers(given: str | None, student: Any, teacher: Any) -> tuple[Any, Any]:
+    """The student's, or the one asked for, and the teacher's, which may be another.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    with as_user_error(f"--teacher {teacher.name}: its tokenizer cannot be loaded", Exception):
+        theirs = teacher.tokenizer()
+    return load_tokenizer(given, student=student), theirs
+
+
 def load_tokenizer(given: str | None, **models: Any) -> Any:
     """The one asked for, or the first that one of the saved models (by role) has; all that have one
     must agree.

@@ -53,8 +53,9 @@ def check_same(student: Any, teacher: Any, names: dict[str, str]) -> None:
 
 def _differ(how: str) -> UserError:
     return UserError(
-        f"the tokenizers differ: {how}. Distillation by token needs one vocabulary; if you know "
-        "better, say which with --tokenizer."
+        f"the tokenizers differ: {how}. Distillation by token needs one vocabulary: expected one "
+        "tokenizer, or --cross_tokenizer alm (shared_kl, both), which compares what both read of "
+        "the same bytes; if you know better, say which with --tokenizer."
     )
 
 
@@ -78,7 +79,7 @@ def _check_extra(ours: dict[str, int], theirs: dict[str, int], names: dict[str, 
         raise _differ(f"{what}, and {len(more[other]):,} the other way round")
     raise UserError(
         f"the tokenizers differ: {what}. Where the data do not need them, take the one that both "
-        f"models can read: --tokenizer {names[other]}"
+        f"models can read: --tokenizer {names[other]}; where they do, --cross_tokenizer alm."
     )
 
 

@@ -10,6 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from fusedkd import KDLoss, backends, divergences, row_rules
+from fusedkd.alignment.likelihood import FORMS
+from fusedkd.checks import check_temperature, check_weight
 from fusedkd.distributions import TAILS
 from fusedkd.sampled import K1, LOSS_TYPES
 from fusedkd.train.on_policy import OnPolicy
@@ -18,6 +20,7 @@ from fusedkd.train.terms import parse_term
 
 KD_TOKENS = ("labels", "all")
 OBJECTIVES = ("exact", "sampled")
+CROSS = ("alm", "shared_kl", "both")
 METRICS = ("every", "logging_steps", "none")
 # those of fusedkd.train.tasks, which reads data: too much for a help text
 TASK_NAMES = """masked, causal, seq2seq, sequence_classification, token_classification, \
@@ -135,6 +138,22 @@ class DistillationArguments(TrainingArguments):
             "(that of the forward KL)."
         },
     )
+    cross_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "For a teacher with another tokenizer: alm (how probable both think the same "
+            "bytes, arXiv 2503.20083), shared_kl (--divergence over the tokens that both have, "
+            "where both have just ended the same bytes) or both."
+        },
+    )
+    alm_weight: float = field(
+        default=1.0, metadata={"help": "Weight of alm; --kd_weight is that of shared_kl."}
+    )
+    alm_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Probabilities are compared to the power of 1 / this (alm)."},
+    )
+    alm_form: str = field(default="kl", metadata={"help": "With alm: kl or tv (total variation)."})
     metrics: str = field(
         default="every",
         metadata={
@@ -183,6 +202,7 @@ class DistillationArguments(TrainingArguments):
                 "what the student wrote itself. Expected ce_weight=0."
             )
         self._check_objective()
+        self._check_across()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = (
                 True  # else accelerate makes each of torchrun's processes a run of its own
@@ -231,9 +251,49 @@ class DistillationArguments(TrainingArguments):
                 "expected 'labels'."
             )
 
+    def _check_across(self) -> None:
+        if self.cross_tokenizer is None:
+            return
+        if self.cross_tokenizer not in CROSS:
+            raise ValueError(
+                f"cross_tokenizer={self.cross_tokenizer!r}: expected one of {', '.join(CROSS)}."
+            )
+        check_weight("alm_weight", self.alm_weight)
+        check_temperature("alm_temperature", self.alm_temperature)
+        if self.alm_form not in FORMS:
+            raise ValueError(f"alm_form={self.alm_form!r}: expected one of {', '.join(FORMS)}.")
+        neither = {
+            "terms": self.terms,
+            "on_policy_share": self.on_policy_share,
+            "label_smoothing_factor": self.label_smoothing_factor,
+            "vocab_size": self.vocab_size,
+            "kd_tokens": self.kd_tokens if self.kd_tokens != "labels" else None,
+        }
+        for name, value in neither.items():
+            if value:
+                raise ValueError(
+                    f"cross_tokenizer={self.cross_tokenizer!r} with {name}={value!r}, which is for "
+                    "one tokenizer: expected the default."
+                )
+
+    def across(
+        self, keywords: dict[str, Any], numbers: dict[str, float]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What :func:`fusedkd.train.across.across` takes, of the loss' keywords and the weights at
+        this moment."""
+        kind = self.cross_tokenizer
+        keywords = keywords | ({"kd_weight": 0.0} if kind == "alm" else {})
+        alm = {
+            "weight": 0.0 if kind == "shared_kl" else numbers["alm_weight"],
+            "threshold_temperature": self.alm_temperature,
+            "form": self.alm_form,
+        }
+        return keywords, alm
+
     def scheduled(self) -> dict[str, float]:
         """The numbers that can follow a schedule, and what they start from."""
-        names = ("temperature", "teacher_temperature", "kd_weight", "ce_weight")
+        names = ["temperature", "teacher_temperature", "kd_weight", "ce_weight"]
+        names += ["alm_weight"] if self.cross_tokenizer in ("alm", "both") else []
         numbers = {name: value for name in names if (value := getattr(self, name)) is not None}
         return numbers | {name: term.weight for name, term in map(parse_term, self.terms)}
 

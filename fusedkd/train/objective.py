@@ -3,7 +3,7 @@ at this moment."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,38 +11,18 @@ from torch import Tensor
 from fusedkd import (
     LMHead,
     SparseTeacher,
-    kd_loss,
     sampled_kd_loss,
     sampled_kd_loss_and_metrics,
     token_log_probs,
 )
+from fusedkd.train.across import across
 from fusedkd.train.ahead import compiles, other_kernels
 from fusedkd.train.arguments import DistillationArguments
-from fusedkd.train.compare import Compare
 from fusedkd.train.meter import Measured, measured
+from fusedkd.train.targets import Count, Targets, nothing
 
 Side = Tensor | LMHead | SparseTeacher
-Count = Tensor | int | None
 _NEED_LABELS = ("ce", "student_accuracy", "teacher_accuracy")
-
-
-class Targets(NamedTuple):
-    """What a batch's distributions are held against.
-
-    ``num_items`` and ``num_tokens`` are the labels and the real tokens of the whole optimizer step;
-    None: of this batch.
-    """
-
-    compare: Compare
-    labels: Tensor  # (...,) aligned with the logits, -100 where there is none
-    tokens: Tensor | None  # (B, L) bool, False at padding; where somebody asks for it
-    everywhere: bool  # whether the divergence counts at all of them
-    num_items: Count
-    num_tokens: Count
-    training: bool
-    measured: bool  # whether anybody wants metrics
-    done: float  # share of the training that is over
-    steps: int  # of all of it
 
 
 class Objective:
@@ -83,21 +63,17 @@ class Objective:
         keywords = self.keywords | {k: v for k, v in numbers.items() if k in self.keywords}
         if targets.training:
             keywords["label_smoothing"] = self.args.label_smoothing_factor
-            if not keywords["kd_weight"] and not keywords["ce_weight"]:
-                return _nothing(student), {}
+            weights = (keywords["kd_weight"], keywords["ce_weight"], numbers.get("alm_weight"))
+            if not any(weights):
+                return nothing(student), {}
         if targets.training and self.args.objective == "sampled":
             return _drawn(student, teacher, targets, keywords, self.args.loss_type)
+        if self.args.cross_tokenizer is not None:
+            return across(student, teacher, targets, *self.args.across(keywords, numbers))
         if targets.everywhere:
             return _apart(student, teacher, targets, keywords)
         keywords["normalizer"] = targets.num_items
         return targets.compare(targets.measured, student, teacher, targets.labels, **keywords)
-
-
-def _nothing(student: Any) -> Tensor:
-    """0 with a graph, so that DDP finds every parameter used, and nothing multiplied."""
-    states = student.hidden if isinstance(student, LMHead) else student
-    weights = torch.zeros(states.shape[:-1], device=states.device)
-    return kd_loss(student, None, kd_weight=0.0, token_weights=weights)
 
 
 def _drawn(

@@ -20,7 +20,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from fusedkd import LMHead, Routed, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
 from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
+from fusedkd.models.tokenizers import check_same
 from fusedkd.teachers import CachedTeacher, LiveTeacher, RoutedTeachers, ServedTeacher
+from fusedkd.teachers.aligned import Aligned, AlignedTeacher
 from fusedkd.teachers.routed import RoutedSide, Side
 from fusedkd.teachers.spread import SpreadTeacher, is_spread
 from fusedkd.train.arguments import DistillationArguments
@@ -28,8 +30,9 @@ from fusedkd.train.base import FromHeads
 from fusedkd.train.checkpoints import staged
 from fusedkd.train.finite import Finite, check_weights, finite_rows
 from fusedkd.train.meter import Measured, Meter, without_repeats
-from fusedkd.train.objective import Objective, Targets
+from fusedkd.train.objective import Objective
 from fusedkd.train.report.clock import Clock
+from fusedkd.train.targets import Targets
 from fusedkd.train.tasks import task_between
 from fusedkd.train.term_set import TermSet, as_labels, real_tokens
 
@@ -38,7 +41,7 @@ logger = logging.getLogger(__name__)
 _HELD_OUT = ("ce", "mse")  # what a student is judged by, whatever it is trained on
 
 Inputs = dict[str, Any]
-Teacher = Tensor | LMHead | SparseTeacher | Routed
+Teacher = Tensor | LMHead | SparseTeacher | Routed | Aligned
 Teachers = nn.Module | TeacherCache | ServedTeacher | RoutedTeachers
 
 
@@ -75,10 +78,14 @@ class DistillationTrainer(FromHeads, Trainer):
             server for them; there is then no model, and ``args.teacher_tail`` counts. Or several
             of all these, :class:`fusedkd.teachers.RoutedTeachers`.
         args: see :class:`DistillationArguments`.
+        teacher_processing_class: the teacher's tokenizer. With ``args.cross_tokenizer`` it may be
+            another than ``processing_class``: each batch's text is then read to both, and what is
+            compared is said in :mod:`fusedkd.train.across`. Without, they are checked to be one.
         **kwargs: as for :class:`transformers.Trainer` (datasets, collator, ``processing_class``,
             callbacks, ...).
 
     Raises:
+        UserError: the two tokenizers differ, and there is no ``args.cross_tokenizer``.
         ValueError: teacher and student share parameters, their vocabularies or classes differ, a
             term does not fit them, or there is a ``compute_loss_func``.
         CacheError: a cache of another tokenizer, without the temperature, not for this divergence,
@@ -93,6 +100,7 @@ class DistillationTrainer(FromHeads, Trainer):
         model: PreTrainedModel | nn.Module | None = None,
         teacher: PreTrainedModel | Teachers | None = None,
         args: DistillationArguments | None = None,
+        teacher_processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(teacher, Teachers):
@@ -121,6 +129,7 @@ class DistillationTrainer(FromHeads, Trainer):
         if column is not None:
             self._signature_columns = [*(self._signature_columns or ()), column]
         self._loss_keywords = args.loss_keywords()
+        self._teacher_tokenizer = teacher_processing_class
         self._teach(teacher)
         if args.on_policy_share and not self._task.writes:
             raise ValueError("on_policy_share: expected a decoder, which can write.")
@@ -140,12 +149,14 @@ class DistillationTrainer(FromHeads, Trainer):
     def _teach(self, teacher: Teachers) -> None:
         """Make the teacher's side of the loss, and have batches come with what it needs."""
         parts, column = RoutedTeachers.parts(teacher)
-        sides = {name: self._side(part) for name, part in parts.items()}
+        self._check_tokenizers(teacher)
+        sides: dict[str, Any] = {name: self._side(part) for name, part in parts.items()}
         side: Any = sides[""] if column is None else RoutedSide(column, sides)
         self._teacher_side = side
         self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
-        if isinstance(side, LiveTeacher):
+        if isinstance(side, LiveTeacher | AlignedTeacher):
             self.teacher = side.model
+        if isinstance(side, LiveTeacher):
             return
         side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
         if self.args.on_policy_share and column is not None:
@@ -160,7 +171,28 @@ class DistillationTrainer(FromHeads, Trainer):
             workers = max(self.args.dataloader_num_workers, *ahead)
             self.args.dataloader_num_workers = workers
 
-    def _side(self, teacher: nn.Module | TeacherCache | ServedTeacher) -> Side:
+    def _check_tokenizers(self, teacher: Teachers) -> None:
+        kind, ours, theirs = (
+            self.args.cross_tokenizer,
+            self.processing_class,
+            self._teacher_tokenizer,
+        )
+        if kind is None:
+            if ours is not None and theirs is not None:
+                check_same(ours, theirs, {"student": "the student's", "teacher": "the teacher's"})
+            return
+        if not isinstance(teacher, nn.Module) or not self._task.writes or not self._task.causal:
+            raise ValueError(
+                f"cross_tokenizer={kind!r}: expected decoders, and one teacher, a model that runs "
+                "here."
+            )
+        if ours is None or theirs is None:
+            raise ValueError(
+                f"cross_tokenizer={kind!r}: expected both tokenizers, the student's as "
+                "processing_class, the teacher's as teacher_processing_class."
+            )
+
+    def _side(self, teacher: nn.Module | TeacherCache | ServedTeacher) -> Side | AlignedTeacher:
         if isinstance(teacher, nn.Module):
             model = frozen(teacher, self.model, self.args.device)
             task = self._task
@@ -170,7 +202,16 @@ class DistillationTrainer(FromHeads, Trainer):
                     "terms: a teacher that is split over processes runs their batches one after "
                     "the other, whose states would be mixed: expected none."
                 )
-            return kind(model, self.accelerator.autocast, task.logits, task.over_tokens)
+            live = kind(model, self.accelerator.autocast, task.logits, task.over_tokens)
+            if self.args.cross_tokenizer is None:
+                return live
+            if kind is SpreadTeacher:
+                raise ValueError(
+                    "cross_tokenizer: expected a teacher that is whole in each process, not one "
+                    "that is split over them."
+                )
+            tokenizers = self.processing_class, self._teacher_tokenizer
+            return AlignedTeacher(live, bare(self.model), *tokenizers)
         self.args.check_for_cache(asks=isinstance(teacher, ServedTeacher))
         if self._task.no_cache:
             raise ValueError(self._task.no_cache)
@@ -184,7 +225,7 @@ class DistillationTrainer(FromHeads, Trainer):
     def _vocabulary(self, student: Any) -> int | None:
         """How many columns are real now: embeddings may have been resized."""
         given, tokenizer = self.args.vocab_size, self.processing_class
-        if not self._task.over_tokens:
+        if not self._task.over_tokens or self.args.cross_tokenizer is not None:
             return None
 
         def of(side: Side) -> int | None:
@@ -246,7 +287,13 @@ class DistillationTrainer(FromHeads, Trainer):
         self, model: nn.Module, inputs: Inputs, num_items: Tensor | int | None, dense: bool = False
     ) -> tuple[Tensor, Measured, Any]:
         self._refuse_compiled_terms(model)
-        labels, ours, theirs = self._head_loss.sides(self.model, self.teacher, inputs)
+        side = self._teacher_side
+        if isinstance(side, AlignedTeacher):
+            inputs, read = side.take(inputs)
+            labels, ours, _ = self._head_loss.sides(self.model, None, inputs)
+            theirs = read
+        else:
+            labels, ours, theirs = self._head_loss.sides(self.model, self.teacher, inputs)
         tokens = real_tokens(inputs) if self._counts_tokens else None
         num_tokens = None if num_items is None else self._step_tokens
         done = self.state.global_step / max(self.state.max_steps, 1)
@@ -295,7 +342,8 @@ class DistillationTrainer(FromHeads, Trainer):
         """The loss, what was measured, and what tells which rows of either side are finite."""
         student = self._task.trimmed(self.model, student, targets.labels)
         counted = targets.tokens if targets.everywhere else targets.labels != -100
-        sides = {"teacher": teacher, "student": student}
+        side = teacher.side if isinstance(teacher, Aligned) else teacher
+        sides = {"teacher": side, "student": student}
         # a head's hidden states and weight may differ in dtype
         with self.accelerator.autocast(), self._timed("loss"):
             loss, metrics = self._objective(student, teacher, targets)
@@ -305,7 +353,7 @@ class DistillationTrainer(FromHeads, Trainer):
 
     def _teacher_loss(self, teacher: Teacher, targets: Targets) -> Measured:
         """The teacher's own cross-entropy, as if it were the student."""
-        if not isinstance(self.teacher, nn.Module):
+        if not isinstance(self.teacher, nn.Module) or self.args.cross_tokenizer is not None:
             return {}
         alone = {**self._loss_keywords, "kd_weight": 0.0, "ce_weight": 1.0}
         _, metrics = targets.compare(True, teacher, teacher, targets.labels, **alone)

@@ -30,7 +30,17 @@ from transformers import (
 )
 
 from fusedkd import divergences
-from fusedkd.cache import CacheError, Damaged, Job, Layout, Policy, TeacherCache, build, verify
+from fusedkd.cache import (
+    CacheError,
+    Damaged,
+    Job,
+    Layout,
+    Policy,
+    TeacherCache,
+    build,
+    of_model,
+    verify,
+)
 from fusedkd.cache.keys import sequence_key, tokenizer_hash
 from fusedkd.cache.layout import Answers
 from fusedkd.cache.packing import bits_for, pack, pack_runs, packed_size, unpack, unpack_runs
@@ -415,6 +425,9 @@ def test_built_by_a_group(disk: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.distributed, "barrier", lambda: built(1) if waiting.pop() else None)
     waiting = [False, True]
     assert built(0).manifest.number_of_shards > 1 and not waiting
+    monkeypatch.setattr(of_model, "is_partitioned", lambda parameter: parameter.dim() == 1)
+    with pytest.raises(CacheError, match="in parts on the group's processes"):
+        built(0)
 
 
 def test_show(

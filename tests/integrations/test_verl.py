@@ -141,3 +141,9 @@ def test_entries(name: str, host: SimpleNamespace) -> None:
     assert metrics["distillation/teacher_mass"] == pytest.approx(p.mean().item())
     assert metrics["distillation/overlap_ratio"] == pytest.approx(shared.float().mean().item())
     assert host.settings[name].use_topk
+
+
+def test_megatron_would_run_another_loss(host: SimpleNamespace) -> None:
+    loss = host.registry["fusedkd_forward_kl_topk"]
+    with pytest.raises(NotImplementedError, match=r"strategy='megatron': expected fsdp.*_k2"):
+        loss(SimpleNamespace(strategy="megatron"), config("fusedkd_forward_kl_topk"), {}, {})

@@ -58,6 +58,7 @@ CASES: dict[str, tuple[Callable[[], Any], list[str], list[str]]] = {
     "minillm": (gpt2, ["--layers", "2"], ["--on_policy_new_tokens", "5"]),
     "opd": (llama, ["--layers", "2"], ["--on_policy_new_tokens", "5"]),
     "abkd": (llama, ["--layers", "2"], []),
+    "alm": (llama, ["--layers", "2"], ["--cross_tokenizer", "both"]),
     "minitron": (llama, ["--layers", "2", "--map", "first"], []),
 }
 

@@ -44,10 +44,11 @@ class Samples(TrainerCallback):
             self.texts = read_json(self.path) or {}
             return
         self._continue("before", self.trainer.accelerator.unwrap_model(self.trainer.model))
-        if isinstance(self.trainer.teacher, nn.Module) and hasattr(
-            self.trainer.teacher, "generate"
-        ):
-            self._continue("teacher", self.trainer.teacher)
+        # one with another tokenizer cannot read the student's prompts
+        same = self.trainer.args.cross_tokenizer is None
+        teacher = self.trainer.teacher
+        if same and isinstance(teacher, nn.Module) and hasattr(teacher, "generate"):
+            self._continue("teacher", teacher)
         self._save()
 
     def finish(self) -> dict[str, list[str]]:
