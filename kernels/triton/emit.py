@@ -38,10 +38,10 @@ FUNCTIONS = {op: op for op in ("sign", "expm1", "log1p", "sqrt", "tanh", "sigmoi
 FUNCTIONS |= {"pow": "power"}  # of elementwise.py
 FUNCTIONS |= {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs"}
 FUNCTIONS |= {"minimum": "tl.minimum", "maximum": "tl.maximum", "where": "tl.where"}
-# Of the lean forms; those of the second line are asked for a plan.
 # Operations of an entry, value and gradient, beyond which 128 registers are too few (found by
 # compiling random formulas, tests/kernels/test_resources.py).
 MANY = 40
+# In lean forms: any, and homogeneous ones. The last are asked for a plan.
 QUICK = {"exp": "exp_near", "sqrt": "tl.sqrt"}
 QUICKEST = QUICK | {"log": "log2_near", "div": "divided"}
 PLANNED = ("log2_near", "divided")
