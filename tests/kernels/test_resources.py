@@ -138,7 +138,18 @@ def test_no_number_compiles_a_kernel() -> None:
     plain = _key()
     for name in programs.SIZES:
         assert _key(**{name: 1}) == _key(**{name: 16}) == plain, name
-    for name in ("inverse_s", "kd_scale", "a", "b", "own_3", "rule_0", "ce_weight", "smoothing"):
+    own = ("weight", "constant", "own_0", "own_6")
+    for name in (
+        *own,
+        "inverse_s",
+        "kd_scale",
+        "a",
+        "b",
+        "own_3",
+        "rule_0",
+        "ce_weight",
+        "smoothing",
+    ):
         assert _key(**{name: 1.0}) == _key(**{name: 0.0}) == plain, name
     for name in set(programs.POINTERS) - {"metrics"}:
         assert _key(**{name: ops.torch.zeros(64)[1:]}) == plain, name
