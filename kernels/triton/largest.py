@@ -6,8 +6,8 @@ largest of those is a threshold that at least k entries reach, and in a row in n
 not; they are put in order afterwards, each by the number of those before it. An entry's key is its
 logit's bits above its column's, so all differ, and of equal logits the smallest column comes first.
 
-8 + 41 instructions an entry (sm_90, bf16, 2026-11-28), of which counting who comes first takes most:
-with a second line of a lane it spills. By atomics it would be 35, in an order that changes.
+8 + 41 instructions an entry (sm_90, bf16, 2026-11-28), of which the places of what is noted take
+most: with a second line of a lane it spills.
 
 Where more reach the threshold than there is room for (equal entries, or an order that one lane has
 all the large ones of), it is bisected among the keys, a sweep a step; such rows hardly ever come.
