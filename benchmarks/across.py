@@ -5,9 +5,9 @@ with one of 1,000, and the other way round, on the demo's text: held-out bits pe
 
 Each student starts from the same weights and is trained on the same little text: on the labels
 alone (plain), for as many steps and for as long as the objective took; with cross-entropy and alm,
-shared_kl, both, or ULD (the sorted probabilities of TRL's GOLD, spans merged as it does); and with
-a teacher that has the student's own tokenizer, which says how large the gap is. Results are noted
-in the file as they come, and those that are there are not computed again.
+shared_kl, both, alm at T = 1, or ULD (the sorted probabilities of TRL's GOLD, spans merged as it
+does); and with a teacher that has the student's own tokenizer, which says how large the gap is.
+Results are noted in the file as they come, and those that are there are not computed again.
 """
 
 from __future__ import annotations
@@ -49,10 +49,20 @@ from fusedkd.train.meter import Measured
 from fusedkd.train.targets import Targets
 
 SIZES = (4_000, 1_000)
+MINI = Setting(
+    teacher_bytes=1_500_000,
+    transfer_tokens=30_000,
+    held_out_blocks=48,
+    block=64,
+    teacher=(96, 2),
+    student=(64, 2),
+)
+MINI_SIZES = (2_000, 600)
 ACROSS: dict[str, dict[str, Any]] = {
     "alm": {"cross_tokenizer": "alm", "ce_weight": 1.0},
     "shared_kl": {"cross_tokenizer": "shared_kl", "ce_weight": 1.0},
     "both": {"cross_tokenizer": "both", "ce_weight": 1.0},
+    "alm at T = 1": {"cross_tokenizer": "alm", "ce_weight": 1.0, "alm_temperature": 1.0},
     "uld": {"cross_tokenizer": "alm", "ce_weight": 1.0},
 }
 OWN = {"kd_weight": 1.0, "ce_weight": 1.0}
@@ -214,9 +224,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--output", type=Path, default=Path("across.json"))
     parser.add_argument("--smoke", action="store_true", help="tiny models: that it works")
+    parser.add_argument("--mini", action="store_true", help="ten minutes, one seed")
     flags = parser.parse_args()
-    setting = SMOKE if flags.smoke else Setting()
-    sizes = (320, 280) if flags.smoke else SIZES
+    setting = SMOKE if flags.smoke else MINI if flags.mini else Setting()
+    sizes = (320, 280) if flags.smoke else MINI_SIZES if flags.mini else SIZES
+    if flags.mini:
+        flags.seeds, flags.teacher_steps, flags.steps = 1, 400, 250
     results = json.loads(flags.output.read_text()) if flags.output.is_file() else {}
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as work:

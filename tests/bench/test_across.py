@@ -19,7 +19,7 @@ def test_runs_goes_on_and_shows(
     monkeypatch.setattr("sys.argv", ["across", *flags, "--output", str(path)])
     across.main()
     results = json.loads(path.read_text())
-    assert len(results) == 2 and all(len(found) == 10 for found in results.values())
+    assert len(results) == 2 and all(len(found) == 12 for found in results.values())
     assert all(0 < x["bits"] < 12 for found in results.values() for x in found.values())
     del results["320 to 280"]["uld/0"]
     path.write_text(json.dumps(results))
