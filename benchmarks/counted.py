@@ -3,7 +3,7 @@
     python -m benchmarks.counted             # every divergence, dense bf16 rows
     python -m benchmarks.counted --readme    # ... and write the README's table of it
     python -m benchmarks.counted --own       # formulas of one's own, beside the built-in ones
-    python -m benchmarks.counted --divergences token_log_probs      # with and without the entropy
+    python -m benchmarks.counted --divergences token_log_probs      # ... and top_k
 
 Compiles what a call of 8,192 x 151,936 launches by default, for sm_90 and without a GPU, counts
 (sass.py) and applies the model (roofline.py). ``BOUNDS`` is what tests/kernels/test_counted.py
@@ -23,7 +23,7 @@ from fusedkd.benchmarks.roofline import GPUS, VOCAB, Counts, share
 from fusedkd.kernels.triton import config, launches
 
 ROWS, TARGET = 8192, "sm_90"
-TOKENS = "token_log_probs"
+TOKENS, TOP = "token_log_probs", "top_k"
 
 
 def job(divergence: str, dtype: str = "bf16", tail: str = "", joint: bool = False) -> Job:
@@ -72,6 +72,15 @@ def token_counts(dtype: str = "bf16", entropy: bool = False) -> Counts:
     return Counts(found, registers, launch.warps, spilled)
 
 
+def top_counts(dtype: str = "bf16") -> Counts:
+    """Of the kernel of ``top_k``, an ordinary row's two sweeps."""
+    chosen = Job(TARGET, dtype, "-", config.choose(ROWS, VOCAB, 132), "top k")
+    kernel, item = resources.compiled(chosen), DTYPES[dtype][0].itemsize
+    found = sass.sweeps(sass.listing(machine_code.sass(kernel)), item, item)[:2]
+    report = resources.read(kernel, chosen)
+    return Counts(found, report.registers, chosen.launch.warps, report.spilled)
+
+
 class Bound(NamedTuple):
     """Of a kernel: at most so many instructions, and so many on the special-function unit."""
 
@@ -99,7 +108,7 @@ BOUNDS = (
     Bound("forward_kl", 34.9, 4.2, joint=True),
     Bound("jsd", 62.2, 8.2, joint=True),
     Bound(TOKENS, 13.7, 2.1),
-    Bound("written_jsd", 78.5, 9.2),
+    Bound("written_jsd", 70.5, 9.2),
 )
 
 # Of one's own, and the built-in one of the same value, if there is one.
@@ -124,7 +133,7 @@ leaves out.
 
 def line(name: str, dtype: str, counted: Counts) -> str:
     sweeps = " + ".join(f"{sweep.instructions:.1f}" for sweep in counted.sweeps)
-    shares = [f"{gpu} {_share(counted, gpu)}" for gpu in GPUS if not name.startswith(TOKENS)]
+    shares = [f"{gpu} {_share(counted, gpu)}" for gpu in GPUS if not name.startswith((TOKENS, TOP))]
     numbers = (
         f"{name:24}{dtype:5}{counted.registers:4} registers, {counted.spilled} spilled; "
         f"instructions {sweeps} = {counted.instructions:.1f}, special {counted.special:.1f}"
@@ -182,6 +191,7 @@ def main() -> int:
             for label, entropy in ((name, False), (f"{name}+entropy", True)):
                 counted = token_counts(arguments.dtype, entropy)
                 print(line(label, arguments.dtype, counted), flush=True)
+            print(line(TOP, arguments.dtype, top_counts(arguments.dtype)), flush=True)
             continue
         for label, joint in ((name, False), (f"{name} joint", True)):
             table[label] = counts(name, arguments.dtype, joint=joint)

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from fusedkd import divergences
 from fusedkd.kernels.triton import (
     config,
+    largest,
     launches,
     ops,
     programs,
@@ -55,6 +56,7 @@ TOKEN_KERNELS = {
     "token statistics": tokens.statistics_kernel,
     "token gradient": tokens.gradient_kernel,
 }
+ALONE = TOKEN_KERNELS | {"top k": largest.top_kernel}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def sample() -> list[Job]:
     chosen = [
         Job("sm_90", "bf16", name, launch, stage)
         for name in (*divergences.names(), *OTHERS)
-        for launch in LAUNCHES[2:]
+        for launch in LAUNCHES[3 if name in OTHERS else 2 :]
         for stage in config.stages(_variant("bf16", name, "plain"), launch)
     ]
     chosen += [
@@ -154,7 +156,7 @@ def source(job: Job) -> ASTSource:
     """What the launcher would hand to Triton's compiler."""
     if job.stage == "scale":
         return _scale_source(job)
-    if job.stage in TOKEN_KERNELS:
+    if job.stage in ALONE:
         return _token_source(job)
     variant = _variant(job.dtype, job.divergence, job.flags, job.tail)
     kernel, constants = _kernel(job, variant)
@@ -197,7 +199,7 @@ def _kernel(job: Job, variant: config.Variant) -> tuple[Any, dict[str, Any]]:
 
 def plan_of(job: Job) -> config.Plan | None:
     """Of a row kernel."""
-    if job.tail or job.stage in ("scale", *TOKEN_KERNELS):
+    if job.tail or job.stage in ("scale", *ALONE):
         return None
     variant = _variant(job.dtype, job.divergence, job.flags)
     return config.plan(variant, job.launch, job.stage, job.backend)
@@ -215,15 +217,17 @@ def _token_source(job: Job) -> ASTSource:
     (student, _, grad), more = DTYPES[job.dtype], job.flags != "plain"
     written = grad if job.stage == "token gradient" else None
     kind = token_ops.Kind(
-        student, written, entropy=more, transformed=job.flags == "all", aligned=True
-    )
+        student, written, more, transformed=job.flags == "all", aligned=True,
+        top=job.stage == "top k",
+    )  # fmt: skip
     constants: dict[str, Any] = {"plan": token_ops.plan(kind, job.launch, job.backend)}
     if written is not None and not more:
         constants["linear"] = None
     pointers = {"logits": student, "grad": grad, "counts": torch.uint8, "tokens": torch.int64}
-    names = NAMES | {torch.uint8: "u8", torch.int64: "i64"}
+    pointers |= {"ids": torch.int64, "keys": torch.int64, "columns_found": torch.int32}
+    names = NAMES | {torch.uint8: "u8", torch.int64: "i64", torch.int32: "i32"}
     signature = {}
-    for p in TOKEN_KERNELS[job.stage].params:
+    for p in ALONE[job.stage].params:
         of = f"*{names[pointers[p.name]]}" if p.name in pointers else p.annotation_type or "*fp64"
         signature[p.name] = "constexpr" if p.name in constants else of
-    return ASTSource(TOKEN_KERNELS[job.stage], signature, constants)
+    return ASTSource(ALONE[job.stage], signature, constants)

@@ -541,10 +541,10 @@ class Known(NamedTuple):
 
     def numbers(self, parameters: Sequence[float]) -> tuple[float, float, float, float]:
         """(a, b, weight, constant); NaN where they do not exist."""
-        values = _numbers(self.nodes, parameters)
-        a, b, weight, constant = (
-            _value(x, values, parameters) for x in (self.a, self.b, self.weight, self.constant)
-        )
+        sums = (self.a, self.b, self.weight, self.constant)
+        kinds = {kind for x in sums for product in x for (kind, _), _ in product.powers}
+        values = _numbers(self.nodes, parameters) if "node" in kinds else []
+        a, b, weight, constant = (_value(x, values, parameters) for x in sums)
         return a, b, weight, constant
 
 

@@ -100,7 +100,7 @@ def _ruled(
         "divergence": kd,
         "teacher_entropy": entropies[0],
         "student_entropy": entropies[1],
-        "teacher_top1": ids.amax(-1).exp(),
+        "teacher_top1": F.pad(ids, (1, 0), value=-math.inf).amax(-1).exp(),  # there may be none
         "student_top1": log_q.amax(-1).exp(),
     }
     if labels is not None:

@@ -25,7 +25,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fusedkd import LMHead, SparseTeacher, kd_loss
 from fusedkd.cache import Job, Layout, Policy, TeacherCache, build
 from fusedkd.cache.files import replace_file
-from fusedkd.cache.hidden import HiddenLayout
+from fusedkd.cache.hidden import GROUP, HiddenLayout
 from fusedkd.cache.layout import Answers
 from fusedkd.cache.shard import shard_bytes
 from fusedkd.cache.writer import Plan, per_shard, write_cache
@@ -53,6 +53,7 @@ def main() -> None:
         if args.only in (None, "large"):
             _large(console, Path(work))
         if args.only in (None, "hidden"):
+            _rounding(console)
             _hidden(console, Path(work))
         if args.only in (None, "speed", "learning"):
             demo = OnDemo(console, Path(work), args.teacher_steps)
@@ -188,6 +189,32 @@ def _hidden(console: Console, work: Path, tokens: int = 64, rounds: int = 7) -> 
         rows.append((form, layout.most_bytes_per_token, f"{write / alone - 1:+.1%}",
                      f"{product / alone:.2f} of a forward pass"))  # fmt: skip
     print_table(console, "Hidden states of a teacher of 494M parameters, fp32", *rows)
+
+
+def _rounding(console: Console, tokens: int = 2000, width: int = 896, size: int = 4096) -> None:
+    """What int8 costs: KL from the exact teacher to what a head makes of kept states; as they are
+    kept, and rounded without the rotation. Made-up states, of which some numbers are large, and a
+    head whose logits have a deviation of 3."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 3 * torch.randn(size, width, generator=generator, dtype=torch.float64) / width**0.5
+    plain = torch.randn(tokens, width, generator=generator)
+    layout = HiddenLayout(Policy("int8", width), size)
+    rows: list[tuple[Any, ...]] = [("large numbers", "rotated", "not rotated", "ratio")]
+    for many, factor in ((0, 1.0), (4, 10.0), (4, 50.0)):
+        scale = torch.ones(width)
+        scale[torch.randperm(width, generator=generator)[:many]] = factor
+        x = plain * scale
+        grouped = x.unflatten(-1, (-1, GROUP))
+        step = grouped.abs().amax(-1, keepdim=True) / 127
+        plainly = ((grouped / step).round() * step).bfloat16()  # as they are read
+        kept = (layout.states(layout.encode_states(x), tokens), plainly)
+        exact, ours, rounded = (
+            ((y.double().flatten(1) / scale) @ weight.T).log_softmax(-1) for y in (x, *kept)
+        )
+        with_, without = ((exact.exp() * (exact - y)).sum(-1).mean() for y in (ours, rounded))
+        name = f"{many} of {width}, x {factor:g}" if many else "none"
+        rows.append((name, f"{with_:.1e}", f"{without:.1e}", f"{with_ / without:.2f}"))
+    print_table(console, "int8: KL to the exact teacher, nats", *rows)
 
 
 def _large(console: Console, work: Path, tokens: int = 256) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fusedkd.cache.build import NO_HEAD, Ids, Job
 from fusedkd.cache.errors import CacheError
@@ -19,6 +21,7 @@ from fusedkd.cache.writer import SHARD_BYTES
 from fusedkd.distributions import LMHead
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.live import LiveTeacher
+from fusedkd.models.proof import is_partitioned
 
 
 def job_of(
@@ -67,6 +70,19 @@ def job_of(
         facts["padded_vocab_size"] = head.weight.shape[0]
     layout = layout_of(policy, size, temperatures)
     return Job(sequences, layout, facts, batch_size, shard_bytes, head)
+
+
+def check_whole(teacher: nn.Module) -> None:
+    """
+    Raises:
+        CacheError: several processes have it in parts, and would be given other sequences each.
+    """
+    if any(isinstance(x, DTensor) or is_partitioned(x) for x in teacher.parameters()):
+        raise CacheError(
+            f"the teacher {type(teacher).__name__} lies in parts on the group's processes, which "
+            "would each run other sequences: expected a whole one in each. `fusedkd cache "
+            "--teacher_tp` caches one that is spread."
+        )
 
 
 def sequences_of(rows: Any) -> list[np.ndarray]:

@@ -106,11 +106,14 @@ class TeacherCache:
 
         Raises:
             CacheError: a number out of range, a folder of something else, the disk is too small,
-                or the teacher answers with NaN.
+                the teacher answers with NaN, or a group's processes have it in parts.
         """
-        from fusedkd.cache.of_model import LiveTeacher, job_of, sequences_of
+        from fusedkd.cache.of_model import LiveTeacher, check_whole, job_of, sequences_of
 
-        run, share = LiveTeacher(teacher.eval()), Share.of_group()
+        share = Share.of_group()
+        if share.world > 1:
+            check_whole(teacher)
+        run = LiveTeacher(teacher.eval())
         job = job_of(
             *(run, tokenizer, sequences_of(rows)),
             Policy.of(top_k, top_p, sample, hidden, temperatures),

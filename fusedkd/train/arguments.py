@@ -149,9 +149,15 @@ class DistillationArguments(TrainingArguments):
     alm_weight: float = field(
         default=1.0, metadata={"help": "Weight of alm; --kd_weight is that of shared_kl."}
     )
+    # 100 is the paper's. Of the gap that a teacher with the student's own tokenizer closes, alm
+    # closed 100 % at 100 and -5 % at 1 (BPE of 2,000 to 600), and 42 % and 23 % the other way round
+    # (`python -m fusedkd.benchmarks.across --mini`, one seed, busy machine, 2026-11-28)
     alm_temperature: float = field(
-        default=1.0,
-        metadata={"help": "Probabilities are compared to the power of 1 / this (alm)."},
+        default=100.0,
+        metadata={
+            "help": "Probabilities are compared to the power of 1 / this, and the loss multiplied "
+            "by it, so that its gradient does not shrink (alm)."
+        },
     )
     alm_form: str = field(default="kl", metadata={"help": "With alm: kl or tv (total variation)."})
     metrics: str = field(
@@ -284,7 +290,7 @@ class DistillationArguments(TrainingArguments):
         kind = self.cross_tokenizer
         keywords = keywords | ({"kd_weight": 0.0} if kind == "alm" else {})
         alm = {
-            "weight": 0.0 if kind == "shared_kl" else numbers["alm_weight"],
+            "weight": 0.0 if kind == "shared_kl" else numbers["alm_weight"] * self.alm_temperature,
             "threshold_temperature": self.alm_temperature,
             "form": self.alm_form,
         }

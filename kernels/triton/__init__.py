@@ -12,7 +12,7 @@ from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.kernels import Comparison, RowCall, Rows, pieces
-from fusedkd.kernels.tokens import Factors, TokenCall, top
+from fusedkd.kernels.tokens import Factors, TokenCall, Top
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -101,6 +101,12 @@ def token_gradient(call: TokenCall, statistics: Tensor, factors: Factors, out: T
     from . import token_ops
 
     token_ops.token_gradient(call, statistics, factors, out)
+
+
+def top(call: TokenCall, k: int) -> Top:
+    from . import token_ops
+
+    return token_ops.top(call, k)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ at infinities, 0 and NaN what torch answers.
 import triton
 import triton.language as tl
 
-from .numerics import LN2, LOG2E, expm1_small, log2_near, reciprocal_near
+from .numerics import LN2, LOG2E, expm1_small, reciprocal_near
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -82,25 +82,23 @@ def power(x, y):
 
 @triton.jit
 def relative(at, pair, of_s, of_t):
-    """(lp, lq, gap, p, q, of_p, of_q, larger): the first five relative to the larger of p and q, so
-    that one of those is 1; the last three as they are, times the factors of the exponentials."""
-    gap = at.x * pair.student.inverse_t + pair.log_ratio
+    """(lp, lq, gap, p, q, larger): the first five relative to the larger of p and q, so that one of
+    those is 1, and to base 2; ``larger`` as it is, times the factors of the exponentials."""
+    gap = at.x * pair.student.scale + pair.log_ratio * LOG2E
     p_larger = gap > 0
-    ratio = exp_near(-tl.abs(gap))
+    ratio = tl.exp2(-tl.abs(gap))
     p, q = tl.where(p_larger, 1.0, ratio), tl.where(p_larger, ratio, 1.0)
-    of_p, of_q = at.e_t * of_t, at.e_s * of_s
-    larger = tl.where(p_larger, of_p, of_q)
-    return tl.minimum(gap, 0.0), tl.minimum(-gap, 0.0), gap, p, q, of_p, of_q, larger
+    larger = tl.where(p_larger, at.e_t * of_t, at.e_s * of_s)
+    return tl.minimum(gap, 0.0), tl.minimum(-gap, 0.0), gap, p, q, larger
 
 
 @triton.jit
 def absolute(at, pair, of_s, of_t):
-    """The same, all of them as they are."""
+    """The same as they are, and natural logarithms."""
     s, t = pair.student, pair.teacher
     gap = at.x * s.inverse_t + pair.log_ratio
     lp, lq = at.a_t * LN2 - t.log_sum, at.a_s * LN2 - s.log_sum
-    p, q = at.e_t * t.over_sum, at.e_s * s.over_sum
-    return lp, lq, gap, p, q, p, q, 1.0
+    return lp, lq, gap, at.e_t * t.over_sum, at.e_s * s.over_sum, 1.0
 
 
 @triton.jit
@@ -113,11 +111,6 @@ def present(at, g):
 def exp_near(x):
     """0 where fp32 has no normal number."""
     return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def log_near(x, plan: tl.constexpr):
-    return log2_near(x, plan) * LN2
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from fusedkd.algebra import operations, simplified
 from fusedkd.files import private_folder, replace_file
 from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.row_rules import STATISTICS
-from fusedkd.tape import OPERATIONS, Tape
+from fusedkd.tape import OPERATIONS, Node, Tape
 
 from . import elementwise, lean
 
@@ -38,19 +38,19 @@ FUNCTIONS = {op: op for op in ("sign", "expm1", "log1p", "sqrt", "tanh", "sigmoi
 FUNCTIONS |= {"pow": "power"}  # of elementwise.py
 FUNCTIONS |= {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs"}
 FUNCTIONS |= {"minimum": "tl.minimum", "maximum": "tl.maximum", "where": "tl.where"}
-# Of the lean forms; those of the second line are asked for a plan.
 # Operations of an entry, value and gradient, beyond which 128 registers are too few (found by
 # compiling random formulas, tests/kernels/test_resources.py).
 MANY = 40
+# In lean forms: any, and homogeneous ones. The last are asked for a plan.
 QUICK = {"exp": "exp_near", "sqrt": "tl.sqrt"}
-QUICKEST = QUICK | {"log": "log_near", "div": "divided"}
-PLANNED = ("log_near", "divided")
+QUICKEST = QUICK | {"log": "log2_near", "div": "divided"}
+PLANNED = ("log2_near", "divided")
 HEAD = """\
 import triton
 import triton.language as tl
 
 from fusedkd.kernels.triton.elementwise import {names}
-from fusedkd.kernels.triton.numerics import scalar
+from fusedkd.kernels.triton.numerics import LN2, log2_near, scalar
 """
 CAREFUL = """
 
@@ -75,7 +75,7 @@ def constants(of, pair, by, b, plan: tl.constexpr):
 @triton.jit
 def terms(at, numbers, pair, plan: tl.constexpr):
     of_s, of_t = pair.student.over_sum, pair.teacher.over_sum
-    lp, lq, gap, p, q, of_p, of_q, larger = {leaves}(at, pair, of_s, of_t)
+    lp, lq, gap, p, q, larger = {leaves}(at, pair, of_s, of_t)
     {unpacked}
 {both}
     return {value_term}, {grad_term}
@@ -83,7 +83,7 @@ def terms(at, numbers, pair, plan: tl.constexpr):
 
 @triton.jit
 def summed(first, second, sum_grad, by, b):
-    return first, second
+    return {summed}, second
 
 
 @triton.jit
@@ -94,11 +94,11 @@ def factors(of, pair, sum_grad, kd, by, b, plan: tl.constexpr):
 
 @triton.jit
 def slope(at, by, pair, plan: tl.constexpr):
-    lp, lq, gap, p, q, of_p, of_q, larger = {leaves}(at, pair, by[3], by[4])
-    numbers = by[0]
+    numbers, of_s, of_t = by[0], by[3], by[4]
+    lp, lq, gap, p, q, larger = {leaves}(at, pair, of_s, of_t)
     {unpacked}
 {last}
-    return by[2], {slope_term}
+    return {slope_term}
 """
 ENTRY = ("lp", "lq", "gap", "p", "q")
 OWN = [f"by[{i}]" for i in range(MOST_PARAMETERS)]
@@ -188,78 +188,179 @@ def _careful(tape: Tape, arguments: Sequence[str], parameters: list[str], return
 def _lean(tape: Tape, homogeneous: bool) -> str:
     """Of an entry only what differs from one to the next; the rest is ``_numbers``."""
     numeric = tape.numeric()
-    calls = FUNCTIONS | (QUICKEST if homogeneous else QUICK)
-    outside, both, last = [], [], []
     wanted = {i for n, of in zip(tape.nodes, numeric, strict=True) if not of for i in n.inputs}
     wanted |= {tape.value, tape.grad}
-    returned = [
-        i for i, n in enumerate(tape.nodes) if numeric[i] and i in wanted and n.op != "constant"
-    ]
-    of_grad = _needs(tape, tape.grad)
-    for i, node in enumerate(tape.nodes):
-        if numeric[i]:
-            outside.append(_number_line(tape, i))
-        if not numeric[i] or node.op == "constant":
-            both.append(_line(tape, i, calls))
-            if i in of_grad:
-                last.append(both[-1])
-    value, grad = f"like(x{tape.value}, gap)", f"like(x{tape.grad}, gap)"
-    leaves = "relative" if homogeneous else "absolute"
+    numbers = [i for i, of in enumerate(numeric) if of]
+    returned = [i for i in numbers if i in wanted and tape.nodes[i].op != "constant"]
     unpacked = "".join(f"x{i}, " for i in returned)
+    in_proportion = homogeneous and _in_proportion(tape)
+    terms, slope = _Entry(tape, homogeneous), _Entry(tape, homogeneous, in_proportion)
+    more = _beside_grad(tape) if homogeneous else None  # the sums are added, instead of the terms
+    value, grad, last = (
+        of.result(i)
+        for of, i in (
+            (terms, tape.value if more is None else more),
+            (terms, tape.grad),
+            (slope, tape.grad),
+        )
+    )
     return LEAN.format(
-        numbers="\n".join(outside) or "    pass",
+        numbers="\n".join(_number_line(tape, i) for i in numbers) or "    pass",
         returned=", ".join(f"x{i}" for i in returned) or "0.0",
-        leaves=leaves,
+        leaves="relative" if homogeneous else "absolute",
         unpacked=f"{unpacked}= numbers" if returned else "",
-        both="\n".join(both),
-        last="\n".join(last),
-        value_term=_scaled(tape, tape.value) if homogeneous else value,
-        grad_term=_scaled(tape, tape.grad) if homogeneous else f"finite({grad})",
-        slope_term=_scaled(tape, tape.grad)
-        if homogeneous
-        else f"present(at, finite({grad})) * by[1]",
+        both="\n".join(terms.lines) or "    pass",
+        last="\n".join(slope.lines) or "    pass",
+        value_term=value,
+        grad_term=grad if homogeneous else f"finite({grad})",
+        summed="first" if more is None else "first + second",
+        slope_term=_slope(last, homogeneous, in_proportion),
     )
 
 
-def _scaled(tape: Tape, position: int) -> str:
-    """``larger`` times what is relative to it; of_p and of_q are that of p and q."""
-    node = tape.nodes[position]
-    if (entry := tape.entry(node)) in ("p", "q"):
-        return f"of_{entry}"
-    if entry is None and _scalable(tape, position):
-        inner = [_scaled(tape, i) if _scalable(tape, i) else f"x{i}" for i in node.inputs]
-        if node.op == "neg":
-            return f"-{inner[0]}"
-        if node.op == "mul" and _scalable(tape, node.inputs[0]):
-            inner[1] = f"x{node.inputs[1]}"
-        if node.op == "div":
-            return f"divided({inner[0]}, x{node.inputs[1]}, plan)"
-        return f"({inner[0]} {INFIX[node.op]} {inner[1]})"
-    return f"larger * x{position}"
+def _slope(grad: str, homogeneous: bool, in_proportion: bool) -> str:
+    """(f, r) of lean.py."""
+    if not homogeneous:
+        return f"by[2], present(at, finite({grad})) * by[1]"
+    return f"by[2] + {grad}, 0.0" if in_proportion else f"by[2], {grad}"
 
 
-def _scalable(tape: Tape, position: int) -> bool:
-    """Whether a sum of products of p and q."""
-    node = tape.nodes[position]
-    if tape.entry(node) is not None:
-        return tape.entry(node) in ("p", "q")
-    inner = (_scalable(tape, i) for i in node.inputs)
-    if node.op in ("neg", "div"):
-        return next(inner)
-    if node.op in ("add", "sub"):
-        return all(inner)
-    return node.op == "mul" and any(inner)
-
-
-def _needs(tape: Tape, position: int) -> set[int]:
-    found, open_ones = set(), [position]
+def _in_proportion(tape: Tape) -> bool:
+    """Whether each term of a homogeneous derivative has q in front."""
+    of, open_ones = _Entry(tape, True), [tape.grad]
     while open_ones:
-        at = open_ones.pop()
-        if at not in found:
-            found.add(at)
-            if tape.entry(tape.nodes[at]) is None:
-                open_ones += tape.nodes[at].inputs
-    return found
+        node = tape.nodes[at := open_ones.pop()]
+        if not of.scalable[at] or tape.entry(node) == "p":
+            return False
+        if tape.entry(node) is None:
+            inner = node.inputs if node.op in ("add", "sub") else node.inputs[:1]
+            if node.op == "mul" and not of.scalable[node.inputs[0]]:
+                inner = node.inputs[1:]
+            open_ones += inner
+    return True
+
+
+def _beside_grad(tape: Tape) -> int | None:
+    """What the value has beside the derivative, if it is a sum of the two."""
+    node = tape.nodes[tape.value]
+    if node.op != "add" or tape.grad not in node.inputs:
+        return None
+    return node.inputs[1] if node.inputs[0] == tape.grad else node.inputs[0]
+
+
+class _Entry:
+    """The lines of a lean form that compute something of an entry.
+
+    In homogeneous tapes logarithms are those to base 2 as long as that is only a factor, and the
+    result is ``larger`` times what is relative to it: products of p or q take those as they are,
+    and numbers in front are multiplied with the normalisers, once a row.
+    """
+
+    def __init__(self, tape: Tape, homogeneous: bool, over_q: bool = False) -> None:
+        """``over_q``: the exponential of q is left out."""
+        self.tape, self.homogeneous, self.numeric = tape, homogeneous, tape.numeric()
+        self.over_q = over_q
+        self.calls = FUNCTIONS | (QUICKEST if homogeneous else QUICK)
+        self.lines: list[str] = []
+        self.names: dict[tuple[int, tuple[str, ...] | None], str] = {}
+        self.scalable: list[bool] = []
+        self.binary: list[bool] = []
+        for node, numeric in zip(tape.nodes, self.numeric, strict=True):
+            self.scalable.append(homogeneous and not numeric and self._scales(node))
+            self.binary.append(homogeneous and not numeric and self._is_binary(node))
+
+    def _scales(self, node: Node) -> bool:
+        """Whether it is a sum of products with p or q."""
+        if (entry := self.tape.entry(node)) is not None:
+            return entry in ("p", "q")
+        inner = [self.scalable[i] for i in node.inputs]
+        if node.op in ("neg", "div"):
+            return inner[0]
+        return (node.op in ("add", "sub") and all(inner)) or (node.op == "mul" and any(inner))
+
+    def _is_binary(self, node: Node) -> bool:
+        """Whether it is a logarithm to base 2."""
+        if (entry := self.tape.entry(node)) is not None:
+            return entry in ("lp", "lq", "gap")
+        inner = [self.binary[i] for i in node.inputs]
+        if node.op in ("add", "sub", "minimum", "maximum", "neg", "detach", "abs"):
+            return all(inner)
+        if node.op == "mul" and any(self.numeric[i] for i in node.inputs):
+            return any(inner)
+        if node.op == "div" and self.numeric[node.inputs[1]]:
+            return inner[0]
+        return node.op == "log" or (node.op == "where" and all(inner[1:]))
+
+    def result(self, position: int) -> str:
+        if self.homogeneous:
+            return self._scaled(position, ())
+        return f"like({self._plain(position)}, gap)"
+
+    def _scaled(self, position: int, factors: tuple[str, ...]) -> str:
+        """``larger`` times a node, and times numbers."""
+        if (position, factors) not in self.names:
+            made = self._scaled_expression(position, factors)
+            self.names[position, factors] = f"y{len(self.names)}"
+            self.lines.append(f"    {self.names[position, factors]} = {made}")
+        return self.names[position, factors]
+
+    def _scaled_expression(self, position: int, factors: tuple[str, ...]) -> str:
+        node = self.tape.nodes[position]
+        if (entry := self.tape.entry(node)) in ("p", "q"):
+            e, of = ("at.e_t", "of_t") if entry == "p" else ("at.e_s", "of_s")
+            normaliser = f"({' * '.join([of, *factors])})"
+            return normaliser if self.over_q else f"{e} * {normaliser}"
+        if not self.scalable[position]:
+            return " * ".join(["larger", self._natural(position), *factors])
+        if node.op in ("add", "sub"):
+            return f" {INFIX[node.op]} ".join(self._scaled(i, factors) for i in node.inputs)
+        if node.op == "neg":
+            return f"-{self._scaled(node.inputs[0], factors)}"
+        inside, other = node.inputs
+        if node.op == "mul" and not self.scalable[inside]:
+            inside, other = other, inside
+        if self.numeric[other]:
+            over = "1.0 / " if node.op == "div" else ""
+            return self._scaled(inside, (*factors, f"({over}{self._number(other)})"))
+        if node.op == "div":
+            return f"divided({self._scaled(inside, factors)}, {self._natural(other)}, plan)"
+        if self.binary[other]:
+            return f"{self._scaled(inside, (*factors, 'LN2'))} * {self._plain(other)}"
+        return f"{self._scaled(inside, factors)} * {self._natural(other)}"
+
+    def _number(self, position: int) -> str:
+        node = self.tape.nodes[position]
+        return _literal(node.number) if node.op == "constant" else f"x{position}"
+
+    def _natural(self, position: int) -> str:
+        """A node, whose logarithm is the natural one."""
+        plain = self._plain(position)
+        return f"({plain} * LN2)" if self.binary[position] else plain
+
+    def _plain(self, position: int) -> str:
+        if self.numeric[position] and self.tape.nodes[position].op != "constant":
+            return f"x{position}"
+        if (position, None) not in self.names:
+            made = self._expression(position)
+            self.names[position, None] = f"x{position}"
+            self.lines.append(f"    x{position} = {made}")
+        return self.names[position, None]
+
+    def _expression(self, position: int) -> str:
+        node = self.tape.nodes[position]
+        if (entry := self.tape.entry(node)) is not None:
+            return entry
+        keeps = self.binary[position] or node.op in ("exp", "sign")
+        if node.op in ("eq", "lt", "le"):  # of two of a kind, or of 0 or infinity
+            keeps = all(self.binary[i] or self._is_end(i) for i in node.inputs)
+        inputs = [self._plain(i) if keeps else self._natural(i) for i in node.inputs]
+        if node.op == "exp" and self.binary[node.inputs[0]]:
+            return f"tl.exp2({inputs[0]})"
+        return _applied(self.tape, position, self.calls, inputs)
+
+    def _is_end(self, position: int) -> bool:
+        node = self.tape.nodes[position]
+        return node.op == "constant" and node.number in (0.0, float("inf"), -float("inf"))
 
 
 def _number_line(tape: Tape, position: int) -> str:
@@ -293,9 +394,15 @@ def _expression(
     node = tape.nodes[position]
     if (entry := tape.entry(node)) is not None:
         return entry
-    inputs = [f"x{i}" for i in node.inputs]
     if node.op == "parameter":
         return f"like({parameters[int(node.number)]}, {shape})"
+    return _applied(tape, position, calls, [f"x{i}" for i in node.inputs], shape)
+
+
+def _applied(
+    tape: Tape, position: int, calls: dict[str, str], inputs: Sequence[str], shape: str = "lp"
+) -> str:
+    node = tape.nodes[position]
     if node.op == "constant":
         return f"like({_literal(node.number)}, {shape})"
     if node.op in INFIX and node.op not in calls:

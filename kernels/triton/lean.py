@@ -85,8 +85,11 @@ class Lean:
         values = (getattr(self, f.name) for f in fields(self))
         return " ".join(getattr(x, "cache_key", str(x)) for x in values)
 
-    def __repr__(self) -> str:  # asked for at every launch
-        return f"Lean({self.slope.__module__}.{self.slope.__name__})"
+    def __repr__(self) -> str:
+        """Of all that it is made of: in a process Triton tells kernels apart by this text."""
+        values = (getattr(self, f.name) for f in fields(self))
+        of = (f"{x.__module__}.{x.__name__}" if hasattr(x, "__name__") else str(x) for x in values)
+        return f"Lean({', '.join(of)})"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,11 +12,27 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedkd import debug
-from fusedkd.kernels.tokens import FIELDS, Factors, TokenCall, merged, row_factors
+from fusedkd.kernels import tokens as plain
+from fusedkd.kernels.tokens import (
+    FIELDS,
+    Factors,
+    TokenCall,
+    Top,
+    merged,
+    merged_top,
+    row_factors,
+)
 from fusedkd.spec import IDENTITY
 
 from . import config, device, tokens
+from .largest import top_kernel
 from .launcher import Launcher
+
+# Entries that may reach a row's threshold before it is raised; a power of two.
+ROOM = 1024
+# Beyond, plain torch: more entries than lanes have no threshold, and each id that has to be among
+# the columns is compared with every entry.
+MOST, MOST_NAMED = 256, 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,6 +47,7 @@ class TokenPlan(config.Tiling):
     transformed_t: bool = False
     teacher: bool = False
     ce: bool = False
+    room: int = 0  # of what reaches a threshold (largest.py)
 
 
 class Kind(NamedTuple):
@@ -41,6 +58,7 @@ class Kind(NamedTuple):
     entropy: bool
     transformed: bool
     aligned: bool
+    top: bool = False
 
 
 def token_statistics(call: TokenCall) -> Tensor:
@@ -73,6 +91,30 @@ def token_gradient(call: TokenCall, statistics: Tensor, factors: Factors, out: T
     }
     call = call._replace(entropy=linear is not None)
     _run(_kind(call, out), _launch(call), call, arguments)
+
+
+def top(call: TokenCall, k: int) -> Top:
+    device.check(call.logits)
+    (n, named), launch = call.tokens.shape, _launch(call)
+    lanes = config.options(launch, device.TARGET)["num_warps"] * config.WARP[device.TARGET]
+    if call.logits.dtype == torch.float64 or k > min(lanes, MOST) or named > MOST_NAMED:
+        return plain.top(call, k)
+    pieces, empty = launch.pieces, call.logits.new_empty
+    found = Top(
+        empty((pieces, n, k), dtype=torch.float64),
+        empty((pieces, n, k), dtype=torch.int64),
+        empty((pieces, n, len(FIELDS) + named), dtype=torch.float64),
+    )
+    arguments = {
+        **_arguments(call),
+        **found._asdict(),
+        "columns_found": empty((pieces, n, ROOM), dtype=torch.int32),
+        "keys": empty((pieces, n, ROOM), dtype=torch.int64),
+        "wanted": k,
+    }
+    _run(_kind(call._replace(entropy=False), None)._replace(top=True), launch, call, arguments)
+    each = [Top(*fields) for fields in zip(*found, strict=True)]
+    return each[0] if pieces == 1 else merged_top(each, call.tokens)
 
 
 def _launch(call: TokenCall) -> config.Launch:
@@ -123,6 +165,8 @@ def _kind(call: TokenCall, grad: Tensor | None) -> Kind:
 @functools.cache
 def _launcher(kind: Kind, launch: config.Launch) -> Launcher:
     kernel = tokens.statistics_kernel if kind.grad is None else tokens.gradient_kernel
+    if kind.top:
+        kernel = top_kernel
     made = {"plan": plan(kind, launch, device.TARGET)}
     return Launcher(kernel, made, config.options(launch, device.TARGET))
 
@@ -136,7 +180,7 @@ def plan(kind: Kind, launch: config.Launch, target: str) -> TokenPlan:
     return TokenPlan(
         acc=tl.float64 if kind.logits == torch.float64 else tl.float32,
         lanes=config.options(launch, target)["num_warps"] * config.WARP[target],
-        unroll=1 if kind.transformed else launch.unroll,
+        unroll=1 if kind.transformed or kind.top else launch.unroll,
         width=16 // items[lead],
         item=items[lead],
         aligned=kind.aligned,
@@ -145,4 +189,5 @@ def plan(kind: Kind, launch: config.Launch, target: str) -> TokenPlan:
         aligned_to=lead,
         metrics=kind.entropy,
         transformed_s=kind.transformed,
+        room=ROOM if kind.top else 0,
     )

@@ -55,7 +55,7 @@ class Writing(NamedTuple):
 
 
 @triton.jit
-def _span(shape, piece, plan: tl.constexpr):
+def span_of(shape, piece, plan: tl.constexpr):
     return whole(shape) if plan.pieces == 1 else share(shape, piece, plan)
 
 
@@ -70,7 +70,7 @@ def _columns(tokens, start, columns, plan: tl.constexpr):
 
 
 @triton.jit
-def _keep(row, tokens, columns, by, out, inverse_t, here, plan: tl.constexpr):
+def keep(row, tokens, columns, by, out, inverse_t, here, plan: tl.constexpr):
     """z / T at the tokens, 0 where they lie elsewhere."""
     for start in range(0, tokens.count, plan.lanes):
         at, _, column, inside = _columns(tokens, start, columns, plan)
@@ -100,13 +100,13 @@ def statistics_kernel(
     out = statistics + place * (3 + k)
     counted = tl.load(counts + n) != 0
     by = Transform(scalar(scale, plan.acc), scalar(cap, plan.acc))
-    _keep(row, of, columns, by, out + 3, inverse_t, counted & (piece == 0), plan)
+    keep(row, of, columns, by, out + 3, inverse_t, counted & (piece == 0), plan)
     most, total, gap = (tl.full([], 0, tl.float64),) * 3
     if counted:
         shape = cut(row, columns, plan)
         over = scalar(inverse_t, plan.acc)
         scales = Scales(over * LOG2E, over * LOG2E, over, over, over)
-        sides, span = Sides(row, row, by, by), _span(shape, piece, plan)
+        sides, span = Sides(row, row, by, by), span_of(shape, piece, plan)
         seen = sweep(
             observe, nothing_seen(plan), sides, shape, span, scales, False, "", plan.unroll, plan
         )
@@ -157,7 +157,7 @@ def gradient_kernel(
     row = row_start(logits, n, length, z_b, z_t)
     grad = row_start(grad, n, length, g_b, g_t)
     shape = cut(row if plan.aligned_to == "student" else grad, columns, plan)
-    span = _span(shape, piece, plan)
+    span = span_of(shape, piece, plan)
     beyond = tl.where(piece == 0, columns, padded)
     first = statistics + n.to(tl.int64) * (3 + k)
     most, total, gap = tl.load(first), tl.load(first + 1), tl.load(first + 2)

@@ -26,7 +26,7 @@ from fusedkd import SparseTeacher, divergences
 from fusedkd.benchmarks import resources
 from fusedkd.distributions.sparse import canonical
 from fusedkd.kernels import RowCall
-from fusedkd.kernels.triton import config, device, ops, rehearsal, sparse_ops
+from fusedkd.kernels.triton import config, device, lean, ops, rehearsal, sparse_ops
 from fusedkd.kernels.triton.launches import JOINT
 from fusedkd.spec import LossSpec
 
@@ -121,6 +121,13 @@ def test_no_number_compiles_or_launches_anew(launches: list[_Launch]) -> None:
         _call(n, 40_000, "forward_kl", "", temperature)
     sources = [id(launch.source) for launch in launches]
     assert sources[2] == sources[3] and sources[1] == sources[4] and len({*sources}) == 3
+
+
+def test_no_two_forms_are_one_kernel() -> None:
+    """In a process Triton tells kernels apart by their plans' texts."""
+    assert len({repr(form) for form in lean.FORMS.values()}) == len(lean.FORMS)
+    names = {ops.dense_name(divergences.jsd(beta)) for beta in (0.5, 0.3, 0.7)}
+    assert names == {"jsd", "jsd_half"}
 
 
 @pytest.mark.parametrize("tail", ["", "bucket", "drop"])

@@ -19,12 +19,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl
 from own_divergences import random_formula
+from own_rules import of_everything
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fusedkd import divergences
-from fusedkd.benchmarks import counted, resources
+from fusedkd.benchmarks import counted, kernel_jobs, resources
 from fusedkd.kernels.triton import config, ops, programs
 
 
@@ -60,6 +61,21 @@ def test_formulas_of_ones_own(seed: int) -> None:
     for one in (*(replace(job, target=target) for target in resources.TARGETS), *few):
         report = resources.compile_(one)
         assert not resources.problems(report), report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", resources.TARGETS)
+def test_row_rules(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a row: as many instructions an entry as with metrics alone."""
+    ruled = {"metrics": True, "rule": of_everything().key}
+    monkeypatch.setitem(kernel_jobs.FLAGS, "ruled", ruled)  # type: ignore[arg-type]
+    monkeypatch.setitem(kernel_jobs.FLAGS, "metrics", {"metrics": True})
+    for divergence, tail in (("forward_kl", ""), ("jsd", "bucket")):
+        launch = resources.LAUNCHES[-1]
+        job = resources.Job(target, "bf16", divergence, launch, "whole", "ruled", tail)
+        report, plain = (resources.compile_(replace(job, flags=x)) for x in ("ruled", "metrics"))
+        assert not resources.problems(report), report
+        assert report.cost == pytest.approx(plain.cost, rel=0.02)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -129,7 +145,18 @@ def test_no_number_compiles_a_kernel() -> None:
     plain = _key()
     for name in programs.SIZES:
         assert _key(**{name: 1}) == _key(**{name: 16}) == plain, name
-    for name in ("inverse_s", "kd_scale", "a", "b", "own_3", "rule_0", "ce_weight", "smoothing"):
+    own = ("weight", "constant", "own_0", "own_6")
+    for name in (
+        *own,
+        "inverse_s",
+        "kd_scale",
+        "a",
+        "b",
+        "own_3",
+        "rule_0",
+        "ce_weight",
+        "smoothing",
+    ):
         assert _key(**{name: 1.0}) == _key(**{name: 0.0}) == plain, name
     for name in set(programs.POINTERS) - {"metrics"}:
         assert _key(**{name: ops.torch.zeros(64)[1:]}) == plain, name

@@ -9,6 +9,7 @@ import in_pieces
 import pytest
 import torch
 from in_pieces import DTYPES, NAN, V, check, make, statistics
+from own_divergences import OWN
 from own_rules import of_everything
 
 from fusedkd import backends, divergences
@@ -70,6 +71,16 @@ def test_options(name: str) -> None:
     check(backend, call._replace(labels=None, spec=LossSpec(call.spec.divergence, V)), sizes)
     call = few(make(torch.float32, name, label_smoothing=0.2), [0, 4, 6, 7])  # none with masks
     check(backend, call, sizes)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixed_kl", *(pytest.param(x, marks=pytest.mark.slow) for x in ("jsd", "alpha"))]
+)
+def test_of_ones_own(name: str) -> None:
+    """By the built-in kernel, with weights, or entry by entry."""
+    call = few(make(torch.float32, name), [3, 4])
+    spec = call.spec._replace(divergence=OWN[name](0.3))
+    check(backend, call._replace(spec=spec), (2048, V - 2048))
 
 
 def test_a_row_rule() -> None:

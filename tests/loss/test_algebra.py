@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -159,6 +160,11 @@ def tsallis(lp: Tensor, lq: Tensor, *, order: float = 0.5) -> Tensor:
     return (order * p + (1 - order) * q - p**order * q ** (1 - order)) / (order * (1 - order))
 
 
+def heated(lp: Tensor, lq: Tensor, *, heat: float = 0.5) -> Tensor:
+    p, q = _p(lp, lq)
+    return torch.exp(heat) * ((p + q) / 2 - torch.exp((lp + lq) / 2))
+
+
 def reversed_with_rest(lp: Tensor, lq: Tensor, *, a: float = 2.0) -> Tensor:
     p, q = _p(lp, lq)
     return a * torch.where(q > 0, q * (lq - lp), 0.0) + p - a**2 * q
@@ -169,6 +175,7 @@ def reversed_with_rest(lp: Tensor, lq: Tensor, *, a: float = 2.0) -> Tensor:
     [
         (hellinger, {}, "alpha", (0.5, 0.5, 0.25, 0.0)),
         (tsallis, {"order": 0.7}, "alpha", (0.7, 0.3, 1.0, 0.0)),
+        (heated, {"heat": 0.5}, "alpha", (0.5, 0.5, 0.25 * math.exp(0.5), 0.0)),
         (reversed_with_rest, {"a": 2.0}, "reverse_kl", (0.0, 0.0, 2.0, -3.0)),
         (jeffreys, {"a": 1.0}, None, ()),  # a guard that is no factor
     ],
@@ -185,7 +192,8 @@ def test_known(
         if name == "alpha":
             made = divergences.alpha(found[0])
             total = found[2] * made.value(p, q).sum() + found[3]
-            expected = formula(p, q, **parameters).sum()
+            numbers = {name: torch.tensor(x) for name, x in parameters.items()}
+            expected = formula(p, q, **numbers).sum()
             torch.testing.assert_close(total, expected)
 
 

@@ -15,6 +15,7 @@ import torch
 from budget import check, plain_case
 from oracle import Case
 from own_rules import entropy_gate, of_everything, token_clip
+from random_calls import random_case, sparse_case
 from torch import Tensor
 
 from fusedkd import KDLoss, LMHead, SparseTeacher, kd_loss, kd_loss_and_metrics, row_rules
@@ -57,6 +58,17 @@ def test_sparse_teachers(backend: str, device: torch.device, tail: str) -> None:
         top = case.teacher.div(2).log_softmax(-1).topk(6)
         case.teacher = SparseTeacher(top.indices, top.values, tail=tail)
         check(case, backend)
+
+
+@pytest.mark.parametrize("seed", range(0 if INTERPRETED else 40))
+def test_random_calls(backend: str, device: torch.device, seed: int) -> None:
+    """Any form, dtype, layout and keyword."""
+    tail = ("", "generalized", "conditional")[seed % 3]
+    for case in (random_case(seed, device), sparse_case(seed, device, tail=tail)):
+        labelled = case.labels is not None and seed % 2
+        rule = of_everything(slope=0.3, shift=2.0) if labelled else token_clip(most=0.3)
+        case.keywords["row_rule"] = rule
+        check(case, backend, metrics=seed % 3 == 0)
 
 
 def test_heads(backend: str, device: torch.device) -> None:

@@ -342,7 +342,7 @@ def _factor(
     tail = isinstance(teacher, SparseTeacher) and teacher.tail == "bucket"
     listed = lp[:, :-1] if tail else lp
     known = {
-        "divergence": kd,
+        "divergence": kd.clamp(min=0),  # the tail "drop" may have less
         "teacher_entropy": -(lp.exp() * lp).sum(-1),
         "student_entropy": -(lq.exp() * lq).sum(-1),
         "label_log_prob": kd if y is None else lq.gather(-1, y[:, None])[:, 0],

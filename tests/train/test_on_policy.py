@@ -86,6 +86,7 @@ def test_every_end_of_text_ends_a_row() -> None:
         ({"temperature": 2.0}, "temperature=2, on_policy_temperature=1: expected one number"),
         ({"schedules": ["temperature=cosine:2"]}, "without a schedule"),
         ({"kd_tokens": "all"}, "a prompt's tokens are not drawn"),
+        ({"row_rule": "own_rules:entropy_gate"}, "no divergence of whole distributions"),
     ],
 )
 def test_what_a_sampled_objective_needs(
