@@ -1,5 +1,5 @@
 """The Triton kernels in Triton's interpreter, which must be chosen before triton is imported: hence
-a child process. Random calls there are `make test-slow`."""
+a child process. All of them, and random calls, are `make test-slow`."""
 
 import os
 
@@ -15,6 +15,7 @@ FILES = (
     "loss/test_counted",
     "loss/test_custom",
     "loss/test_cut",
+    "loss/test_head_ids",
     "loss/test_precision",
     "loss/test_row_rule",
     "loss/test_sampled",
@@ -35,6 +36,12 @@ def test_the_kernels_in_the_interpreter() -> None:
     # two processes: this is the last test of all to end, on idle cores
     words = ("-n", "2", "--dist", "worksteal", "-k", "triton")
     assert "passed" in children.tests(*paths, *words, **TRITON)
+
+
+@pytest.mark.slow
+def test_all_cases_in_the_interpreter() -> None:
+    paths = [f"{name}.py" for name in FILES]
+    assert "passed" in children.tests(*paths, "-k", "triton", FUSEDKD_TEST_ALL="1", **TRITON)
 
 
 @pytest.mark.slow
