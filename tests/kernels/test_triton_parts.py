@@ -59,20 +59,18 @@ def test_parts_are_the_row(name: str, dtype: torch.dtype) -> None:
     ],
 )
 def test_parts_against_entries(tail: str, name: str, dtype: torch.dtype) -> None:
-    """The ids of one row are padded, and most parts have none of another's."""
-    check(backend, few(make(dtype, name, tail), [3, 4, 8]), (2048, 0, V - 2048))
+    """A masked part, a row that does not count, one with fewer ids."""
+    sizes = (2048, 0, V - 2048) if tail == "bucket" else (2048, V - 2048)
+    check(backend, few(make(dtype, name, tail), [3, 4, 8]), sizes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("name", divergences.names())
-def test_any_parts_against_entries(name: str, tail: str) -> None:
-    for sizes, dtype in zip(in_pieces.SPLITS, DTYPES, strict=True):
-        try:
-            call = make(dtype, name, tail)
-        except ValueError:  # infinite
-            continue
-        check(backend, call, sizes)
+def test_any_parts_against_entries(name: str) -> None:
+    infinite = ("renormalize", "drop") if name in ("reverse_kl", "mixed_kl") else ()
+    for i, tail in enumerate(TAILS):
+        if tail not in infinite:
+            check(backend, make(DTYPES[i % 4], name, tail), in_pieces.SPLITS[1 + i % 3])
 
 
 @pytest.mark.slow
@@ -122,7 +120,10 @@ def test_programs_share_a_part(monkeypatch: pytest.MonkeyPatch, name: str, tail:
     """Few rows: what they leave is merged as the ranks' is, and the label is one program's."""
     shared = Launch(pieces=2, warps=4, unroll=1)
     monkeypatch.setattr(part_ops.config, "choose", lambda *sizes: shared)
-    check(backend, few(make(torch.bfloat16, name, tail), [3]), (V,))
+    call = few(make(torch.bfloat16, name, tail), [7 if tail else 3])
+    if tail:
+        call.student[..., 4136] = 60.0  # the second program has the top, and that is an id
+    check(backend, call, (V,))
 
 
 @pytest.mark.parametrize("count", [1, 3])
