@@ -49,7 +49,7 @@ OTHERS = {"jsd(0.1)": divergences.jsd(0.1)}
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
     "all": {"metrics": True, "transformed_s": True, "transformed_t": True},
-    "part": {"part": True},  # of a row's columns
+    "part": {"part": True, "metrics": True},  # of a row's columns
 }
 # Stages without a divergence: of one token's log-probability, with "all" the entropy beside it.
 TOKEN_KERNELS = {

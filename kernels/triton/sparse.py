@@ -385,8 +385,8 @@ def _found(sums, n, fields, entries, norm, tail_floor, TAIL: tl.constexpr, plan:
     of_tail, own_t, own_s = zero, zero, zero
     most, top = tl.full([], -INFINITY, plan.acc), tl.full([], -1, tl.int32)
     if TAIL == "bucket":
-        lp = _log_probs(entries, entries.ids.count, tail_floor, TAIL, plan)
-        _, _, of_value, of_tail = _pointwise(lp, norm.log_tail, entries, TAIL, plan)
+        lp_tail = _log_probs(entries, entries.ids.count, tail_floor, TAIL, plan)
+        _, _, of_value, of_tail = _pointwise(lp_tail, norm.log_tail, entries, TAIL, plan)
         of_tail = of_tail.to(tl.float64)
         value, sum_grad = value + of_value, sum_grad + of_tail
     if plan.metrics:
