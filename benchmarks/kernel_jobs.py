@@ -49,7 +49,7 @@ OTHERS = {"jsd(0.1)": divergences.jsd(0.1)}
 FLAGS: dict[str, dict[str, bool]] = {
     "plain": {},
     "all": {"metrics": True, "transformed_s": True, "transformed_t": True},
-    "part": {"part": True},  # of a dense row's columns
+    "part": {"part": True, "metrics": True},  # of a row's columns
 }
 # Stages without a divergence: of one token's log-probability, with "all" the entropy beside it.
 TOKEN_KERNELS = {
@@ -87,7 +87,7 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], flags: Sequence[str]) ->
             yield Job(target, dtype, "-", launch, stage, flag)
         names = (*divergences.names(), *OTHERS)
         for name, flag, launch in itertools.product(names, flags, LAUNCHES):
-            for tail in TAILS[: 1 if flag == "part" or name in OTHERS else None]:
+            for tail in TAILS[: 1 if name in OTHERS else None]:
                 for stage in stages_of(dtype, name, flag, launch, tail):
                     yield Job(target, dtype, name, launch, stage, flag, tail)
 
@@ -117,6 +117,10 @@ def sample() -> list[Job]:
     chosen += [
         Job("sm_90", "bf16", name, LAUNCHES[3], stage, "part")
         for name, stage in (("forward_kl", "statistics"), ("jsd", "middle"), ("jsd", "gradient"))
+    ]
+    chosen += [
+        Job("sm_90", "bf16", "jsd", LAUNCHES[3], stage, "part", "bucket")
+        for stage in stages_of("bf16", "jsd", "part", LAUNCHES[3], "bucket")
     ]
     turn = itertools.product(TARGETS, DTYPES, ("plain", "all"))
     for i, (target, dtype, flag) in enumerate(turn):
@@ -150,6 +154,14 @@ def stages_of(
     if tail:
         return sparse_ops.stages(variant, launch, sparse_ops.tail_of(tail))
     return config.stages(variant, launch)
+
+
+def sweeps(job: Job) -> bool:
+    """Whether a kernel of one stage walks its row: of a part's ids alone, none is to be walked."""
+    if not job.tail or job.stage != "middle":
+        return True
+    variant = _variant(job.dtype, job.divergence, job.flags, job.tail)
+    return sparse_ops.outside(variant, sparse_ops.tail_of(job.tail))
 
 
 def source(job: Job) -> ASTSource:

@@ -33,6 +33,7 @@ from fusedkd.benchmarks.kernel_jobs import (
     sample,  # noqa: F401
     source,
     stages_of,
+    sweeps,
 )
 from fusedkd.benchmarks.machine_code import narrowest
 from fusedkd.kernels.triton import config
@@ -119,15 +120,15 @@ def _entries_per_thread(job: Job) -> int:
 def problems(report: Report) -> list[str]:
     """What is wrong with a kernel; nothing for a good one."""
     stage, reasons = report.job.stage, []
-    sweeps = _sweeps(report.job) if stage in config.AT_ONCE else 1
+    count = _sweeps(report.job) if stage in config.AT_ONCE else int(sweeps(report.job))
     if report.spilled:
         reasons.append(f"{report.spilled} bytes of registers spilled")
     if report.registers > report.budget:
         reasons.append(f"{report.registers} registers, {report.budget} fit")
     if report.calls:
         reasons.append(f"{report.calls} calls")
-    if report.loads[:sweeps] != (16,) * sweeps:
-        reasons.append(f"loads of {report.loads} bytes, expected {sweeps} loops of 16 only")
+    if report.loads[:count] != (16,) * count:
+        reasons.append(f"loads of {report.loads} bytes, expected {count} loops of 16 only")
     # One loop for the gradient, one or more (unrolled) for the zeros of a row that does not count.
     loops = {"whole": 2, "joint": 2, "gradient": 2, "token gradient": 2, "scale": 1}.get(stage, 0)
     if report.stores[:loops] != (16,) * loops:

@@ -1,7 +1,4 @@
-"""A row in pieces: the merge and the verbs in plain torch, for any device.
-
-The reference runs the verbs in fp64; Triton, against a sparse teacher, in the accumulation type.
-"""
+"""A row in pieces: the merge, and the reference's verbs: plain torch in fp64, for any device."""
 
 from __future__ import annotations
 
@@ -85,7 +82,7 @@ def block_rows(call: RowCall, widest: int, budget: int) -> int:
 
 
 class _Piece(NamedTuple):
-    """The columns that lie here, in one dtype and after the transforms; one of -inf if none do."""
+    """The columns that lie here, in fp64 and after the transforms; one of -inf if none do."""
 
     s: Tensor  # (N, C)
     t: Tensor | None  # (N, C) of a dense teacher
@@ -93,15 +90,13 @@ class _Piece(NamedTuple):
     log_p: Tensor | None  # (N, C) its log-probabilities, -inf elsewhere
 
 
-def _piece(call: RowCall, dtype: torch.dtype | None) -> _Piece:
+def _piece(call: RowCall) -> _Piece:
     assert call.part is not None
     teacher, spec = call.teacher, call.spec
+    s = _columns(call, call.student, spec.student_transform)
     if not isinstance(teacher, SparseRows):
-        dtype = dtype or call.row_scale.dtype
-        s = _columns(call, call.student, spec.student_transform, dtype)
-        t = _columns(call, call.teacher_logits, spec.teacher_transform, dtype)
+        t = _columns(call, call.teacher_logits, spec.teacher_transform)
         return _Piece(s, t, None, None)
-    s = _columns(call, call.student, spec.student_transform, torch.float64)
     here = teacher.indices.long() - call.part.offset
     here = torch.where((here >= 0) & (here < call.part.columns), here, s.shape[1])
     nothing = s.new_full((len(s), s.shape[1] + 1), -INF)  # one column more takes in the others
@@ -110,9 +105,9 @@ def _piece(call: RowCall, dtype: torch.dtype | None) -> _Piece:
     return _Piece(s, None, inside, log_p)
 
 
-def _columns(call: RowCall, x: Tensor, how: Transform, dtype: torch.dtype) -> Tensor:
+def _columns(call: RowCall, x: Tensor, how: Transform) -> Tensor:
     assert call.part is not None
-    rows = x.detach().reshape(-1, x.shape[-1])[:, : call.part.columns].to(dtype)
+    rows = x.detach().reshape(-1, x.shape[-1])[:, : call.part.columns].double()
     return transform(rows, how) if call.part.columns else rows.new_full((len(rows), 1), -INF)
 
 
@@ -122,11 +117,11 @@ def transform(logits: Tensor, how: Transform) -> Tensor:
     return how.softcap * torch.tanh(scaled / how.softcap) if how.softcap else scaled
 
 
-def observe(call: RowCall, dtype: torch.dtype | None = None) -> Tensor:
+def observe(call: RowCall) -> Tensor:
     """What is kept of the columns here, (N, len(Statistics)). Sums of gaps are left 0: here every
     divergence is compared."""
     assert call.part is not None
-    spec, piece = call.spec, _piece(call, dtype)
+    spec, piece = call.spec, _piece(call)
     s, nothing = piece.s, call.row_scale.new_zeros(len(piece.s), dtype=torch.float64)
     named = dict.fromkeys(Statistics._fields, nothing)
     named |= _softmax("student", s, spec.temperature)
@@ -200,7 +195,7 @@ def _normalised(call: RowCall, piece: _Piece, of: Statistics) -> _Normalised:
             (of.inside_exponent, of.inside_sum),
         )
     )
-    return _Normalised(log_p, log_q, tail.to(piece.s.dtype), ids.to(piece.s.dtype))
+    return _Normalised(log_p, log_q, tail, ids)
 
 
 def _tail(call: RowCall) -> str | None:
@@ -211,16 +206,14 @@ def _log_softmax(
     x: Tensor, top: Tensor, exponent: Tensor, total: Tensor, temperature: float
 ) -> Tensor:
     gap = exponent * math.log(2) + total.log() - top / temperature
-    return (x - top[:, None].to(x.dtype)) / temperature - gap[:, None].to(x.dtype)
+    return (x - top[:, None]) / temperature - gap[:, None]
 
 
-def compare(
-    call: RowCall, statistics: Tensor, dtype: torch.dtype | None = None
-) -> Comparison | None:
+def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
     """The sums over the columns here of D and of d D / d log q, which is kept; not the tail's."""
     if not call.spec.kd_scale and not call.metrics:
         return None
-    piece = _piece(call, dtype)
+    piece = _piece(call)
     known = _normalised(call, piece, Statistics(*statistics.unbind(-1)))
     tail, divergence = _tail(call), call.spec.divergence
     log_q = known.compared(tail)
@@ -243,14 +236,9 @@ def _pointwise(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, 
     return value.detach(), grad
 
 
-def finish(
-    call: RowCall,
-    statistics: Tensor,
-    comparison: Comparison | None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Rows, None]:
+def finish(call: RowCall, statistics: Tensor, comparison: Comparison | None) -> tuple[Rows, None]:
     """Loss and metrics of the rows, the gradient of the columns here."""
-    of, piece = Statistics(*statistics.unbind(-1)), _piece(call, dtype)
+    of, piece = Statistics(*statistics.unbind(-1)), _piece(call)
     known = _normalised(call, piece, of)
     spec, teacher, results = call.spec, call.teacher, call.results()
     kd = slope_sum = torch.zeros_like(of.label)
@@ -279,7 +267,7 @@ def finish(
         slopes = None
         if spec.kd_scale and comparison is not None and comparison.kept is not None:
             q = known.compared(_tail(call)).exp()
-            slopes = comparison.kept - q * slope_sum[:, None].to(q.dtype)
+            slopes = comparison.kept - q * slope_sum[:, None]
             slopes = _outside(slopes, _tail(call), piece, known, tail_slope)
         _write_gradient(call, piece, of, slopes, kd_scale)
     return results, None
@@ -339,7 +327,7 @@ def _write_gradient(
     spec, s = call.spec, piece.s
     grad = torch.zeros_like(s)
     if slopes is not None:
-        grad = (kd_scale / spec.temperature)[:, None].to(s.dtype) * slopes
+        grad = (kd_scale / spec.temperature)[:, None] * slopes
     if spec.ce_weight:
         owned, label = _label(call, s)
         q = _log_softmax(s, of.student_max, of.unit_exponent, of.unit_sum, 1.0).exp()

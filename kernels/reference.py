@@ -16,8 +16,16 @@ from torch.nn import functional as F
 
 from fusedkd.distributions.sparse import SparseRows
 from fusedkd.divergences import measure_term
-from fusedkd.kernels import RowCall, Rows, pieces, tokens
-from fusedkd.kernels.pieces import block_rows, merge, metric_rows, transform
+from fusedkd.kernels import RowCall, Rows, tokens
+from fusedkd.kernels.pieces import (
+    block_rows,
+    compare,
+    finish,
+    merge,
+    metric_rows,
+    observe,
+    transform,
+)
 from fusedkd.spec import LossSpec
 
 __all__ = [
@@ -37,9 +45,6 @@ __all__ = [
     "unavailable",
 ]
 
-observe = functools.partial(pieces.observe, dtype=torch.float64)
-compare = functools.partial(pieces.compare, dtype=torch.float64)
-finish = functools.partial(pieces.finish, dtype=torch.float64)
 token_statistics = functools.partial(tokens.token_statistics, dtype=torch.float64)
 top = functools.partial(tokens.top, dtype=torch.float64)
 token_gradient = functools.partial(tokens.token_gradient, dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, empty
 
 from fusedkd.distributions.sparse import SparseRows
-from fusedkd.kernels import Comparison, RowCall, Rows, pieces
+from fusedkd.kernels import Comparison, RowCall, Rows
 from fusedkd.kernels.tokens import Factors, TokenCall, Top
 from fusedkd.spec import LossSpec
 
@@ -52,7 +52,7 @@ def rows(call: RowCall, *fields: Any) -> Rows:
 
 
 def observe(call: RowCall) -> Tensor:
-    return _of_pieces(call).observe(call)  # type: ignore[no-any-return]
+    return _part_ops().observe(call)  # type: ignore[no-any-return]
 
 
 def merge(pieces: Sequence[Tensor]) -> Tensor:
@@ -60,22 +60,15 @@ def merge(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def compare(call: RowCall, statistics: Tensor) -> Comparison | None:
-    return _of_pieces(call).compare(call, statistics)  # type: ignore[no-any-return]
+    return _part_ops().compare(call, statistics)  # type: ignore[no-any-return]
 
 
 def finish(call: RowCall, statistics: Tensor, comparison: Comparison | None) -> tuple[Rows, None]:
-    return _of_pieces(call).finish(call, statistics, comparison)  # type: ignore[no-any-return]
+    return _part_ops().finish(call, statistics, comparison)  # type: ignore[no-any-return]
 
 
 def block_rows(call: RowCall, widest: int, budget: int) -> int:
-    if isinstance(call.teacher, SparseRows):
-        return pieces.block_rows(call, widest, budget)
     return _part_ops().block_rows(widest)  # type: ignore[no-any-return]
-
-
-def _of_pieces(call: RowCall) -> ModuleType:
-    """Against a sparse teacher, in plain torch."""
-    return pieces if isinstance(call.teacher, SparseRows) else _part_ops()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fusedkd.kernels import Statistics as Named
 
-from .numerics import LOG2E, lowest, reciprocal, scalar
+from .numerics import LOG2E, exp_wide, lowest, reciprocal, scalar
 from .row import through, within
 from .stats import Side, Statistics
 
@@ -31,6 +31,15 @@ class Label(NamedTuple):
     logit: Any  # the student's after the transform, 0 if it is elsewhere
     student: Any  # raw logits there, read before any gradient is written: that may go over them
     teacher: Any
+
+
+class Inside(NamedTuple):
+    """Of the student's logits at a sparse teacher's ids; fp64."""
+
+    max: Any  # the largest; the lowest finite number if there is none
+    sum: Any  # of e^((z - max) / T)
+    own: Any  # of the same times (z - max), for the entropy
+    unit: Any  # of e^(z - max)
 
 
 @triton.jit
@@ -132,6 +141,58 @@ def named(of, label, offset, total, scales, plan: tl.constexpr):
         label=label.logit.to(tl.float64),
         student_top=s.at.to(tl.float64) + offset,
         teacher_top=t.at.to(tl.float64) + offset,
+        teacher_at_top=zero,
+        student_min=zero,
+        teacher_min=zero,
+    )
+
+
+@triton.jit
+def named_apart(of, ids, at, logit, offset, total, inverse, plan: tl.constexpr):
+    """Of columns of which a sparse teacher has some: ``of`` all others, and ``ids``. The units are
+    as exact as the ids' exponentials, in fp64."""
+    out, zero = of.student, tl.full([], 0, tl.float64)
+    wide, max_out = inverse.to(tl.float64), out.max.to(tl.float64)
+    scale, largest = wide * LOG2E, tl.maximum(max_out, ids.max)
+    low_out, low_ids = max_out - largest, ids.max - largest
+    keep_out, keep_ids = exp_wide(low_out * wide), exp_wide(low_ids * wide)
+    sum_out, sum_ids = out.sum * keep_out, ids.sum * keep_ids
+    sum = sum_out + sum_ids
+    unit, expected, mean = zero, zero, zero
+    if plan.ce:
+        unit = of.unit * exp_wide(low_out) + ids.unit * exp_wide(low_ids)
+    if plan.metrics:
+        own = out.own * keep_out * reciprocal(scale) + ids.own * keep_ids
+        own += _times(sum_out, low_out) + _times(sum_ids, low_ids)
+        expected = tl.where(sum == 0, 0.0, largest + own * reciprocal(sum))
+    if plan.smoothing:
+        mean = of.mean * reciprocal(total.to(tl.float64))
+    return Named(
+        student_max=_exponent(sum, largest),
+        student_exponent=_exponent(sum, largest * scale),
+        student_sum=sum,
+        unit_exponent=_exponent(sum, largest * LOG2E),
+        unit_sum=unit,
+        teacher_max=zero,
+        teacher_exponent=zero,
+        teacher_sum=zero,
+        outside_max=_exponent(out.sum, max_out),
+        outside_exponent=_exponent(out.sum, max_out * scale),
+        outside_sum=out.sum,
+        inside_exponent=_exponent(ids.sum, ids.max * scale),
+        inside_sum=ids.sum,
+        forward=zero,
+        reverse=zero,
+        teacher_absent=zero,
+        student_absent=zero,
+        only_teacher=zero,
+        only_student=zero,
+        student_expected=expected,
+        teacher_expected=zero,
+        mean=mean,
+        label=logit.to(tl.float64),
+        student_top=at.to(tl.float64) + offset,
+        teacher_top=zero,
         teacher_at_top=zero,
         student_min=zero,
         teacher_min=zero,

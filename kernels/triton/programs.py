@@ -270,7 +270,7 @@ def pieces(partial, n, field: tl.constexpr, of: tl.constexpr, plan: tl.constexpr
 
 
 @triton.jit
-def _left(partial, n, piece):
+def left(partial, n, piece):
     """Where a program leaves the named statistics of its piece of a part."""
     return partial + (piece.to(tl.int64) * tl.num_programs(0) + n) * COLUMNS
 
@@ -321,7 +321,7 @@ def _meet(arrived, plan: tl.constexpr):
 
 
 @triton.jit
-def _leave_sums(sums, n, piece, first, second, plan: tl.constexpr):
+def leave_sums(sums, n, piece, first, second, plan: tl.constexpr):
     at = sums + n.to(tl.int64) * (2 * plan.pieces) + piece
     tl.store(at, first)
     tl.store(at + plan.pieces, second)
@@ -352,7 +352,7 @@ def _swept(STEP: tl.constexpr, shared, n, piece, sides, shape, span, by, unroll:
             swept = sweep_columns(STEP, swept, sides, shape, span, by, plan)
         first, second = added(swept.first), added(swept.second)
         if plan.stage != "whole":
-            _leave_sums(shared.sums, n, piece, first, second, plan)
+            leave_sums(shared.sums, n, piece, first, second, plan)
         if plan.stage == "joint":
             _meet(shared.arrived + 2 * n + 1, plan)
             first, second = _recall_sums(shared.sums, n, plan)
@@ -464,7 +464,7 @@ def _gradient_leanly(label, shared, n, piece, sides, span, shape, by, compared, 
         )
         first, second = added(swept.first), added(swept.second)
         if plan.stage == "joint":  # whoever comes last has them all
-            _leave_sums(shared.sums, n, piece, first, second, plan)
+            leave_sums(shared.sums, n, piece, first, second, plan)
             known = _arrive(shared.arrived + 2 * n + 1) == plan.pieces
             tl.debug_barrier()
             if known:
@@ -571,7 +571,7 @@ def row_kernel(
     scale = tl.load(row_scale + n)
     if scale == 0:
         if plan.part and plan.stage == "statistics":
-            leave_nothing(_left(partial, n, piece))
+            leave_nothing(left(partial, n, piece))
         if plan.stage != "statistics" and plan.stage != "middle":
             drop(grad, loss, metrics, n, shape, span, vocab, columns, leader, plan)
     else:
@@ -594,7 +594,7 @@ def row_kernel(
             of = merged(resolved(of, sides, shape, plan), scales, plan)
             if plan.part:
                 fields = named(of, label, offset, total, scales, plan)
-                leave_named(_left(partial, n, piece), fields)
+                leave_named(left(partial, n, piece), fields)
             elif plan.stage != "whole":
                 leave(partial, n, piece, _flat(of, label), plan)
             if plan.stage == "joint":

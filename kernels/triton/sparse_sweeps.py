@@ -35,6 +35,7 @@ class Ids(NamedTuple):
 
     at: Any  # pointer
     count: Any  # slots
+    offset: Any  # the id of the first column, and of a part's there are those alone that lie in it
 
 
 class Seen(NamedTuple):
@@ -86,24 +87,32 @@ class Outside(NamedTuple):
 
 
 @triton.jit
-def rank(ids, column):
+def columns_of(ids, slot, plan: tl.constexpr):
+    """Of ids, NO_COLUMN behind the last one."""
+    id = tl.load(ids.at + slot, mask=slot < ids.count, other=NO_COLUMN)
+    if plan.part:
+        id = tl.where(id == NO_COLUMN, id, id - ids.offset)
+    return id
+
+
+@triton.jit
+def rank(ids, column, plan: tl.constexpr):
     """How many ids come before a column."""
     count = tl.full([], 0, tl.int32)
     for start in range(0, ids.count, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        id = tl.load(ids.at + slot, mask=slot < ids.count, other=NO_COLUMN)
+        id = columns_of(ids, start + tl.arange(0, BLOCK), plan)
         count += tl.sum((id < column).to(tl.int32), axis=0)
     return count
 
 
 @triton.jit
-def _cover(z, columns, stop, ids, cursor):
+def _cover(z, columns, stop, ids, cursor, plan: tl.constexpr):
     """(z with -inf over the ids from the cursor on that lie before ``stop``, the cursor then)"""
-    id = tl.load(ids.at + cursor, mask=cursor < ids.count, other=NO_COLUMN)
+    id = columns_of(ids, cursor, plan)
     while id < stop:
         z = tl.where(columns == id, -INFINITY, z)
         cursor += 1
-        id = tl.load(ids.at + cursor, mask=cursor < ids.count, other=NO_COLUMN)
+        id = columns_of(ids, cursor, plan)
     return z, cursor
 
 
@@ -112,8 +121,8 @@ def _covered(tile, cursor, ids, shape, plan: tl.constexpr):
     """The student's logits without the ids, and the cursor behind them."""
     if tile.columns is not None:  # edges, which lie on both sides of all tiles
         start = tl.full([], 0, tl.int32)
-        z, _ = _cover(tile.student, tile.columns, shape.head, ids, start)
-        z, _ = _cover(z, tile.columns, NO_COLUMN, ids, rank(ids, shape.end))
+        z, _ = _cover(tile.student, tile.columns, shape.head, ids, start, plan)
+        z, _ = _cover(z, tile.columns, NO_COLUMN, ids, rank(ids, shape.end, plan), plan)
     else:
         unroll: tl.constexpr = tile.student.shape[0]
         size: tl.constexpr = unroll * plan.lanes * plan.width
@@ -122,7 +131,7 @@ def _covered(tile, cursor, ids, shape, plan: tl.constexpr):
         line = tl.arange(0, unroll)[:, None, None] * plan.lanes
         line += tl.arange(0, plan.lanes)[None, :, None]
         columns = start + line * plan.width + tl.arange(0, plan.width)[None, None, :]
-        z, cursor = _cover(tile.student, columns, stop, ids, cursor)
+        z, cursor = _cover(tile.student, columns, stop, ids, cursor, plan)
     return z, cursor
 
 
@@ -151,7 +160,7 @@ def seen_by(sides, ids, shape, span, scales, plan: tl.constexpr):
     """All of a span, merged."""
     size: tl.constexpr = plan.unroll * plan.lanes * plan.width
     of = nothing_seen(plan)
-    first = rank(ids, shape.head + span.first * size)
+    first = rank(ids, shape.head + span.first * size, plan)
     seen = Seen(of, of.student.max, of.student.at, first)
     by = Watching(ids, shape, scales)
     seen = sweep(_see, seen, sides, shape, span, by, False, "evict_last", plan.unroll, plan)
@@ -204,7 +213,7 @@ def absent(sides, shape, span, by, plan: tl.constexpr):
     """(value, sum of grad) outside the ids, where the teacher has nothing."""
     size: tl.constexpr = plan.unroll * plan.lanes * plan.width
     nothing = tl.full([plan.lanes], 0, plan.acc)
-    state = Walking(nothing, nothing, rank(by.ids, shape.head + span.first * size))
+    state = Walking(nothing, nothing, rank(by.ids, shape.head + span.first * size, plan))
     state = sweep(_add_absent, state, sides, shape, span, by, False, "evict_last", 1, plan)
     return added(state.value), added(state.grad)
 

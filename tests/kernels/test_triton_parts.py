@@ -13,6 +13,7 @@ from own_divergences import OWN
 from own_rules import of_everything
 
 from fusedkd import backends, divergences
+from fusedkd.distributions.sparse import TAILS
 from fusedkd.kernels import RowCall, pieces
 from fusedkd.kernels import triton as backend
 from fusedkd.spec import LossSpec, Transform
@@ -45,6 +46,31 @@ def few(call: RowCall, rows: list[int] = FEW) -> RowCall:
 )
 def test_parts_are_the_row(name: str, dtype: torch.dtype) -> None:
     check(backend, few(make(dtype, name)), (2048, 0, V - 2048))
+
+
+@pytest.mark.parametrize(
+    "tail, name, dtype",
+    [
+        ("bucket", "jsd", torch.bfloat16),
+        ("drop", "alpha_beta", torch.float32),  # of which what is no id has its own say
+        ("renormalize", "forward_kl", torch.float16),
+        ("generalized", "reverse_kl", torch.float32),
+        ("conditional", "mixed_kl", torch.float32),
+    ],
+)
+def test_parts_against_entries(tail: str, name: str, dtype: torch.dtype) -> None:
+    """A masked part, a row that does not count, one with fewer ids."""
+    sizes = (2048, 0, V - 2048) if tail == "bucket" else (2048, V - 2048)
+    check(backend, few(make(dtype, name, tail), [3, 4, 8]), sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", divergences.names())
+def test_any_parts_against_entries(name: str) -> None:
+    infinite = ("renormalize", "drop") if name in ("reverse_kl", "mixed_kl") else ()
+    for i, tail in enumerate(TAILS):
+        if tail not in infinite:
+            check(backend, make(DTYPES[i % 4], name, tail), in_pieces.SPLITS[1 + i % 3])
 
 
 @pytest.mark.slow
@@ -83,16 +109,21 @@ def test_of_ones_own(name: str) -> None:
     check(backend, call._replace(spec=spec), (2048, V - 2048))
 
 
-def test_a_row_rule() -> None:
-    rule = of_everything(slope=0.3)
-    check(backend, few(make(torch.float32, "reverse_kl", row_rule=rule), [3, 4]), (2048, V - 2048))
+@pytest.mark.parametrize("tail", ["", "bucket"])
+def test_a_row_rule(tail: str) -> None:
+    call = make(torch.float32, "reverse_kl", tail, row_rule=of_everything(slope=0.3))
+    check(backend, few(call, [3, 4]), (2048, V - 2048))
 
 
-def test_programs_share_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, tail", [("mixed_kl", ""), ("alpha_beta", "drop")])
+def test_programs_share_a_part(monkeypatch: pytest.MonkeyPatch, name: str, tail: str) -> None:
     """Few rows: what they leave is merged as the ranks' is, and the label is one program's."""
     shared = Launch(pieces=2, warps=4, unroll=1)
     monkeypatch.setattr(part_ops.config, "choose", lambda *sizes: shared)
-    check(backend, few(make(torch.bfloat16, "mixed_kl"), [3]), (V,))
+    call = few(make(torch.bfloat16, name, tail), [7 if tail else 3])
+    if tail:
+        call.student[..., 4136] = 60.0  # the second program has the top, and that is an id
+    check(backend, call, (V,))
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -102,8 +133,9 @@ def test_merged_statistics_are_those_of_every_backend(count: int) -> None:
     torch.testing.assert_close(merged, want, rtol=1e-12, atol=1e-13, equal_nan=True)
 
 
-def test_the_gradient_may_go_over_the_logits() -> None:
-    call = few(make(torch.float32, "jsd"), [3])
+@pytest.mark.parametrize("tail", ["", "bucket"])
+def test_the_gradient_may_go_over_the_logits(tail: str) -> None:
+    call = few(make(torch.float32, "jsd", tail), [3])
     found = []
     for in_place in (False, True):
         student = call.student.clone()
