@@ -34,7 +34,16 @@ from fusedkd.teachers import LiveTeacher
 from .trained import OnDemo, print_table, seconds
 
 LARGE = 151_936
-PARTS = ("rows", "size", "large", "hidden", "speed", "learning")
+PARTS = ("rows", "size", "large", "hidden", "speed", "learning", "hidden-learning")
+
+ENTRIES = {
+    "cached, top 50, bucket": Policy("top", 50),
+    "cached, 50 draws": Policy("sample", 50),
+    "cached, 100 draws": Policy("sample", 100),
+}
+HIDDEN_STATES = {  # of as many numbers as the teacher has
+    f"cached, hidden, {form}": Policy(form) for form in ("bf16", "int8")
+}
 
 
 def main() -> None:
@@ -55,6 +64,9 @@ def main() -> None:
         if args.only in (None, "hidden"):
             _rounding(console)
             _hidden(console, Path(work))
+        if args.only == "hidden-learning":
+            demo = OnDemo(console, Path(work), args.teacher_steps)
+            demo.students(args.student_steps, 1.0, HIDDEN_STATES)
         if args.only in (None, "speed", "learning"):
             demo = OnDemo(console, Path(work), args.teacher_steps)
             if args.only != "learning":
@@ -63,7 +75,7 @@ def main() -> None:
             if args.only != "speed":
                 demo.gradients()
                 for temperature in (1.0, 2.0):
-                    demo.students(args.student_steps, temperature)
+                    demo.students(args.student_steps, temperature, ENTRIES | HIDDEN_STATES)
 
 
 # ---- the loss ----------------------------------------------------------------------------------

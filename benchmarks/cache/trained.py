@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 
-from fusedkd import SparseTeacher, kd_loss
-from fusedkd.cache import Job, Layout, Policy, TeacherCache, build, verify
+from fusedkd import LMHead, SparseTeacher, kd_loss
+from fusedkd.cache import Job, Policy, TeacherCache, build, verify
+from fusedkd.cache.hidden import layout_of
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.demo.corpus import corpus
 from fusedkd.demo.run import LOSSES, Demo, Setting
@@ -57,8 +59,12 @@ class OnDemo:
         facts = {"teacher": "demo", "teacher_hash": None, "dtype": "float32",
                  "tokenizer_hash": tokenizer_hash(self.tokenizer),
                  "padded_vocab_size": len(self.tokenizer)}  # fmt: skip
-        layout = Layout(policy, len(self.tokenizer), temperatures)
-        build(folder, Job(rows, layout, facts, 8), lambda ids: self.answer({"input_ids": ids}))
+        head = self.answer({"input_ids": torch.tensor(rows[:1])}) if policy.hidden else None
+        if isinstance(head, LMHead):
+            policy = replace(policy, k=head.weight.shape[1])
+        layout = layout_of(policy, len(self.tokenizer), temperatures)
+        job = Job(rows, layout, facts, 8, head=head if isinstance(head, LMHead) else None)
+        build(folder, job, lambda ids: self.answer({"input_ids": ids}))
         return TeacherCache(folder)
 
     def damage(self, times: int = 200) -> None:
@@ -148,17 +154,13 @@ class OnDemo:
             torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(logs)), tail
         )
 
-    def students(self, steps: int, temperature: float) -> None:
-        """Hinton's mix, as in the demo: 0.8 KL, 0.2 CE."""
+    def students(self, steps: int, temperature: float, kept: dict[str, Policy]) -> None:
+        """Hinton's mix, as in the demo: 0.8 KL, 0.2 CE; of the live teacher, then of caches."""
         rows: list[tuple[Any, ...]] = [
             ("teacher", "held-out loss", "of the live one's", "ms per step")
         ]
-        sides = {
-            "live": self.teacher,
-            "cached, top 50, bucket": self.cache(Policy("top", 50), (temperature,)),
-            "cached, 50 draws": self.cache(Policy("sample", 50), (temperature,)),
-            "cached, 100 draws": self.cache(Policy("sample", 100), (temperature,)),
-        }
+        caches = {name: self.cache(policy, (temperature,)) for name, policy in kept.items()}
+        sides: dict[str, Any] = {"live": self.teacher, **caches}
         losses: list[float] = []
         for name, side in sides.items():
             watch = self.learn(
