@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fusedkd.benchmarks.cache import __main__ as cache
 from fusedkd.benchmarks.cache import trained
 from fusedkd.benchmarks.evidence.plan import SMOKE, STUDENTS, make_text
 from fusedkd.benchmarks.evidence.report import write_report
@@ -41,9 +42,10 @@ def test_the_cache_benchmark_trains_and_compares(tmp_path: Path, monkeypatch, ca
     measured.damage(5)
     measured.speeds()
     measured.gradients()
-    measured.students(4, 2.0)
+    measured.students(4, 2.0, cache.ENTRIES | cache.HIDDEN_STATES)
     shown = capsys.readouterr().out
-    assert "noticed by verify: 5 of 5" in shown and "cached, 100 draws" in shown
+    assert "noticed by verify: 5 of 5" in shown
+    assert "cached, 100 draws" in shown and "cached, hidden, int8" in shown
     assert "Gradient of forward KL against the full teacher" in shown
 
 
