@@ -116,9 +116,11 @@ class Custom(Formula):
     kind = "divergence"
 
     def __init__(self, formula: Callable[..., Tensor]) -> None:
-        super().__init__(formula, _defaults(formula))
-        self.tape = trace(formula, self.defaults)
-        check(self.__name__, self.tape, tuple(self.defaults.values()))
+        defaults = _defaults(formula)
+        super().__init__(formula, defaults, trace(formula, defaults))
+
+    def check(self, values: tuple[float, ...]) -> None:
+        check(self.__name__, self.tape, values)
 
     def __call__(self, *positional: float, **named: float) -> Divergence:
         """The divergence with these parameters; the others have their defaults.
@@ -127,10 +129,7 @@ class Custom(Formula):
             TypeError: a parameter that it does not have.
             ValueError: one that is no finite number, or with which the formula is not total.
         """
-        values = self.values(positional, named)
-        if values != tuple(self.defaults.values()):
-            check(self.__name__, self.tape, values)
-        return recorded(self.__name__, values, self.tape)
+        return recorded(self.__name__, self.values(positional, named), self.tape)
 
 
 def _defaults(formula: Callable[..., Tensor]) -> dict[str, float]:

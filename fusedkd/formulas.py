@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fusedkd.tape import Tape
 from fusedkd.values import bind_call, number
 
 # kernels/cpu has room for eight numbers, and keeps one for itself; a row kernel of Triton has seven
@@ -20,28 +21,39 @@ MOST_PARAMETERS = 7
 
 
 class Formula:
-    """A function of tensors whose parameters are numbers, with defaults, behind ``*``."""
+    """A function of tensors whose parameters are numbers, with defaults, behind ``*``: recorded on
+    a tape, and checked with its defaults."""
 
     kind = "formula"
 
-    def __init__(self, formula: Callable[..., Tensor], defaults: dict[str, float]) -> None:
-        self.formula, self.defaults = formula, defaults
+    def __init__(
+        self, formula: Callable[..., Tensor], defaults: dict[str, float], tape: Tape
+    ) -> None:
+        self.formula, self.defaults, self.tape = formula, defaults, tape
         self.__name__, self.__doc__ = formula.__name__, formula.__doc__
         self.__module__ = formula.__module__
         either = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(n, either, default=x) for n, x in defaults.items()]
         self.__signature__ = inspect.Signature(parameters)
+        self.check(tuple(defaults.values()))
+
+    def check(self, values: tuple[float, ...]) -> None:
+        """Raise unless the tape is right with these parameters."""
+        raise NotImplementedError
 
     def values(self, positional: Sequence[float], named: dict[str, float]) -> tuple[float, ...]:
-        """Of all parameters.
+        """Of all parameters; the others have their defaults.
 
         Raises:
             TypeError: one that it does not have.
-            ValueError: one that is no finite number.
+            ValueError: one that is no finite number, or with which :meth:`check` raises.
         """
         bound = self.__signature__.bind(*positional, **named)
         bound.apply_defaults()
-        return tuple(finite_number(self.__name__, *item) for item in bound.arguments.items())
+        values = tuple(finite_number(self.__name__, *item) for item in bound.arguments.items())
+        if values != tuple(self.defaults.values()):
+            self.check(values)
+        return values
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.__module__}.{self.__name__}{self.__signature__}>"

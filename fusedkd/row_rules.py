@@ -106,9 +106,10 @@ class Custom(Formula):
 
     def __init__(self, formula: Callable[..., Tensor]) -> None:
         self.inputs, defaults = _signature(formula)
-        super().__init__(formula, defaults)
-        self.tape = _traced(formula, self.inputs, self.defaults)
-        _check(self.__name__, self.tape, self.inputs, tuple(self.defaults.values()))
+        super().__init__(formula, defaults, _traced(formula, self.inputs, defaults))
+
+    def check(self, values: tuple[float, ...]) -> None:
+        _check(self.__name__, self.tape, self.inputs, values)
 
     def __call__(self, *positional: float, **named: float) -> RowRule:
         """The rule with these parameters; the others have their defaults.
@@ -117,10 +118,7 @@ class Custom(Formula):
             TypeError: a parameter that it does not have.
             ValueError: one that is no finite number, or with which it is no factor somewhere.
         """
-        values = self.values(positional, named)
-        if values != tuple(self.defaults.values()):
-            _check(self.__name__, self.tape, self.inputs, values)
-        return recorded(self.__name__, values, self.tape)
+        return recorded(self.__name__, self.values(positional, named), self.tape)
 
 
 def _signature(formula: Callable[..., Tensor]) -> tuple[dict[str, int], dict[str, float]]:

@@ -88,7 +88,7 @@ def _warn_unless_divergence(name: str, tape: Tape, parameters: Sequence[float]) 
         warnings.warn(
             f"{name}: not 0 where p = q: {same.flatten()[at]:.3g} at p = q = "
             f"{lp.flatten()[at].exp():.3g}. As a loss it is taken as it is.",
-            stacklevel=4,
+            stacklevel=6,
         )
     sums = tape(lp, lq, parameters)[0].sum(-1)
     if sums.min() < -1e-9:
@@ -96,7 +96,7 @@ def _warn_unless_divergence(name: str, tape: Tape, parameters: Sequence[float]) 
         warnings.warn(
             f"{name}: {sums[row]:.3g}, less than 0, between p = {_short(lp[row])} and q = "
             f"{_short(lq[row])}: a divergence never is. As a loss it is taken as it is.",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 
