@@ -6,7 +6,6 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 
-from fusedkd import LMHead, SparseTeacher, kd_loss
-from fusedkd.cache import Job, Policy, TeacherCache, build, verify
-from fusedkd.cache.hidden import layout_of
-from fusedkd.cache.keys import tokenizer_hash
+from fusedkd import SparseTeacher, kd_loss
+from fusedkd.cache import Policy, TeacherCache, build, verify
+from fusedkd.cache.of_model import job_of
 from fusedkd.demo.corpus import corpus
 from fusedkd.demo.run import LOSSES, Demo, Setting
 from fusedkd.distributions.sparse import TAILS
@@ -56,14 +54,7 @@ class OnDemo:
         """Made where it is not there yet."""
         folder = self.work / f"{name} {policy} {temperatures}"
         rows = self.rows if rows is None else rows
-        facts = {"teacher": "demo", "teacher_hash": None, "dtype": "float32",
-                 "tokenizer_hash": tokenizer_hash(self.tokenizer),
-                 "padded_vocab_size": len(self.tokenizer)}  # fmt: skip
-        head = self.answer({"input_ids": torch.tensor(rows[:1])}) if policy.hidden else None
-        if isinstance(head, LMHead):
-            policy = replace(policy, k=head.weight.shape[1])
-        layout = layout_of(policy, len(self.tokenizer), temperatures)
-        job = Job(rows, layout, facts, 8, head=head if isinstance(head, LMHead) else None)
+        job = job_of(self.answer, self.tokenizer, rows, policy, temperatures, name="demo")
         build(folder, job, lambda ids: self.answer({"input_ids": ids}))
         return TeacherCache(folder)
 
