@@ -41,6 +41,7 @@ from transformers import (
 from fusedkd import LMHead, token_log_probs
 from fusedkd.alignment.likelihood import span_sums
 from fusedkd.demo.corpus import Corpus, corpus
+from fusedkd.demo.experiment import QUIET
 from fusedkd.demo.run import SMOKE, Setting
 from fusedkd.files import write_json
 from fusedkd.teachers.aligned import Aligned
@@ -172,13 +173,7 @@ class Direction:
             "max_steps": steps,
             "seed": seed,
             "learning_rate": self.setting.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.05,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
+            **QUIET,
         }
         given = {"train_dataset": rows, "data_collator": default_data_collator}
         trainer: Any

@@ -16,6 +16,17 @@ from fusedkd.demo.watch import Watch
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.trainer import DistillationTrainer
 
+# of TrainingArguments: one schedule, and nothing written or shown
+QUIET: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -74,12 +85,6 @@ class Experiment:
             "output_dir": str(self.work),
             "per_device_train_batch_size": self.batch,
             "per_device_eval_batch_size": 4 * self.batch,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.05,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
+            **QUIET,
             **self.options,
         }
