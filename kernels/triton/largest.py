@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, lowest, scalar
-from .row import INFINITY, Shape, Sides, Transform, cut, offsets, row_start, sweep, through
-from .stats import Scales, added, merged, nothing_seen, observe
-from .tokens import Tokens, keep, span_of
+from .numerics import lowest, scalar
+from .row import INFINITY, Shape, Transform, offsets, row_start, sweep, through
+from .stats import added
+from .tokens import Tokens, keep, observed
 
 LAST = tl.constexpr(0x7FFFFFFF)
 POINTERS = (
@@ -176,24 +176,16 @@ def top_kernel(
     most, total, outside = (tl.full([], 0, tl.float64),) * 3
     reached, nothing = tl.full([], 0, tl.int32), tl.full([], 0, tl.float64)
     if counted:
-        shape = cut(row, columns, plan)
-        over = scalar(inverse_t, plan.acc)
-        scales = Scales(over * LOG2E, over * LOG2E, over, over, over)
-        sides, span = Sides(row, row, transform, transform), span_of(shape, piece, plan)
-        start = nothing_seen(plan)
-        seen = sweep(
-            observe, start, sides, shape, span, scales, False, "evict_last", plan.unroll, plan
-        )
-        student = merged(seen, scales, plan).student
-        total, nothing = student.sum, nothing - INFINITY
-        most = tl.where(total == 0, -INFINITY, student.max.to(tl.float64) * inverse_t)
-        ordered = tl.sort(seen.student.max, descending=True)
+        seen = observed(row, transform, columns, piece, inverse_t, "evict_last", plan)
+        shape, sides, span, student = seen.shape, seen.sides, seen.span, seen.student
+        most, total, nothing = seen.max, student.sum, nothing - INFINITY
+        ordered = tl.sort(seen.lanes, descending=True)
         lane = tl.arange(0, plan.lanes)
         threshold = tl.max(tl.where(lane == wanted - 1, ordered, lowest(plan.acc)), axis=0)
         first = tl.full([], 0, tl.int32)
         least = key(threshold, first + LAST)
         noted = columns_found + place * plan.room
-        by = Collecting(shape, student.max, scales.student, least, noted, of)
+        by = Collecting(shape, student.max, seen.scales.student, least, noted, of)
         reached, outside = _collected(least, sides, shape, span, by, plan)
         if reached > plan.room:
             least = _bisected(

@@ -43,6 +43,18 @@ class Tokens(NamedTuple):
     offset: Any  # the id of the first column here
 
 
+class Observed(NamedTuple):
+    """A row, or a piece of one, after the first sweep."""
+
+    shape: Any
+    sides: Any
+    span: Any
+    scales: Any
+    lanes: Any  # the largest logit of each
+    student: Any  # stats.Side
+    max: Any  # fp64, over T; -inf where there is nothing
+
+
 class Writing(NamedTuple):
     """What the gradient's sweep wants: it is 2^a (base + per_log a), a = (z - max) log2(e) / T."""
 
@@ -81,6 +93,18 @@ def keep(row, tokens, columns, by, out, inverse_t, here, plan: tl.constexpr):
         tl.store(out + at, value, mask=at < tokens.count)
 
 
+@triton.jit
+def observed(row, by, columns, piece, inverse_t, policy: tl.constexpr, plan: tl.constexpr):
+    shape = cut(row, columns, plan)
+    over = scalar(inverse_t, plan.acc)
+    scales = Scales(over * LOG2E, over * LOG2E, over, over, over)
+    sides, span, start = Sides(row, row, by, by), span_of(shape, piece, plan), nothing_seen(plan)
+    seen = sweep(observe, start, sides, shape, span, scales, False, policy, plan.unroll, plan)
+    student = merged(seen, scales, plan).student
+    most = tl.where(student.sum == 0, -INFINITY, student.max.to(tl.float64) * inverse_t)
+    return Observed(shape, sides, span, scales, seen.student.max, student, most)
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def statistics_kernel(
     logits,  # (B, T, C)
@@ -103,18 +127,10 @@ def statistics_kernel(
     keep(row, of, columns, by, out + 3, inverse_t, counted & (piece == 0), plan)
     most, total, gap = (tl.full([], 0, tl.float64),) * 3
     if counted:
-        shape = cut(row, columns, plan)
-        over = scalar(inverse_t, plan.acc)
-        scales = Scales(over * LOG2E, over * LOG2E, over, over, over)
-        sides, span = Sides(row, row, by, by), span_of(shape, piece, plan)
-        seen = sweep(
-            observe, nothing_seen(plan), sides, shape, span, scales, False, "", plan.unroll, plan
-        )
-        student = merged(seen, scales, plan).student
-        total = student.sum
-        most = tl.where(total == 0, -INFINITY, student.max.to(tl.float64) * inverse_t)
+        seen = observed(row, by, columns, piece, inverse_t, "", plan)
+        most, total = seen.max, seen.student.sum
         if plan.metrics:
-            gap = tl.where(total == 0, 0.0, student.own * reciprocal(total) * LN2)
+            gap = tl.where(total == 0, 0.0, seen.student.own * reciprocal(total) * LN2)
     tl.store(out, most)
     tl.store(out + 1, total)
     tl.store(out + 2, gap)
