@@ -1,6 +1,8 @@
-"""vLLM's answers as arrays. They are maps of maps: 20 MB of JSON for 4,096 tokens with 64 entries,
-of which a parser makes half a million objects. :func:`scan` makes none: it finds the entries by the
-bytes that begin one, and reads the numbers around them as columns."""
+"""Servers' answers as arrays. 4,096 tokens with 64 entries are 5 to 20 MB of JSON, of which parsers
+make half a million objects. The scans make none. vLLM's answers are maps of maps: entries are
+found by the bytes that begin one, and the numbers around them read as columns. Lists of numbers are
+CSV, once their brackets are line breaks, and Arrow refuses whatever else they hold. What a scan
+does not know goes to a parser."""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
@@ -25,6 +28,9 @@ _MARK_8, _MARK_12 = (np.frombuffer(_MARK[part], "<u8")[0] for part in (slice(8),
 _ID = 8  # bytes, one more than an id has
 _WORDS = 3  # of 8 bytes, more than a float32 has digits
 _POWERS = 10.0 ** np.arange(_ID - 1, -1, -1)
+_FLOAT, _INT = pa.float64(), pa.int64()
+_LIST = ord("[")
+_LINES, _COLUMN = bytes.maketrans(b"[", b"\n"), bytes.maketrans(b",", b"\n")
 
 
 class Entries(NamedTuple):
@@ -56,10 +62,10 @@ def read_vllm(content: bytes) -> Entries:
         LookupError: as above.
         TypeError: as above.
     """
-    return scan(content) or _parse(content)
+    return scan_vllm(content) or parse_vllm(content)
 
 
-def scan(content: bytes) -> Entries | None:
+def scan_vllm(content: bytes) -> Entries | None:
     """:func:`read_vllm`, some ten times as fast; None where the JSON is not laid out as vLLM's."""
     echo = content.rfind(_ECHO)
     if echo < 0 or _BEGIN not in content or not content.rstrip().endswith(b"}"):
@@ -118,7 +124,7 @@ def _logs(raw: Array, at: Array) -> Array:
     return np.asarray(pc.cast(strings, pa.float64()))
 
 
-def _parse(content: bytes) -> Entries:
+def parse_vllm(content: bytes) -> Entries:
     choice = orjson.loads(content)["choices"][0]
     steps = choice["prompt_logprobs"][1:]
     entries = [(int(key), entry["logprob"]) for step in steps for key, entry in step.items()]
@@ -138,6 +144,33 @@ def read_sglang(content: bytes) -> Entries:
         LookupError: as above.
         TypeError: as above.
     """
+    return scan_sglang(content) or parse_sglang(content)
+
+
+def scan_sglang(content: bytes) -> Entries | None:
+    """:func:`read_sglang` of the lists; None where the JSON is not laid out as SGLang's."""
+    steps = _between(content, b'"input_top_logprobs":[null,', b"]]]")
+    asked = _between(content, b'"input_token_logprobs":[', b"]]")
+    if steps is None or asked is None:
+        return None
+    try:
+        logs, ids = _triples(steps)
+        echo = _triples(asked)[1]
+    except ValueError:  # Arrow's is one: texts, say
+        return None
+    raw = np.frombuffer(steps, np.uint8)
+    opens = np.flatnonzero(raw[:-1] == _LIST)
+    first = np.flatnonzero(raw[opens + 1] == _LIST)  # of a step, before that of a triple
+    counts = np.diff(first, append=len(opens)) - 1
+    return Entries(ids, logs, counts, echo)
+
+
+def _triples(text: bytes) -> list[Array]:
+    """The log-probabilities and ids of `[-1.5,17,null],[...`, whose nulls and ends go."""
+    return _columns(text.translate(_LINES, b"]nul") + b",", _FLOAT, _INT, pa.null(), pa.null())[:2]
+
+
+def parse_sglang(content: bytes) -> Entries:
     told = orjson.loads(content)["meta_info"]
     echo = _echoed([triple[1] for triple in told["input_token_logprobs"]])
     if "input_top_logprobs_val_flat_b64" in told:
@@ -168,6 +201,59 @@ def read_trl(content: bytes) -> Entries:
         LookupError: as above.
         TypeError: as above.
     """
+    return scan_trl(content) or parse_trl(content)
+
+
+def scan_trl(content: bytes) -> Entries | None:
+    """:func:`read_trl`; None where the JSON is not laid out as TRL's."""
+    names = b"logprob_token_ids", b"logprobs", b"actual_token_ids"
+    ids, logs, actual = (_between(content, b'"%s":[[[' % name, b"]]]") for name in names)
+    if ids is None or logs is None or actual is None:
+        return None
+    counts, others, ones = (
+        [row.count(b",") + 1 for row in rows.split(b"],[")] for rows in (ids, logs, actual)
+    )
+    if counts != others or set(ones) != {1}:
+        return None
+    try:
+        numbers, values, echo = (
+            _columns(rows.translate(_COLUMN, b"[]"), kind)[0]
+            for rows, kind in ((ids, _INT), (logs, _FLOAT), (actual, _INT))
+        )
+    except ValueError:
+        return None
+    if not sum(counts) == len(numbers) == len(values):
+        return None
+    return Entries(numbers, values, np.array(counts), np.insert(echo, 0, -1))
+
+
+def _between(content: bytes, begin: bytes, end: bytes) -> bytes | None:
+    """What is between the two, within one JSON object."""
+    start = content.find(begin) + len(begin)
+    stop = content.find(end, start)
+    there = start >= len(begin) and stop >= 0 and content.rstrip().endswith(b"}")
+    return content[start:stop] if there else None
+
+
+def _columns(text: bytes, *kinds: pa.DataType) -> list[Array]:
+    """A number a line, or several with commas between; nothing is nan, and an error for an id.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    types = {str(n): kind for n, kind in enumerate(kinds)}
+    table = pa.csv.read_csv(
+        pa.py_buffer(text),
+        pa.csv.ReadOptions(use_threads=False, column_names=list(types), block_size=len(text) + 1),
+        pa.csv.ParseOptions(quote_char=False),
+        pa.csv.ConvertOptions(column_types=types, null_values=["", "null"]),
+    )
+    if any(column.type == _INT and column.null_count for column in table.columns):
+        raise ValueError("no id")
+    return [column.to_numpy() for column in table.columns]
+
+
+def parse_trl(content: bytes) -> Entries:
     told = orjson.loads(content)
     (ids,), (logs,), (actual,) = (
         told[name] for name in ("logprob_token_ids", "logprobs", "actual_token_ids")

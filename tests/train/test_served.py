@@ -26,8 +26,7 @@ from fusedkd.cache.importers import ranked
 from fusedkd.cache.writer import Share
 from fusedkd.cli import main
 from fusedkd.errors import UserError
-from fusedkd.teachers import ServedTeacher, Service
-from fusedkd.teachers.decoding import _parse, read_vllm, scan
+from fusedkd.teachers import ServedTeacher, Service, decoding
 from fusedkd.teachers.filling import fill
 from fusedkd.teachers.service import Limits, TeacherError
 from fusedkd.train import DistillationArguments, DistillationTrainer
@@ -206,18 +205,49 @@ def test_a_row_of_the_store_that_is_damaged_is_asked_for_again(tmp_path: Path) -
         assert sum(server.asked.values()) == 1
 
 
-def test_scan_reads_what_a_parser_reads() -> None:
-    server = TeacherServer(TRUTH, tokenizer())
+@pytest.mark.parametrize("protocol", ["vllm", "sglang", "trl"])
+def test_scan_reads_what_a_parser_reads(protocol: str) -> None:
+    read, scan, parse = (
+        getattr(decoding, f"{how}_{protocol}") for how in ("read", "scan", "parse")
+    )
+    server = TeacherServer(TRUTH, tokenizer(), protocol=protocol, flat=False)
     for ids in sequences(5, 30):
         content = server.answer(ids.tolist(), K, 1.0)
-        found, expected = scan(content), _parse(content)
-        assert found is not None
-        for one, other in zip(found, expected, strict=True):
+        entries, expected = scan(content), parse(content)
+        assert entries is not None
+        for one, other in zip(entries, expected, strict=True):
             assert np.array_equal(one, other)
-        spaced = content.replace(b'{"logprob":', b'{"logprob": ')
+        spaced = content.replace(b":", b": ").replace(b",", b", ")
         assert scan(spaced) is None
-        assert np.array_equal(read_vllm(spaced).logs, expected.logs)
-    assert found.counts.min() == K and found.counts.max() == K + 1  # the token itself
+        assert np.array_equal(read(spaced).logs, expected.logs)
+    most = K + 1 if protocol == "vllm" else K  # the token itself
+    assert entries.counts.min() == K and entries.counts.max() == most
+
+
+def test_lists_that_are_not_all_alike() -> None:
+    echo = b'"input_token_logprobs":[[null,3,null],[-1.5,4,null],[-2.0,5,null]]'
+    said = b'{"meta_info":{%s,"input_top_logprobs":[null,%s]}}'
+    ragged = said % (echo, b"[[-0.5,1,null],[-2.5,2,null]],[[null,7,null]]")
+    for read in (decoding.scan_sglang, decoding.parse_sglang):
+        entries = read(ragged)
+        assert entries.counts.tolist() == [2, 1] and entries.ids.tolist() == [1, 2, 7]
+        np.testing.assert_array_equal(entries.logs, [-0.5, -2.5, np.nan])
+        assert entries.echo.tolist() == [3, 4, 5]
+    for odd in (b'[[-0.5,1,"]]]"]],[[-1.0,7,null]]', b"[[-0.5,1,null]],[],[[-1,7,null]]"):
+        assert decoding.scan_sglang(said % (echo, odd)) is None
+    for odd in (b"[[-0.5,null,null]]", b"[[-0.5,1.5,null]]", b"[[-0.5,1,null,2]]"):
+        assert decoding.scan_sglang(said % (echo, odd)) is None
+    rows = b'{"logprobs":[[%s]],"logprob_token_ids":[[%s]],"actual_token_ids":[[[8],[9]]]}'
+    ragged = rows % (b"[-1.0,-2.0],[null]", b"[1,2],[3]")
+    for read in (decoding.scan_trl, decoding.parse_trl):
+        entries = read(ragged)
+        assert entries.counts.tolist() == [2, 1] and entries.ids.tolist() == [1, 2, 3]
+        np.testing.assert_array_equal(entries.logs, [-1, -2, np.nan])
+        assert entries.echo.tolist() == [-1, 8, 9]
+    for odd in ((b"[-1.0],[-2.0]", b"[1,2],[]"), (b"[],[]", b"[],[]"), (b"[1],[]", b"[1],[]")):
+        assert decoding.scan_trl(rows % odd) is None
+    with pytest.raises(ValueError, match="differ in number"):
+        decoding.parse_trl(rows % (b"[-1.0],[-2.0]", b"[1,2],[]"))
 
 
 # ---- the trainer ----
