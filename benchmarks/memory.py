@@ -75,11 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True)
-    add("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    add("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048])
     add("--vocab", type=int, default=151936)
     add("--providers", nargs="+", choices=NAMES, default=list(NAMES))
-    add("--most", type=float, default=8.0, metavar="GIB")
-    add("--seconds", type=float, default=600.0)
+    add("--most", type=float, default=9.0, metavar="GIB")
+    add("--seconds", type=float, default=300.0)
     options = parser.parse_args(arguments)
     # TRL's has no cross-entropy
     case = Case("head", "jsd", vocab=options.vocab, ce_weight=0.0)

@@ -37,6 +37,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         text, path, anchor = match[1], (folder / match[2]).resolve(), match[3] or ""
         if not path.exists():
             return match[0]
+        if path.suffix == ".ipynb":
+            return f"[{text}](notebook.md)"
         if path.is_relative_to(DOCS) and path != DOCS:
             return f"[{text}]({match[2].removeprefix('docs/')}{anchor})"
         return f"`{path.relative_to(ROOT)}`" if text == match[2] else text
