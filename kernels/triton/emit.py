@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedkd.algebra import operations, simplified
+from fusedkd.algebra import simplified
+from fusedkd.algebra.derivatives import operations
 from fusedkd.files import private_folder, replace_file
 from fusedkd.formulas import MOST_PARAMETERS
 from fusedkd.row_rules import STATISTICS

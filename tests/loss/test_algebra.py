@@ -11,7 +11,9 @@ from own_divergences import OWN, Formula
 from torch import Tensor
 
 from fusedkd import divergences
-from fusedkd.algebra import Sums, simplified, unguarded
+from fusedkd.algebra import simplified
+from fusedkd.algebra.guards import unguarded
+from fusedkd.algebra.sums import Sums
 from fusedkd.tape import Tape
 from fusedkd.trace import trace
 
