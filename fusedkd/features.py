@@ -1,9 +1,9 @@
 """Losses between what two models hold inside: hidden states, attention scores, relations.
 
 Hidden states in plain torch; attention scores and relations a chunk at a time
-(:mod:`fusedkd.attention`), for all of them would be B x H x L^2. Every loss is a mean over tokens, from a number per token:
-padding has no effect, and with ``normalizer`` (the tokens of all micro-batches and devices) it does
-not matter how a batch is cut up.
+(:mod:`fusedkd.attention`), for all of them would be B x H x L^2. Every loss is a mean over tokens,
+from a number per token: padding has no effect, and with ``normalizer`` (the tokens of all
+micro-batches and devices) it does not matter how a batch is cut up.
 
 Shapes: B sequences of L tokens, H heads of d entries, D = H d, and ``tokens`` (B, L) bool, True
 where a token is real (None: all are). The teacher's side is a constant. All tensors are fp64, fp32,
