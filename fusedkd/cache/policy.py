@@ -44,7 +44,7 @@ class Policy:
     def __post_init__(self) -> None:
         if self.kind not in ("top", "sample", ACTUAL, *HIDDEN):
             raise CacheError(
-                f"policy {short(self.kind)}: expected 'top', 'sample' or 'actual', or of hidden "
+                f"policy {short(self.kind)}: expected 'actual', 'top' or 'sample', or of hidden "
                 "states 'bf16' or 'int8'."
             )
         if self.kind == ACTUAL:
