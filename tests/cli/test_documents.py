@@ -50,6 +50,7 @@ SMALL = {
     "fusedkd cache --teacher ./teacher --data domains.jsonl": "--top-k 4",
     "fusedkd distill --teacher http:": SHORT + " --block_size 8 --teacher_ahead 0",
     "fusedkd cache --teacher http:": "--block_size 8",
+    "fusedkd cache --teacher ./teacher --student_tokenizer": "--block_size 8",
     "fusedkd cache": "--block-size 8 --top-k 4",
     "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
     "fusedkd data": "",
