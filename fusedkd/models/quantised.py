@@ -77,7 +77,7 @@ def export(model: Any, folder: Path, scheme: str, group: int, tokenizer: Any = N
     chosen = _linear_layers(model)
     others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in chosen]
     config = TorchAoConfig(_torchao(scheme, group), modules_to_not_convert=others)
-    how = {"dtype": "auto", "quantization_config": config}
+    how: dict[str, Any] = {"dtype": "auto", "quantization_config": config}
     read, _ = read_model("student", str(folder), type(model), **how)
     became = [
         n for n, m in read.named_modules() if isinstance(m, nn.Linear) and not is_plain(m.weight)
