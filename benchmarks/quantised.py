@@ -67,7 +67,7 @@ class Rounding:
         size = self.setting
         data, steps = self.text.teacher, size.teacher_steps
         teacher = self.kept("teacher", self.demo(0), size.teacher, data, steps)
-        given = self.text.transfer, size.student_steps
+        given = self.text.transfer, self.flags.student_steps or size.student_steps
         distilled = {"teacher": teacher, "loss": LOSSES["kd"]}
         return self.kept(f"student-{seed}", self.demo(seed), size.student, *given, **distilled)
 
@@ -94,7 +94,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--student-steps", type=int, help="of the student (default: the demo's)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, default=Path("outputs/quantised"))
     parser.add_argument("--only", nargs="+", choices=tuple(TRAINED), default=list(TRAINED))
     parser.add_argument("--smoke", action="store_true", help="tiny models: that it works")
