@@ -48,6 +48,7 @@ class Arguments(NamedTuple):
     scale_by_t2: bool
     ignore_index: int
     label_smoothing: float
+    z_loss_weight: float
     token_weights: Tensor | None
     reduction: str
     normalizer: float | Tensor | None
@@ -73,6 +74,7 @@ class Arguments(NamedTuple):
             scale_by_t2=self.scale_by_t2,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            z_loss_weight=self.z_loss_weight,
             reduction=self.reduction,
             student_transform=student,
             teacher_transform=teacher,
@@ -231,14 +233,15 @@ def row_scale_of(
         total = weights.sum(dtype=torch.float64)
         row_scale = weights / (total + (total == 0))
     else:
-        row_scale = (weights / _divisor(weights, normalizer)).masked_fill(weights == 0, 0.0)
+        row_scale = (weights / divisor(weights, normalizer)).masked_fill(weights == 0, 0.0)
     if plan.num_counted is not None:  # what underflows is no less counted
         tiny = torch.finfo(weights.dtype).tiny
         row_scale = row_scale.masked_fill((row_scale == 0) & (weights != 0), tiny)
     return row_scale
 
 
-def _divisor(weights: Tensor, normalizer: float | Tensor) -> Tensor:
+def divisor(weights: Tensor, normalizer: float | Tensor) -> Tensor:
+    """``normalizer`` as a number beside the weights."""
     check_normalizer(normalizer)
     if isinstance(normalizer, Tensor):
         return normalizer.detach().reshape(()).to(device=weights.device, dtype=weights.dtype)

@@ -122,7 +122,7 @@ def _write(
         "teacher": str(models.teacher or models.teacher_cache),
         "quantised": rounded if models.quantise else "",
         "data": ", ".join(data.data),
-        "loss": f"{_kd(args)} at T = {args.temperature:g} + {args.ce_weight:g} x CE{terms}",
+        "loss": f"{_kd(args)} at T = {args.temperature:g} + {_hard(args)}{terms}",
     }
     write_card(folder, card, trainer.state.log_history, about)
 
@@ -237,6 +237,11 @@ ROWS = {
 }
 
 
+def _hard(args: DistillationArguments) -> str:
+    z_loss = f" + {args.z_loss_weight:g} x lse^2" if args.z_loss_weight else ""
+    return f"{args.ce_weight:g} x CE{z_loss}"
+
+
 def _kd(args: DistillationArguments) -> str:
     rule = f"{args.row_rule} x " if args.row_rule else ""
     kd = f"{args.kd_weight:g} x {rule}{args.divergence}"
@@ -252,7 +257,7 @@ def _summary(trainer: DistillationTrainer, card: Card) -> None:
     parameters = own_parameters(trainer.model)
     table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
     table.add_row("teacher", described(trainer.teacher))
-    table.add_row("loss", f"{_kd(args)} + {args.ce_weight:g} x CE")
+    table.add_row("loss", f"{_kd(args)} + {_hard(args)}")
     for text in args.terms:
         table.add_row("", f"+ {text}")
     table.add_row("steps", f"{trainer.state.global_step:,}")
