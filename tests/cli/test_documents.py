@@ -49,7 +49,9 @@ SMALL = {
     "fusedkd distill --teacher math=./teacher": SHORT,
     "fusedkd cache --teacher ./teacher --data domains.jsonl": "--top-k 4",
     "fusedkd distill --teacher http:": SHORT + " --block_size 8 --teacher_ahead 0",
+    "fusedkd distill --config recipes/qad.yaml": SHORT + " --block_size 8 --quantise_group 8",
     "fusedkd cache --teacher http:": "--block_size 8",
+    "fusedkd cache --teacher ./teacher --student_tokenizer": "--block_size 8",
     "fusedkd cache": "--block-size 8 --top-k 4",
     "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
     "fusedkd data": "",
@@ -68,6 +70,7 @@ SMALL = {
     "python -m fusedkd.benchmarks.memory": "--tokens 8 16 --vocab 300 --providers fusedkd",
     "python -m fusedkd.benchmarks.alignment": "--tokens 2000 --vocab 300 --hidden 16",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
+    "python -m fusedkd.benchmarks.quantised": "--smoke --steps 2 --seeds 0",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
 }
