@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fusedkd.files import replace_file, write_figure, write_json
+from fusedkd.files import replace_file, replacing_folder, write_figure, write_json
 
 LABELS = {
     "teacher": "teacher",
@@ -63,13 +62,10 @@ def write_report(
 
 
 def save_student(folder: Path, model: Any, tokenizer: Any) -> None:
-    """To a temporary name, then renamed: nobody finds half a student."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    """All of it, or nothing."""
+    with replacing_folder(folder) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,94 @@
+"""Memory of the loss against tokens, as a picture: eager, Liger, TRL, fusedkd.
+
+``python -m fusedkd.benchmarks.memory --output docs/memory.png``
+
+Each point is one step, forward and backward, of bf16 hidden states and heads, in a process of its
+own: the most that is in use beyond the inputs. It does not depend on what else the machine does. A
+line ends where its next point would take more than ``--most`` GiB, or ``--seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from fusedkd.files import write_figure
+
+from .child import ChildFailed, in_child
+from .machine import machine
+from .race.case import Case
+from .race.memory import measure
+from .race.plots import COLOURS
+from .race.provider import OURS
+
+NAMES = {"eager": "eager PyTorch", "liger": "Liger", "trl": "TRL", OURS: "fusedkd"}
+
+
+def line(provider: str, case: Case, tokens: list[int], most: float, seconds: float) -> list[float]:
+    """GiB at each number of tokens, as far as it goes."""
+    found: list[float] = []
+    for n in tokens:
+        if len(found) > 1 and found[-1] + (found[-1] - found[-2]) * 2 > most:
+            break
+        job = dataclasses.asdict(case.but(n=n))
+        try:
+            size, reason = in_child(measure, job, provider, timeout=seconds)
+        except ChildFailed as error:
+            size, reason = None, str(error)
+        print(f"{provider:8} {n:6,} tokens ", f"{size / 2**20:,.0f} MiB" if size else reason)
+        if not size:
+            break
+        found.append(size / 2**30)
+    return found
+
+
+def draw(lines: dict[str, list[float]], tokens: list[int], case: Case, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    for name, sizes in lines.items():
+        xs, style = tokens[: len(sizes)], {"color": COLOURS[name], "zorder": 2 + (name == OURS)}
+        label = NAMES[name] + (", as far as it was tried" if len(sizes) < len(tokens) else "")
+        axes.plot(xs, sizes, "o-", label=label, linewidth=3 if name == OURS else 1.8, **style)
+    axes.set(xlabel="tokens", ylabel="peak beyond the inputs, GiB", ylim=0)
+    axes.set_xticks(tokens, [f"{n:,}" if n >= max(tokens) / 8 else "" for n in tokens])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.set_title(
+        f"A {case.divergence.upper()} loss and its gradients, {case.vocab:,} entries, "
+        f"H = {case.hidden_student} / {case.hidden_teacher}, {case.dtype}",
+        fontsize=10,
+    )
+    about = machine(case.device)
+    versions = ", ".join(
+        f"{name} {about['versions'][name]}" for name in ("torch", "liger-kernel", "trl", "fusedkd")
+    )
+    text = f"measured on {about['cpu']}; {versions}; {about['date'][:10]}"
+    figure.supxlabel(text, fontsize=7, color="#666666", x=0.99, ha="right")
+    write_figure(path, figure, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, required=True)
+    add("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    add("--vocab", type=int, default=151936)
+    add("--providers", nargs="+", choices=NAMES, default=list(NAMES))
+    add("--most", type=float, default=9.0, metavar="GIB")
+    add("--seconds", type=float, default=300.0)
+    options = parser.parse_args(arguments)
+    # TRL's has no cross-entropy
+    case = Case("head", "jsd", vocab=options.vocab, ce_weight=0.0)
+    lines = {
+        name: line(name, case, options.tokens, options.most, options.seconds)
+        for name in options.providers
+    }
+    draw(lines, options.tokens, case, options.output)
+
+
+if __name__ == "__main__":
+    main()
