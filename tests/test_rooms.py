@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # modules of fusedkd/ that lie in no folder.
 LAYERS = (
     ("cli",),
+    ("plan",),
     ("benchmarks",),
     ("demo",),
     ("integrations",),
@@ -24,7 +25,7 @@ LAYERS = (
     ("cache",),
     ("models", "data"),
     ("alignment",),
-    ("loss", "distributions", "kernels"),
+    ("loss", "algebra", "distributions", "kernels"),
 )
 MODULES = {"fusedkd.hf": "integrations"}  # beside the folders, and no part of the loss
 HEIGHT = {room: -i for i, line in enumerate(LAYERS) for room in line}

@@ -23,6 +23,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd cache --teacher DIR --data corpus/ --output cache/     a teacher that runs only once
   fusedkd data --tokenizer DIR --data corpus/     what a run would train on, token by token
   fusedkd demo                     a whole distillation on real text, in about six minutes
+  fusedkd plan --student DIR --teacher DIR --gpu h100  memory before there are weights
   fusedkd doctor                   what runs on this machine, and whether it is right
   fusedkd doctor --run out         what is wrong with a run
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "student": _student,
         "cache": _cache,
         "data": _data,
+        "plan": _plan,
         "demo": _demo,
         "doctor": _doctor,
         "bench": _bench,
@@ -190,6 +192,12 @@ def _cache(argv: list[str]) -> int:
 
 def _data(argv: list[str]) -> int:
     from fusedkd.cli.data import main
+
+    return main(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from fusedkd.cli.plan import main
 
     return main(argv)
 
