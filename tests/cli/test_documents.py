@@ -210,3 +210,9 @@ def test_files_that_are_named_exist() -> None:
     for path in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_readme_is_short_and_says_what_was_not_tried() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert "never been run on a GPU" in " ".join(lines[:25])
