@@ -153,16 +153,14 @@ def _prepare(
     theirs = None
     if args.cross_tokenizer is None:
         tokenizer = load_tokenizer(models.tokenizer, **sides)
-    elif teacher is None:
-        raise UserError(
-            f"--cross_tokenizer {args.cross_tokenizer}: expected --teacher with one model that "
-            "runs here."
-        )
+    elif source.named:
+        raise UserError(f"--cross_tokenizer {args.cross_tokenizer}: expected one teacher.")
     else:
-        tokenizer, theirs = load_both_tokenizers(models.tokenizer, student, teacher)
+        given = models.tokenizer, models.teacher_tokenizer
+        tokenizer, theirs = load_both_tokenizers(*given, student, teacher)
     if teacher is None and task.no_cache:
         raise UserError(task.no_cache)
-    elsewhere = None if source.runs else source.open(args, tokenizer, task)
+    elsewhere = None if source.runs else source.open(args, theirs or tokenizer, task)
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
     check_prompts(data.train, data.test, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):

@@ -33,8 +33,19 @@ class ModelArguments(ServedArguments):
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or hub name (default: the student's or teacher's)."}
     )
+    teacher_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --cross_tokenizer: folder or hub name of the teacher's tokenizer, of a "
+            "teacher that is served or cached (default: the teacher's folder)."
+        },
+    )
     teacher_top_k: int = field(
-        default=64, metadata={"help": "Entries of a token that a served teacher is asked for."}
+        default=64,
+        metadata={
+            "help": "Entries of a token that a served teacher is asked for. With --cross_tokenizer "
+            "alm none is, but how probable the token that is there was."
+        },
     )
     student_init: str = field(
         default="weights",

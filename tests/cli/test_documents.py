@@ -51,6 +51,7 @@ SMALL = {
     "fusedkd distill --teacher http:": SHORT + " --block_size 8 --teacher_ahead 0",
     "fusedkd distill --config recipes/qad.yaml": SHORT + " --block_size 8 --quantise_group 8",
     "fusedkd cache --teacher http:": "--block_size 8",
+    "fusedkd cache --teacher ./teacher --student_tokenizer": "--block_size 8",
     "fusedkd cache": "--block-size 8 --top-k 4",
     "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
     "fusedkd data": "",
@@ -209,3 +210,9 @@ def test_files_that_are_named_exist() -> None:
     for path in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_readme_is_short_and_says_what_was_not_tried() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert "never been run on a GPU" in " ".join(lines[:25])
