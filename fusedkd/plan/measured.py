@@ -36,6 +36,7 @@ _GEMMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "vocab_size": 32000,
+    "sliding_window": 128,
 }
 # The student's config, the teacher's, batch, length
 PAIRS: dict[str, tuple[Any, Any, int, int]] = {
@@ -57,10 +58,10 @@ PAIRS: dict[str, tuple[Any, Any, int, int]] = {
     ),
     "gemma": (  # soft-capped logits
         tf.Gemma2Config(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=2, sliding_window=128, **_GEMMA,
+            hidden_size=128, intermediate_size=256, num_hidden_layers=2, **_GEMMA,
         ),
         tf.Gemma2Config(
-            hidden_size=192, intermediate_size=384, num_hidden_layers=2, sliding_window=128, **_GEMMA,
+            hidden_size=192, intermediate_size=384, num_hidden_layers=2, **_GEMMA,
         ),
         2, 512,
     ),
