@@ -115,7 +115,7 @@ def _marked(turns: list[Message]) -> tuple[list[Message], list[str]]:
         parts = turn["content"] if isinstance(turn.get("content"), list) else [turn]
         name = "content" if parts == [turn] else "text"
         for part in parts:
-            if isinstance(part.get(name), str):
+            if (part.get(name) or "").strip():  # a template asks whether there is a text
                 contents.append(part[name])
                 part[name] = f"\ue000{len(contents) - 1}\ue001"
     return marked, contents
@@ -135,6 +135,8 @@ def _places(side: str, text: str, pattern: str, contents: list[str]) -> Iterator
     """Those that come in the order of the messages. What the template writes between two texts is
     known from the pattern, so that a text is not taken for a role of the same name."""
     pieces = _MARK.split(pattern)  # literal, number, literal, number, ..., literal
+    if contents and len(pieces) == 1:
+        raise ValueError(f"the {side}'s chat template writes no message's text: expected another.")
     at, last = 0, -1
     for n in range(1, len(pieces), 2):
         number, literal, follows = int(pieces[n]), pieces[n - 1], pieces[n + 1]

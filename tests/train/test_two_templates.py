@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from chats import CHATML
+from chats import CHATML, TEMPLATES
+from chats import tokenizer as of_bytes
 from teacher_server import TeacherServer, model_log_probs
 from tokenizer_kinds import byte_level, sentencepiece, texts
 from two_tokenizers import llama, loss_and_gradients, trainer
@@ -204,6 +205,26 @@ def test_thoughts_that_a_template_writes_its_own_way(template: str, said: str) -
     told = Reading(ours, theirs)(ids, row(messages))
     last = "".join(ours.decode(ids[a:b]) for a, b in told.student_spans.tolist())
     assert last.endswith(said)
+
+
+@pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
+def test_the_texts_are_found_in_everybodys_templates(path: Path) -> None:
+    said = ["hi user", "assistant says\n", "more?", "ok 🙂"]
+    messages = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)
+    ]
+    tokenizer = of_bytes(path.read_text())
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template's own, about messages that have to be lists
+        return
+    if said[0] not in text:  # likewise
+        with pytest.raises(ValueError, match="writes no message's text"):
+            written("student", tokenizer, messages)
+        return
+    ids, offsets = written("student", tokenizer, messages)
+    inside = [i for i, (start, _) in zip(ids, offsets.tolist(), strict=True) if start >= 0]
+    assert tokenizer.decode(inside).replace("\n", "") == "".join(said).replace("\n", "")
 
 
 def test_without_two_templates_a_row_is_read_by_its_bytes() -> None:
