@@ -53,7 +53,10 @@ def turns(seed: int, count: int = 4) -> list[dict[str, str]]:
         text = texts()[dice.randrange(5)][(start := dice.randrange(3000)) : start + 40]
         text = dice.choice(["user", "assistant\n", "🙂 ", "  ", ""]) + text
         said.append(
-            {"role": ("user", "assistant")[n % 2], "content": text + dice.choice(["", " "])}
+            {
+                "role": ("user", "assistant")[n % 2],
+                "content": (text if text.strip() else "w") + dice.choice(["", " "]),
+            }
         )
     return said
 
