@@ -123,6 +123,7 @@ def _write(
         "quantised": rounded if models.quantise else "",
         "data": ", ".join(data.data),
         "loss": f"{_kd(args)} at T = {args.temperature:g} + {_hard(args)}{terms}",
+        "again": "`fusedkd distill --config run.yaml --output_dir again`",
     }
     write_card(folder, card, trainer.state.log_history, about)
 

@@ -182,9 +182,9 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()  # where some write
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cache, "LARGE", 300)
     monkeypatch.setattr(end_to_end, "VOCABULARIES", (300,))
     monkeypatch.setattr(
@@ -210,3 +210,9 @@ def test_files_that_are_named_exist() -> None:
     for path in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_readme_is_short_and_says_what_was_not_tried() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert "never been run on a GPU" in " ".join(lines[:25])
