@@ -69,6 +69,8 @@ SMALL = {
     "python -m fusedkd.benchmarks.estimators": "--samples 2000",
     "python -m fusedkd.benchmarks.memory": "--tokens 8 16 --vocab 300 --providers fusedkd",
     "python -m fusedkd.benchmarks.alignment": "--tokens 2000 --vocab 300 --hidden 16",
+    "python -m fusedkd.benchmarks.attention": "--terms attention_kl --lengths 8 --tokens 16 "
+    "--heads 2 --rounds 1",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.quantised": "--smoke --steps 2 --seeds 0",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
