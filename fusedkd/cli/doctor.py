@@ -75,7 +75,7 @@ def _runs(backend: Any) -> str:
 def _without_folders(text: str) -> str:
     """A path may hold a user's name: what is left is the file's."""
     text = text.replace(str(Path.home()), "~")
-    return re.sub(r"(?<!\w)(?:~|\w:|\.{1,2})?[\\/](?:[^\s'\":;,]+[\\/])*", ".../", text)
+    return re.sub(r"(?<!\w)(?:~|\w:|\.{1,2})?[\\/](?=\w)(?:[^\s'\":;,]+[\\/])*", ".../", text)
 
 
 def _version(name: str) -> str:
