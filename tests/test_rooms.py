@@ -24,12 +24,10 @@ LAYERS = (
     ("cache",),
     ("models", "data"),
     ("alignment",),
-    ("loss", "distributions", "kernels"),
+    ("loss", "algebra", "distributions", "kernels"),
 )
-MODULES = {
-    "fusedkd.hf": "integrations",
-    "fusedkd.__main__": "cli",
-}  # beside the folders, and no part of the loss
+# beside the folders, and no part of the loss
+MODULES = {"fusedkd.hf": "integrations", "fusedkd.__main__": "cli"}
 HEIGHT = {room: -i for i, line in enumerate(LAYERS) for room in line}
 ALIASES = {"fusedkd.train.run"}  # of what has moved up; each goes with the next release
 FOLDERS = {"fusedkd": "fusedkd", "kernels": "fusedkd.kernels", "benchmarks": "fusedkd.benchmarks"}
