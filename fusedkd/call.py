@@ -231,14 +231,15 @@ def row_scale_of(
         total = weights.sum(dtype=torch.float64)
         row_scale = weights / (total + (total == 0))
     else:
-        row_scale = (weights / _divisor(weights, normalizer)).masked_fill(weights == 0, 0.0)
+        row_scale = (weights / divisor(weights, normalizer)).masked_fill(weights == 0, 0.0)
     if plan.num_counted is not None:  # what underflows is no less counted
         tiny = torch.finfo(weights.dtype).tiny
         row_scale = row_scale.masked_fill((row_scale == 0) & (weights != 0), tiny)
     return row_scale
 
 
-def _divisor(weights: Tensor, normalizer: float | Tensor) -> Tensor:
+def divisor(weights: Tensor, normalizer: float | Tensor) -> Tensor:
+    """``normalizer`` as a number beside the weights."""
     check_normalizer(normalizer)
     if isinstance(normalizer, Tensor):
         return normalizer.detach().reshape(()).to(device=weights.device, dtype=weights.dtype)

@@ -1,9 +1,9 @@
 """Losses between what two models hold inside: hidden states, attention scores, relations.
 
-Plain torch, except that a divergence between attention distributions is :func:`fusedkd.kd_loss`
-with the sequence as its vocabulary. Every loss is a mean over tokens, from a number per token:
-padding has no effect, and with ``normalizer`` (the tokens of all micro-batches and devices) it does
-not matter how a batch is cut up.
+Hidden states in plain torch; attention scores and relations a chunk at a time
+(:mod:`fusedkd.attention`), for all of them would be B x H x L^2. Every loss is a mean over tokens,
+from a number per token: padding has no effect, and with ``normalizer`` (the tokens of all
+micro-batches and devices) it does not matter how a batch is cut up.
 
 Shapes: B sequences of L tokens, H heads of d entries, D = H d, and ``tokens`` (B, L) bool, True
 where a token is real (None: all are). The teacher's side is a constant. All tensors are fp64, fp32,
@@ -12,21 +12,19 @@ bf16 or fp16 and on one device; anything else is a TypeError or ValueError that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusedkd.attention import AttentionStates, score_loss, wide
+from fusedkd.call import divisor
 from fusedkd.checks import (
     check_device,
     check_logits,
-    check_normalizer,
     check_tensor,
     check_whole,
     is_finite,
 )
-from fusedkd.loss import kd_loss
 
 __all__ = [
     "AttentionStates",
@@ -38,50 +36,6 @@ __all__ = [
 ]
 
 RELATIONS = {"q": "query", "k": "key", "v": "value"}
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionStates:
-    """What one layer of attention computed from.
-
-    Args:
-        query: (B, H, L, d), after any rotation by position.
-        key, value: (B, H_kv, L, d); each of the H_kv heads serves H / H_kv heads of queries.
-        scaling: factor on ``query @ key``; None: d ** -0.5.
-        mask: (B or 1, 1 or H, L, L), True or 0 where a query sees a key; other numbers are added to
-            the scores, and large negative ones hide. None: every key is seen.
-        causal: without a mask, queries see no later keys.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float | None = None
-    mask: Tensor | None = None
-    causal: bool = False
-
-    def pairs(self) -> Tensor:
-        """(B or 1, 1 or H, L, L) bool: which queries see which keys."""
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        if self.mask is None:
-            seen = torch.ones(queries, keys, dtype=torch.bool, device=self.query.device)
-            return (seen.tril() if self.causal else seen)[None, None]
-        mask = self.mask[..., :keys]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-    def scores(self) -> Tensor:
-        """(B, H, L, L) fp32 (fp64) attention scores before the softmax; of pairs that do not see
-        each other, too."""
-        scaling = self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        scores = _wide(self.query @ self.repeated("key").transpose(-1, -2)) * scaling
-        if self.mask is None or self.mask.dtype == torch.bool:
-            return scores
-        return scores + self.mask[..., : scores.shape[-1]].where(self.pairs(), 0.0)
-
-    def repeated(self, name: str) -> Tensor:
-        """``query``, ``key`` or ``value`` with H heads: (B, H, L, d)."""
-        states: Tensor = getattr(self, name)
-        return states.repeat_interleave(self.query.shape[1] // states.shape[1], dim=1)
 
 
 def cosine_loss(
@@ -99,7 +53,7 @@ def cosine_loss(
         ValueError: of different widths.
     """
     _check_hidden(student, teacher, "a projection, or hidden_mse with one")
-    rows = 1 - F.cosine_similarity(_wide(student), _wide(teacher.detach()), dim=-1)
+    rows = 1 - F.cosine_similarity(wide(student), wide(teacher.detach()), dim=-1)
     return _mean(rows, tokens, normalizer)
 
 
@@ -119,7 +73,7 @@ def hidden_mse(
         ValueError: of different widths.
     """
     _check_hidden(student, teacher, "a learned projection of the student's")
-    rows = (_wide(student) - _wide(teacher.detach())).square().mean(-1)
+    rows = (wide(student) - wide(teacher.detach())).square().mean(-1)
     return _mean(rows, tokens, normalizer)
 
 
@@ -141,12 +95,8 @@ def attention_score_mse(
         ValueError: of different numbers of heads.
     """
     _check_attention(student, teacher, heads=True)
-    seen = student.pairs() & teacher.pairs()
-    gap = (student.scores() - teacher.scores().detach()).where(seen, 0.0)
-    count = seen.sum(-1).clamp(min=1)
-    if center:
-        gap = (gap - (gap.sum(-1) / count)[..., None]).where(seen, 0.0)
-    return _mean((gap.square().sum(-1) / count).mean(1), tokens, normalizer)
+    scale = _row_scale(student, teacher, tokens, normalizer, student.query.shape[1])
+    return score_loss("centered_mse" if center else "mse", student, teacher, scale)
 
 
 def attention_kl(
@@ -162,8 +112,8 @@ def attention_kl(
         ValueError: of different numbers of heads.
     """
     _check_attention(student, teacher, heads=True)
-    seen = student.pairs() & teacher.pairs()
-    return _kl(student.scores(), teacher.scores(), seen, tokens, normalizer)
+    scale = _row_scale(student, teacher, tokens, normalizer, student.query.shape[1])
+    return score_loss("kl", student, teacher, scale)
 
 
 def relation_kl(
@@ -189,65 +139,62 @@ def relation_kl(
     if not isinstance(relations, str) or not relations or set(relations) - RELATIONS.keys():
         raise ValueError(f"relations={relations!r}: expected letters of 'qkv'.")
     check_whole("heads", heads, 1)
-    seen = student.pairs()[:, :1] & teacher.pairs()[:, :1]
-    parts = [
-        _kl(
-            _relation("student", student.repeated(name), heads),
-            _relation("teacher", teacher.repeated(name), heads),
-            seen,
-            tokens,
-            normalizer,
+    scale = _row_scale(student, teacher, tokens, normalizer, heads)
+    losses = []
+    for name in (RELATIONS[letter] for letter in relations):
+        ours, theirs = (
+            _relation(side, states, name, heads)
+            for side, states in (("student", student), ("teacher", teacher))
         )
-        for name in (RELATIONS[letter] for letter in relations)
-    ]
-    return torch.stack(parts).sum()
+        losses.append(score_loss("kl", ours, theirs, scale, biased=False))
+    return torch.stack(losses).sum()
 
 
 # ----------------------------------------------------------------------------------------------
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _mean(rows: Tensor, tokens: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
     """The mean of (B, L) numbers over real tokens; 0 with a graph where there are none."""
-    _check_tokens(rows, tokens, normalizer)
-    if tokens is None:
-        return rows.sum() / (max(rows.numel(), 1) if normalizer is None else normalizer)
-    count = tokens.sum().clamp(min=1) if normalizer is None else normalizer
-    return rows.where(tokens.bool(), 0.0).sum() / count
+    count = _count(rows, tokens, normalizer)
+    return (rows if tokens is None else rows.where(tokens.bool(), 0.0)).sum() / count
 
 
-def _kl(
-    student: Tensor,
-    teacher: Tensor,
-    seen: Tensor,
+def _row_scale(
+    student: AttentionStates,
+    teacher: AttentionStates,
     tokens: Tensor | None,
     normalizer: float | Tensor | None,
+    heads: int,
 ) -> Tensor:
-    """KL of (B, H, L, L) scores over the keys that are seen; mean over heads and real tokens."""
-    b, heads, length, _ = student.shape
-    _check_tokens(student[:, 0, :, 0], tokens, normalizer)
-    real = student.new_ones(b, length) if tokens is None else tokens.to(student.dtype)
-    count = real.sum().clamp(min=1) if normalizer is None else normalizer
-    return kd_loss(
-        student.masked_fill(~seen, -torch.inf),
-        teacher.detach().masked_fill(~seen, -torch.inf),
-        token_weights=real[:, None].expand(b, heads, length),
-        normalizer=count * heads,
-    )
+    """(B, L) what makes a sum over heads and tokens that mean."""
+    wider = torch.promote_types(student.query.dtype, teacher.query.dtype)
+    b, _, length, _ = student.query.shape
+    rows = student.query.new_ones(b, length, dtype=torch.promote_types(wider, torch.float32))
+    scale = rows / (_count(rows, tokens, normalizer) * heads)
+    return scale if tokens is None else scale.where(tokens.bool(), 0.0)
 
 
-def _relation(side: str, states: Tensor, heads: int) -> Tensor:
-    b, h, length, d = states.shape
+def _count(rows: Tensor, tokens: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
+    """What a sum over (B, L) numbers is divided by."""
+    _check_tokens(rows, tokens)
+    if normalizer is not None:
+        return divisor(rows, normalizer)
+    count = torch.ones_like(rows) if tokens is None else tokens.bool()
+    return count.sum().clamp(min=1).to(rows.dtype)
+
+
+def _relation(side: str, states: AttentionStates, name: str, heads: int) -> AttentionStates:
+    """Relation heads of queries, keys or values, as attention to themselves."""
+    parts = states.repeated(name)
+    b, h, length, d = parts.shape
     if (h * d) % heads:
         raise ValueError(
             f"heads={heads} does not divide the {side}'s {h} x {d} entries: expected a number that "
             "divides both sides' widths."
         )
-    split = states.transpose(1, 2).reshape(b, length, heads, h * d // heads).transpose(1, 2)
-    return _wide(split @ split.transpose(-1, -2)) * split.shape[-1] ** -0.5
+    split = parts.transpose(1, 2).reshape(b, length, heads, h * d // heads).transpose(1, 2)
+    mask = None if states.mask is None else states.mask[:, :1]
+    return AttentionStates(split, split, split, None, mask, states.causal)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -267,10 +214,8 @@ def _check_hidden(student: Tensor, teacher: Tensor, remedy: str) -> None:
         )
 
 
-def _check_tokens(rows: Tensor, tokens: Tensor | None, normalizer: float | Tensor | None) -> None:
+def _check_tokens(rows: Tensor, tokens: Tensor | None) -> None:
     """Against one number per token, (B, L)."""
-    if normalizer is not None:
-        check_normalizer(normalizer)
     if tokens is None:
         return
     check_tensor("tokens", tokens)

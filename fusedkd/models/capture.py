@@ -19,12 +19,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import TransformersKwargs
 
 from fusedkd.features import AttentionStates
 from fusedkd.models.layers import depth
 
 _NAME = "fusedkd_sdpa"
-_UNSEEN = ("position_bias", "s_aux")  # change scores in ways that are not written down here
+# Tensors that attention may be handed and that change no score: transformers' own, and what passes
+# through. Others (sinks, a position bias, chosen keys) may, and are not written down here.
+_HARMLESS = {
+    *TransformersKwargs.__annotations__,
+    *("cache_position", "cu_seqlens", "hidden_states", "shift_labels"),
+}
 
 
 @dataclass
@@ -50,10 +56,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if (records := _records.get()) is not None:
-        if named := [name for name in _UNSEEN if kwargs.get(name) is not None]:
+        others = (name for name, x in kwargs.items() if isinstance(x, Tensor))
+        if named := [name for name in others if name not in _HARMLESS]:
             raise ValueError(
-                f"{type(module).__name__} changes its scores by {named[0]}: attention terms are "
-                "not available for this model; hidden-state terms are."
+                f"{type(module).__name__} gives its attention {named[0]}, which may change the "
+                "scores: attention terms are not available for this model; hidden-state terms are."
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         records.append(AttentionStates(query, key, value, scaling, attention_mask, causal))

@@ -12,6 +12,7 @@ import processes
 import pytest
 import torch
 import transformers as tf
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,11 +27,13 @@ from fusedkd.train import (
     objective,
 )
 from fusedkd.train.schedules import parse_schedules
+from fusedkd.train.term_set import TermSet
 from fusedkd.train.terms import parse_term
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 V = 61
+RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {
     "vocab_size": V,
     "hidden_size": 16,
@@ -223,6 +226,67 @@ def test_terms_alone_compute_no_vocabulary(tmp_path: Path) -> None:
     assert set(sizes) == {0} and "kd" not in first
     assert first["loss"] == pytest.approx(first["hidden_mse"], rel=1e-5)
     assert second["hidden_mse"] < first["hidden_mse"]
+
+
+@pytest.mark.parametrize("recipe", ["tinybert_general", "tinybert_task", "minilm"])
+def test_a_recipe_s_attention_terms_are_its_paper_s(recipe: str) -> None:
+    """From what BERT's projections give, in plain torch and fp64, and all scores at once."""
+    sizes = {"hidden_size": 24, "num_attention_heads": 2}
+    if recipe == "minilm":  # whose relation heads are 12 on either side, whatever the models'
+        sizes["num_attention_heads"] = 4
+    student = build("bert", 1, hidden_size=12, num_attention_heads=2).double().eval()
+    teacher = build("bert", 2, layers=4, **sizes).double().eval()
+    text = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["terms"][0]
+    terms, inputs = TermSet([text]), {**batch(rows())}
+    del inputs["labels"]
+    real = inputs["attention_mask"] == 1
+    terms.attach(student, teacher)
+    held, seen = [], []
+    for model in (student, teacher):
+        states: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
+        for name, module in model.named_modules():
+            if (last := name.rsplit(".", 1)[-1]) in states:
+                module.register_forward_hook(lambda m, a, out, to=states[last]: to.append(out))
+        with terms.watch(model) as captured:
+            model(**inputs)
+        held.append(states)
+        seen.append(captured)
+    (name,) = terms.terms
+    loss = terms.terms[name](*seen, real, None)
+
+    def scores(left: Tensor, right: Tensor, heads: int) -> Tensor:
+        """Of (B, L, D); the lowest where a key is padding."""
+        x, y = (s.unflatten(-1, (heads, -1)).transpose(1, 2) for s in (left, right))
+        every = x @ y.transpose(-1, -2) / x.shape[-1] ** 0.5
+        return every.masked_fill(~real[:, None, None], -1e30)
+
+    expected = []
+    if name == "attention_mse":  # of layers 1 and 2 with 2 and 4, in rows less their mean
+        for ours, theirs in ((0, 1), (1, 3)):
+            s, t = (
+                scores(x["query"][i], x["key"][i], 2)
+                for x, i in zip(held, (ours, theirs), strict=True)
+            )
+            gap = (s - t).where(real[:, None, None], 0.0)
+            count = real.sum(-1)[:, None, None, None]
+            gap = (gap - gap.sum(-1, keepdim=True) / count).where(real[:, None, None], 0.0)
+            expected.append((gap.square().sum(-1) / count[..., 0]).mean(1)[real].mean())
+    else:
+        for part in ("query", "key", "value"):
+            lq, lp = (scores(x[part][-1], x[part][-1], 12).log_softmax(-1) for x in held)
+            gap = (lp.exp() * (lp - lq)).where(real[:, None, None], 0.0)
+            expected.append(gap.sum(-1).mean(1)[real].mean())
+    whole = torch.stack(expected).sum()
+    torch.testing.assert_close(loss, whole, rtol=1e-9, atol=0)
+    weights = [p for n, p in student.named_parameters() if "attention.self" in n]
+    found, wanted = (
+        torch.autograd.grad(
+            x, weights, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        for x in (loss, whole)
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-14)
 
 
 # ---- the teacher, the checkpoint, the exported student -----------------------------------------
