@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint test-slow test-zero test-vllm test-ray test-avx512 test-sanitize wheel wheel-test sdist-test hub-kernel bench evidence gpu clean
+.PHONY: help setup demo test lint docs test-slow test-zero test-vllm test-ray test-avx512 test-sanitize wheel wheel-test sdist-test hub-kernel bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
 	@echo "make demo        distil a small decoder on real text into outputs/demo/ (about 6 minutes)"
 	@echo "make test        lint, types, all tests that need no GPU, and the built wheel"
+	@echo "make docs        the site in build/site, looked at in a browser where there is one"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make test-zero   models that DeepSpeed's ZeRO-3 shards, after installing DeepSpeed"
 	@echo "make test-vllm   a teacher that a real vLLM serves, after installing it in build/ (3.5 GB)"
@@ -52,8 +53,14 @@ $(KERNELS):
 
 # One thread a process: where two share the cores, two threads wait for each other at every product.
 test: lint $(KERNELS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not site" -n 2 --dist loadfile
 	$(MAKE) wheel-test
+
+# Strictly: a link that leads nowhere, or a page that the menu lacks, is an error. fusedkd is there, so
+# that pip installs what the extra names alone.
+docs: setup
+	$(BIN)/python -m pip install -q -c constraints.txt "fusedkd[docs]"
+	$(BIN)/python -m pytest -m site tests/site
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -91,6 +91,7 @@ def uld(student: Any, teacher: Aligned, targets: Targets) -> Tensor:
     """The distances of the step's spans by the number of its labels, as the other objectives."""
     there = teacher.student_spans[..., 0] >= 0
     ours = merged(student, teacher.student_spans, targets.labels)
+    assert isinstance(teacher.side, LMHead)
     with torch.no_grad():
         theirs = merged(teacher.side, teacher.teacher_spans, teacher.labels)
     width = max(ours.shape[-1], theirs.shape[-1])

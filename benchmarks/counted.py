@@ -1,7 +1,7 @@
 """What the row kernels issue for an entry, and the share of the copy bandwidth that this allows.
 
     python -m benchmarks.counted             # every divergence, dense bf16 rows
-    python -m benchmarks.counted --readme    # ... and write the README's table of it
+    python -m benchmarks.counted --write     # ... and write the table of docs/performance.md
     python -m benchmarks.counted --own       # formulas of one's own, beside the built-in ones
     python -m benchmarks.counted --divergences token_log_probs      # ... and top_k
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 # by absolute names, as in resources.py
 from fusedkd import divergences
-from fusedkd.benchmarks import machine_code, own, readme, resources, sass
+from fusedkd.benchmarks import machine_code, own, page, resources, sass
 from fusedkd.benchmarks.kernel_jobs import DTYPES, TOKEN_KERNELS, Job
 from fusedkd.benchmarks.roofline import GPUS, VOCAB, Counts, share
 from fusedkd.kernels.triton import config, launches
@@ -125,7 +125,7 @@ INTRODUCTION = """\
 T = 2: what the kernels compiled for sm_90 issue, the share of the copy bandwidth that a model
 allows them, and what keeps it from being more. "Joint": four programs a row that wait for one
 another (`launches.JOINT`), which is no default before it has run on a GPU.
-`python -m benchmarks.counted --readme` wrote this; `benchmarks/roofline.py` says what the model
+`python -m benchmarks.counted --write` wrote this; `benchmarks/roofline.py` says what the model
 leaves out.
 
 """
@@ -142,7 +142,7 @@ def line(name: str, dtype: str, counted: Counts) -> str:
 
 
 def markdown(table: dict[str, Counts]) -> str:
-    """The README's, until a GPU was at hand; of each divergence both ways."""
+    """The performance page's, until a GPU was at hand; of each divergence both ways."""
     rows = [
         f"| `{name}` | {c.instructions:.0f} | {c.special:.1f} | "
         + " | ".join(_share(x, gpu) for gpu in GPUS for x in (c, table[f"{name} joint"]))
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     names = [*divergences.names(), TOKENS]
     parser.add_argument("--divergences", nargs="+", choices=names, help="these alone")
-    parser.add_argument("--readme", action="store_true", help="write the README's table")
+    parser.add_argument("--write", action="store_true", help=f"write the table of {page.PAGE}")
     parser.add_argument("--own", action="store_true", help="formulas of one's own")
     arguments = parser.parse_args()
     if arguments.own:
@@ -196,8 +196,8 @@ def main() -> int:
         for label, joint in ((name, False), (f"{name} joint", True)):
             table[label] = counts(name, arguments.dtype, joint=joint)
             print(line(label, arguments.dtype, table[label]), flush=True)
-    if arguments.readme:
-        readme.replace(markdown(table))
+    if arguments.write:
+        page.replace(markdown(table))
     return 0
 
 

@@ -84,10 +84,6 @@ class AttentionStates:
         times = self.query.shape[1] // states.shape[1]
         return states if times == 1 else states.repeat_interleave(times, dim=1)
 
-    def to(self, dtype: torch.dtype) -> AttentionStates:
-        """Queries and keys in ``dtype``."""
-        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype))
-
     def part(self, block: Block) -> AttentionStates:
         """Some sequences, heads and queries, with all keys, of as many heads; no values."""
         b, h, rows = block
@@ -236,32 +232,60 @@ def _in_chunks(inputs: Inputs, how: How) -> list[Tensor]:
     compare, backend = LOSSES[how.loss], backends.resolve(None, inputs.query.device)
     d_query, d_key, d_mask = made = _gradients(inputs, how)
     d_key = d_query if inputs.key is None else d_key
+    dtype, room = inputs.row_scale.dtype, _Room(inputs.row_scale.device)
     total = inputs.row_scale.new_zeros((), dtype=torch.float64)
-    memory: Tensor | None = None  # of all chunks: anew for each, a process comes to hold twice that
     for block in _blocks(student.query, student.key):
         b, h, rows = block
         ours, theirs = student.part(block), teacher.part(block)
         scale = inputs.row_scale[b, None, rows]
-        seen = ours.pairs() & theirs.pairs() & (scale != 0)[..., None]
+        none = (scale == 0)[..., None]
+        pairs = ours.pairs(), theirs.pairs()
+        shape = torch.broadcast_shapes(none.shape, *(x.shape for x in pairs))
+        hidden = room("pairs", shape, torch.bool)
+        hidden.copy_(none).logical_not_()
+        for seen in pairs:
+            hidden &= seen
+        hidden.logical_not_()
+        # what is not compared may be no number, and 0 times it none
+        query = room.copy("query", ours.query, dtype).masked_fill_(none, 0.0)
+        key = room.copy("key", ours.key, dtype).masked_fill_(hidden.all(-2)[..., None], 0.0)
+        others = [room.copy(f"teacher's {x}", getattr(theirs, x), dtype) for x in ("query", "key")]
         if not how.biased:
             ours, theirs = replace(ours, mask=None), replace(theirs, mask=None)
-        # what is not compared may be no number, and 0 times it none
-        query = ours.query.to(scale.dtype).where((scale != 0)[..., None], 0.0)
-        key = ours.key.to(scale.dtype).where(seen.any(-2)[..., None], 0.0)
         shape = (*query.shape[:3], key.shape[2])
-        if memory is None:  # the first chunk is the largest
-            memory = query.new_empty(2, math.prod(shape))
-        room = memory[:, : math.prod(shape)].view(2, *shape)
-        grad = replace(ours, query=query, key=key).scores(room[0])  # scores, until compared
-        total += compare(grad, theirs.to(scale.dtype).scores(room[1]), seen, scale, backend)
+        grad = replace(ours, query=query, key=key).scores(room("student", shape, dtype))
+        theirs = replace(theirs, query=others[0], key=others[1])
+        compared = grad, theirs.scores(room("teacher", shape, dtype))
+        total += compare(*compared, hidden, scale, backend)  # scores become their gradient
         if d_query is not None:
-            d_query[b, h, rows] += grad @ (key * ours.factor)
+            part = torch.matmul(grad, key, out=room("d_query", query.shape, dtype))
+            d_query[b, h, rows].add_(part, alpha=ours.factor)
         if d_key is not None:
-            d_key[b, h] += grad.transpose(-1, -2) @ (query * ours.factor)
+            part = torch.matmul(grad.mT, query, out=room("d_key", key.shape, dtype))
+            d_key[b, h].add_(part, alpha=ours.factor)
         if d_mask is not None:
             part = d_mask[_within(d_mask, block)][..., : grad.shape[-1]]
             part += grad.sum_to_size(part.shape)
-    return [total.to(inputs.row_scale.dtype), *(x for x in made if x is not None)]
+    return [total.to(dtype), *(x for x in made if x is not None)]
+
+
+class _Room:
+    """Memory that all chunks share, the first of which is the largest. Made anew for each, glibc
+    before 2.38 finds it no room where the last one's was, and a process comes to hold many times
+    as much."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pieces: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.pieces:
+            self.pieces[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return self.pieces[name][:size].view(shape)
+
+    def copy(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self(name, x.shape, dtype).copy_(x)
 
 
 def _gradients(inputs: Inputs, how: How) -> list[Tensor | None]:
@@ -300,26 +324,27 @@ def wide(x: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------
 # Of scores (b, h, n, K) the rows' losses, each times its scale (b, 1, n), added up, over the keys
-# (b or 1, 1 or h, n, K) that are seen. The student's become their gradient; the teacher's are lost.
+# (b or 1, 1 or h, n, K) that are not hidden. The student's become their gradient, the teacher's are
+# lost.
 
 
 def _mse(
-    s: Tensor, t: Tensor, seen: Tensor, scale: Tensor, backend: ModuleType, center: bool = False
+    s: Tensor, t: Tensor, hidden: Tensor, scale: Tensor, backend: ModuleType, center: bool = False
 ) -> Tensor:
     """Mean squared gap; ``center``: less the row's mean gap."""
-    count = seen.sum(-1, keepdim=True).clamp(min=1)
-    gap = s.sub_(t).masked_fill_(~seen, 0.0)
+    count = (s.shape[-1] - hidden.sum(-1, keepdim=True)).clamp(min=1)
+    gap = s.sub_(t).masked_fill_(hidden, 0.0)
     if center:
-        gap.sub_(gap.sum(-1, keepdim=True) / count).masked_fill_(~seen, 0.0)
+        gap.sub_(gap.sum(-1, keepdim=True) / count).masked_fill_(hidden, 0.0)
     factor = scale[..., None] / count
     loss = torch.mul(gap, gap, out=t).sum(-1, keepdim=True) * factor
     gap.mul_(2 * factor)  # of centred gaps, too: they add up to 0
     return loss.sum(dtype=torch.float64)
 
 
-def _kl(s: Tensor, t: Tensor, seen: Tensor, scale: Tensor, backend: ModuleType) -> Tensor:
+def _kl(s: Tensor, t: Tensor, hidden: Tensor, scale: Tensor, backend: ModuleType) -> Tensor:
     """KL of the softmaxes: the rows' own kernel, with the keys as vocabulary."""
-    student, teacher = (x.masked_fill_(~seen, -torch.inf).view(1, -1, x.shape[-1]) for x in (s, t))
+    student, teacher = (x.masked_fill_(hidden, -torch.inf).view(1, -1, x.shape[-1]) for x in (s, t))
     call = RowCall(
         student,
         teacher,

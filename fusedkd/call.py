@@ -48,6 +48,7 @@ class Arguments(NamedTuple):
     scale_by_t2: bool
     ignore_index: int
     label_smoothing: float
+    z_loss_weight: float
     token_weights: Tensor | None
     reduction: str
     normalizer: float | Tensor | None
@@ -73,6 +74,7 @@ class Arguments(NamedTuple):
             scale_by_t2=self.scale_by_t2,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            z_loss_weight=self.z_loss_weight,
             reduction=self.reduction,
             student_transform=student,
             teacher_transform=teacher,

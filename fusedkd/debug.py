@@ -28,10 +28,12 @@ def show(
         teacher = form or _side(inputs.teacher, inputs.teacher_weight)
     gradients = [name for name, wanted in plan.wanted._asdict().items() if wanted]
     rule = "" if spec.row_rule is None else f"{spec.row_rule!r} x "
+    z_loss = f" + {spec.z_loss_weight:g} x lse^2" if spec.z_loss_weight else ""
     lines = [
         f"student {student}; teacher {teacher}; vocabulary {spec.vocab_size:,}",
         f"{spec.kd_scale:g} x {rule}{spec.divergence!r} at T = {spec.temperature:g} (teacher "
-        f"{spec.teacher_temperature:g}) + {spec.ce_weight:g} x CE; reduction {spec.reduction}",
+        f"{spec.teacher_temperature:g}) + {spec.ce_weight:g} x CE{z_loss}; "
+        f"reduction {spec.reduction}",
         f"{_backend(backend)} on {inputs.row_scale.device}; wanted: {', '.join(gradients) or '-'}",
         f"{rows:,} of {total:,} tokens; logits of {cut.logits:,} at a time, gradient of "
         f"{cut.gradient:,}, in {cut.bytes:,} bytes",

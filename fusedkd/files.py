@@ -97,6 +97,19 @@ def new_folder(path: Path) -> Iterator[Path]:
                 place.rmdir()
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A place to write a folder's files to; when all of them are written it takes the place of
+    ``path``, whatever that held. Nobody finds half of them."""
+    staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield staged
+        shutil.rmtree(path, ignore_errors=True)
+        staged.rename(path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
 def is_vacant(path: Path) -> bool:
     """Whether a folder holds nothing, but for what a killed :func:`new_folder` has left."""
     return all(_STAGED.fullmatch(entry.name) and is_folder(entry) for entry in path.iterdir())

@@ -59,6 +59,7 @@ def kd_loss(
     scale_by_t2: bool = True,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
     token_weights: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -70,7 +71,8 @@ def kd_loss(
     group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Knowledge-distillation loss ``kd_weight * T^2 * D(p, q) + ce_weight * CE``, fused.
+    """Knowledge-distillation loss ``kd_weight * T^2 * D(p, q) + ce_weight * CE + z_loss_weight *
+    lse^2``, fused.
 
     p is the teacher's softmax, q the student's, over the vocabulary; D is ``divergence``. With
     forward KL this is the loss of Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), sec. 2. Either
@@ -81,7 +83,7 @@ def kd_loss(
     Args:
         student: logits (..., V), fp64, fp32, bf16 or fp16, or a head. Has the gradient.
         teacher: logits (..., V), a head or a SparseTeacher, same leading shape, without a gradient.
-            None with ``kd_weight=0``: cross-entropy alone.
+            None with ``kd_weight=0``: cross-entropy and z-loss alone.
         labels: (...,) int64, aligned with the logits (nothing is shifted here).
         divergence: a name, such as ``"jsd"`` or ``"jsd(beta=0.3)"``, or an object of
             :mod:`fusedkd.divergences`.
@@ -95,6 +97,9 @@ def kd_loss(
             does not depend on T (Hinton et al. 2015, end of sec. 2).
         ignore_index: tokens with this label do not count, in any term.
         label_smoothing: of the cross-entropy, as in ``torch.nn.functional.cross_entropy``.
+        z_loss_weight: of the square of the logsumexp of the student's logits, at T = 1 and after
+            scale and softcap, which keeps logits from drifting (PaLM, arXiv 2204.02311, sec. 5,
+            has 1e-4). Of the tokens that count, with labels or without, and with any teacher.
         token_weights: (...,) finite and not negative, without a gradient; multiplies the token's
             whole loss; 0 drops the token.
         reduction: "mean" is the weighted mean over counted tokens, "sum" the weighted sum, "none"
@@ -108,8 +113,8 @@ def kd_loss(
             number once (not while a CUDA graph is captured: then all rows are multiplied). Has no
             effect on logits.
         row_rule: a factor on each token's divergence and its gradient, a constant made of entropies
-            and the like: :func:`fusedkd.row_rules.custom`. Has no effect on cross-entropy, on
-            metrics, nor on what "mean" divides by.
+            and the like: :func:`fusedkd.row_rules.custom`. Has no effect on cross-entropy, z-loss
+            and metrics, nor on what "mean" divides by.
         vocab_size: the true vocabulary. Columns beyond it are padding on both sides: they have no
             probability, and their gradient is 0.
         inplace: dense student logits only: write their gradient into their own memory, which no
@@ -148,6 +153,7 @@ def kd_loss(
             scale_by_t2=scale_by_t2,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            z_loss_weight=z_loss_weight,
             token_weights=token_weights,
             reduction=reduction,
             normalizer=normalizer,

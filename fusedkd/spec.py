@@ -56,6 +56,7 @@ class LossSpec(NamedTuple):
     scale_by_t2: bool = True
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    z_loss_weight: float = 0.0
     reduction: str = "mean"
     student_transform: Transform = IDENTITY
     teacher_transform: Transform = IDENTITY
@@ -78,6 +79,7 @@ class LossSpec(NamedTuple):
         check_temperature("teacher_temperature", self.teacher_temperature)
         check_weight("kd_weight", self.kd_weight)
         check_weight("ce_weight", self.ce_weight)
+        check_weight("z_loss_weight", self.z_loss_weight)
         if not is_finite(self.label_smoothing) or not 0 <= self.label_smoothing <= 1:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing!r}: expected a Python number in [0, 1]."

@@ -18,7 +18,10 @@ from fusedkd.spec import METRIC_COLUMNS, LossSpec, Transform
 
 # What reaches the op in one tensor; the transforms, the divergence's parameters and the row rule's
 # follow.
-NUMBERS = ("temperature", "teacher_temperature", "kd_weight", "ce_weight", "label_smoothing")
+NUMBERS = (
+    *("temperature", "teacher_temperature", "kd_weight", "ce_weight", "label_smoothing"),
+    "z_loss_weight",
+)
 # What reaches it by name, and is part of the graph.
 SPEC = ("vocab_size", "scale_by_t2", "ignore_index", "reduction")
 PLAN = ("backend", "tail", "chunk_bytes", "num_counted", "autocast")
@@ -129,9 +132,9 @@ def dispatch(inputs: Inputs, spec: LossSpec, plan: Plan) -> list[Tensor]:
 
 
 def _packed(spec: LossSpec, like: Tensor) -> Tensor:
-    """(9 + all parameters,) fp64 in the host's memory. A product with a tensor is what dynamo keeps
-    symbolic: a number passed as such, or in a list, is burnt into the graph, and a schedule of
-    temperatures recompiles until dynamo gives up."""
+    """(10 + all parameters,) fp64 in the host's memory. A product with a tensor is what dynamo
+    keeps symbolic: a number passed as such, or in a list, is burnt into the graph, and a schedule
+    of temperatures recompiles until dynamo gives up."""
     numbers = [getattr(spec, name) for name in NUMBERS]
     numbers += [*spec.student_transform, *spec.teacher_transform, *spec.divergence.params]
     numbers += () if spec.row_rule is None else spec.row_rule.params

@@ -8,10 +8,11 @@ One verb is all that a loss needs, on rows that are whole:
 **A row.** With p the teacher's softmax at ``spec.teacher_temperature`` and q the student's at
 ``spec.temperature``, both after the transforms of ``spec`` and over ``spec.vocab_size`` entries,
 
-    loss = row_scale * (kd_scale * D(p, q) + ce_weight * CE)
+    loss = row_scale * (kd_scale * D(p, q) + ce_weight * CE + z_loss_weight * lse^2)
 
 A term whose factor is 0 is left out (0 * inf does not arise). CE is torch's, at T = 1, with
-``label_smoothing``. Where ``kd_scale`` is not 0 ``spec.row_rule`` is one more factor on D, a
+``label_smoothing``; lse is the logsumexp of the student's logits, at T = 1, and NaN where there is
+none above -inf. Where ``kd_scale`` is not 0 ``spec.row_rule`` is one more factor on D, a
 constant made of the row's statistics (:mod:`fusedkd.row_rules`), NaN where D is; metrics are
 without it. Rows of ``row_scale`` 0 do not count: nothing of them is read, their loss, metrics and
 gradient are 0 even if they hold NaN. The gradient is d loss / d student, rounded once to its own

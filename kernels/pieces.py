@@ -258,6 +258,8 @@ def finish(call: RowCall, statistics: Tensor, comparison: Comparison | None) -> 
         loss = loss + torch.where(kd_scale == 0, 0.0, kd_scale * kd)
     if spec.ce_weight:
         loss = loss + spec.ce_weight * ce
+    if spec.z_loss_weight:
+        loss = loss + spec.z_loss_weight * _log_unit(of) ** 2
     counts = call.row_scale != 0
     results.loss.copy_(torch.where(counts, loss * call.row_scale, 0.0))
     if results.metrics is not None:
@@ -297,11 +299,16 @@ def _log_p_tail(teacher: SparseRows, known: _Normalised) -> Tensor:
     return lp.masked_fill(noise, -INF)
 
 
+def _log_unit(of: Statistics) -> Tensor:
+    """(N,) logsumexp at T = 1."""
+    return of.unit_exponent * math.log(2) + of.unit_sum.log()
+
+
 def _cross_entropy(call: RowCall, of: Statistics) -> Tensor:
     if call.labels is None:
         return torch.full_like(of.label, math.nan)
     smoothing = call.spec.label_smoothing
-    ce = of.unit_exponent * math.log(2) + of.unit_sum.log() - (1 - smoothing) * of.label
+    ce = _log_unit(of) - (1 - smoothing) * of.label
     return ce - smoothing * of.mean if smoothing else ce  # the mean of a masked row is -inf
 
 
@@ -328,10 +335,13 @@ def _write_gradient(
     grad = torch.zeros_like(s)
     if slopes is not None:
         grad = (kd_scale / spec.temperature)[:, None] * slopes
+    if spec.ce_weight or spec.z_loss_weight:
+        q = _log_softmax(s, of.student_max, of.unit_exponent, of.unit_sum, 1.0).exp()
+        of_z = 2 * spec.z_loss_weight * _log_unit(of) if spec.z_loss_weight else 0 * of.label
+        grad = grad + (spec.ce_weight + of_z)[:, None] * q
     if spec.ce_weight:
         owned, label = _label(call, s)
-        q = _log_softmax(s, of.student_max, of.unit_exponent, of.unit_sum, 1.0).exp()
-        gap = q - spec.label_smoothing / spec.vocab_size
+        gap = torch.full_like(s, -spec.label_smoothing / spec.vocab_size)
         gap = gap.scatter_add(1, label, owned.to(gap) * (spec.label_smoothing - 1))
         grad = grad + spec.ce_weight * gap
     by_raw: Tensor | float = spec.student_transform.scale

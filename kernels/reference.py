@@ -78,6 +78,8 @@ def rows(call: RowCall) -> Rows:
             loss = loss + spec.kd_scale * _ruled(kd, entropies, log_q, pair, labels, spec)
         if spec.ce_weight:
             loss = loss + spec.ce_weight * ce
+        if spec.z_loss_weight:
+            loss = loss + spec.z_loss_weight * s.logsumexp(-1) ** 2
         loss = loss * call.row_scale[counted]
         if call.grad is not None:
             _write_gradient(call.grad, loss, raw, counted)

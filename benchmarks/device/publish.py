@@ -1,9 +1,9 @@
-"""A visit's report into the repository: results, the README's tables, a plot.
+"""A visit's report into the repository: results, tables of the performance page, a plot.
 
     python -m benchmarks.device.publish outputs/gpu
 
-Writes benchmarks/results/GPU.json, docs/speed-gpu.png and the part of README.md between its "gpu"
-marks. Good numbers and bad ones: every bar of the project is shown with what was reached.
+Writes benchmarks/results/GPU.json, docs/speed-gpu.png and what lies between the "gpu" marks of
+docs/performance.md. Good numbers and bad ones: every bar is shown with what was reached.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # by absolute names, so that it runs as `python -m benchmarks.device.publish` too
-from fusedkd.benchmarks import machine, readme
+from fusedkd.benchmarks import machine, page
 from fusedkd.benchmarks.device import place
 from fusedkd.benchmarks.device.journal import Item
 from fusedkd.benchmarks.device.table import Items
@@ -91,7 +91,7 @@ def items_of(report: dict[str, Any], step: str) -> Items:
 
 def markdown(report: dict[str, Any]) -> str:
     parts = [_introduction(report), _shares(report), _heads(report), _peers(report), _bars(report)]
-    parts.append(f"![share of the copy bandwidth, measured and by the model]({PLOT})")
+    parts.append(f"![share of the copy bandwidth, measured and by the model]({Path(PLOT).name})")
     return "\n\n".join(filter(None, parts))
 
 
@@ -199,8 +199,8 @@ def publish(folder: Path, root: Path) -> list[Path]:
     results = root / "benchmarks/results" / f"{name}.json"
     write_json(results, report)
     plot(report, root / PLOT)
-    readme.replace(markdown(report), root)
-    return [results, root / PLOT, root / "README.md"]
+    page.replace(markdown(report), root)
+    return [results, root / PLOT, root / page.PAGE]
 
 
 def main() -> int:
@@ -209,7 +209,7 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="the visit's --out")
     arguments = parser.parse_args()
-    print(*publish(arguments.folder, readme.ROOT), sep="\n")
+    print(*publish(arguments.folder, page.ROOT), sep="\n")
     return 0
 
 

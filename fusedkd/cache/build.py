@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedkd.cache.actual import ActualLayout, actual_log_probs
 from fusedkd.cache.errors import CacheError
 from fusedkd.cache.head import SavedHead
 from fusedkd.cache.hidden import HiddenLayout
@@ -183,9 +184,12 @@ def _rows(
     done = 0
     for batch in _batches(sequences, batch_size):
         with torch.inference_mode():
-            answers = answer(torch.as_tensor(np.stack(batch)))
+            given = torch.as_tensor(np.stack(batch))
+            answers = answer(given)
             if isinstance(layout, HiddenLayout):
                 yield from map(layout.encode_states, _hidden(answers))
+            elif isinstance(layout, ActualLayout):
+                yield from map(layout.encode_log_probs, actual_log_probs(answers, given))
             else:
                 yield from map(
                     layout.encode, summarize(answers, layout, keys[done : done + len(batch)])

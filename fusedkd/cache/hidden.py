@@ -33,8 +33,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusedkd.cache.actual import ActualLayout
 from fusedkd.cache.errors import CacheError
 from fusedkd.cache.layout import Columns, Layout
+from fusedkd.cache.policy import ACTUAL
 
 GROUP = 64
 
@@ -113,7 +115,9 @@ def layout_of(policy: Any, vocab_size: int, temperatures: tuple[float, ...]) -> 
     Raises:
         CacheError: as :class:`Layout`.
     """
-    kind = HiddenLayout if policy.hidden else Layout
+    if policy.hidden:
+        return HiddenLayout(policy, vocab_size, temperatures)
+    kind = ActualLayout if policy.kind == ACTUAL else Layout
     return kind(policy, vocab_size, temperatures)
 
 

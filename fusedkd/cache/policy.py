@@ -15,6 +15,7 @@ from fusedkd.divergences import Divergence
 MOST_ENTRIES = 4096  # per token
 MOST_STATES = 2**20
 HIDDEN = ("bf16", "int8")
+ACTUAL = "actual"
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Policy:
         kind: ``"top"`` keeps the most probable entries and the mass of all others; ``"sample"``
             keeps ``k`` ids drawn from the distribution (Anshumann et al. 2025, arXiv 2503.16870),
             systematically: an id of probability p is there k p times, rounded up or down at random;
-            ``"bf16"`` and ``"int8"`` keep the hidden states that the head turns into logits.
+            ``"bf16"`` and ``"int8"`` keep the hidden states that the head turns into logits;
+            ``"actual"`` keeps the log-probability of the token that is there, and no other.
         k: the most entries that a token keeps, or the number of draws; 1 to 4096. Of hidden states:
-            how many numbers they are.
+            how many numbers they are. With ``"actual"`` 1.
         top_p: keep no more of the ``k`` than reach this probability together, in (0, 1]; None
             keeps all of them. At T = 1, whatever the temperatures.
 
@@ -40,11 +42,15 @@ class Policy:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("top", "sample", *HIDDEN):
+        if self.kind not in ("top", "sample", ACTUAL, *HIDDEN):
             raise CacheError(
-                f"policy {short(self.kind)}: expected 'top' or 'sample', or of hidden states "
-                "'bf16' or 'int8'."
+                f"policy {short(self.kind)}: expected 'actual', 'top' or 'sample', or of hidden "
+                "states 'bf16' or 'int8'."
             )
+        if self.kind == ACTUAL:
+            if type(self.k) is not int or self.k != 1 or self.top_p is not None:
+                raise CacheError(f"--actual of {short(self.k)}: expected 1 number a token.")
+            return
         if self.hidden:
             if type(self.k) is not int or not 1 <= self.k <= MOST_STATES or self.top_p is not None:
                 raise CacheError(f"--hidden of {short(self.k)}: expected 1 to {MOST_STATES}.")
@@ -67,6 +73,7 @@ class Policy:
         sample: int | None = None,
         hidden: str | None = None,
         temperatures: Sequence[float] = (1.0,),
+        actual: bool = False,
     ) -> Policy:
         """The one of these that is given; top 64 where none is. Of hidden states ``k`` is 1, until
         the teacher tells how many numbers they are, and all temperatures can be made of them.
@@ -74,8 +81,15 @@ class Policy:
         Raises:
             CacheError: two that contradict each other, or as the policy.
         """
+        others = any(x is not None for x in (top_k, top_p, sample))
+        if actual:
+            if others or hidden is not None:
+                raise CacheError(
+                    "--actual keeps one number a token: expected no --top-k, --top-p, --sample or "
+                    "--hidden."
+                )
+            return cls(ACTUAL, 1)
         if hidden is not None:
-            others = any(x is not None for x in (top_k, top_p, sample))
             if others or tuple(temperatures) != (1.0,):
                 raise CacheError(
                     "--hidden keeps what every entry and every temperature can be made of: "
@@ -96,6 +110,8 @@ class Policy:
     def __str__(self) -> str:
         if self.hidden:
             return f"hidden states, {self.k} in {self.kind}"
+        if self.kind == ACTUAL:
+            return "the actual token's log-probability"
         if self.kind == "sample":
             return f"{self.k} draws"
         cut = "" if self.top_p is None else f", as many as reach p = {self.top_p:g}"

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fusedkd.cache.actual import ActualLayout
 from fusedkd.cache.batches import on, teacher_of
 from fusedkd.cache.build import build
 from fusedkd.cache.errors import CacheError, Damaged
@@ -77,6 +78,7 @@ class TeacherCache:
         top_p: float | None = None,
         sample: int | None = None,
         hidden: str | None = None,
+        actual: bool = False,
         temperatures: Sequence[float] = (1.0,),
         vocab_size: int | None = None,
         batch_size: int = 8,
@@ -96,7 +98,7 @@ class TeacherCache:
             rows: lists or tensors of token ids without padding; rows that have ``input_ids`` (a
                 data set) and perhaps an ``attention_mask``; or a batch of these, as a tokenizer
                 gives it.
-            top_k, top_p, sample, hidden: what is kept of a token, see
+            top_k, top_p, sample, hidden, actual: what is kept of a token, see
                 :class:`~fusedkd.cache.policy.Policy`: by default the 64 most probable entries.
                 ``hidden`` is ``"bf16"`` or ``"int8"``.
             temperatures: to serve; hidden states serve all.
@@ -116,7 +118,7 @@ class TeacherCache:
         run = LiveTeacher(teacher.eval())
         job = job_of(
             *(run, tokenizer, sequences_of(rows)),
-            Policy.of(top_k, top_p, sample, hidden, temperatures),
+            Policy.of(top_k, top_p, sample, hidden, temperatures, actual),
             tuple(map(float, temperatures)),
             name=getattr(teacher, "name_or_path", "") or type(teacher).__name__,
             vocab_size=vocab_size,
@@ -142,6 +144,39 @@ class TeacherCache:
         """Whether it holds hidden states, so that :meth:`states` is to be called, and not
         :meth:`get`."""
         return isinstance(self.layout, HiddenLayout)
+
+    @property
+    def actual(self) -> bool:
+        """Whether it holds the log-probabilities of the tokens that are there and no distribution,
+        so that :meth:`log_probs` is to be called, and not :meth:`get`."""
+        return isinstance(self.layout, ActualLayout)
+
+    def log_probs_of(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
+        """(L,) fp32 each: number n is the log-probability of token n + 1 of the sequence, which has
+        no padding, given those up to n; the last is 0.
+
+        Raises:
+            CacheError: a sequence is not in the cache, or it holds something else.
+            Damaged: its shard is not what was written.
+        """
+        if not self.actual:
+            raise CacheError(
+                f"the cache {self.folder} keeps {self.layout.policy}, which does not tell how "
+                "probable each token that is there was. Make it with --actual."
+            )
+        return [self._actual(self._place(ids)) for ids in sequences]
+
+    def _actual(self, place: int) -> np.ndarray:
+        assert isinstance(self.layout, ActualLayout)
+        with self._damage(place):
+            return self.layout.log_probs(self._columns(place), int(self._index.tokens[place]))
+
+    def _check_distributions(self) -> None:
+        if self.actual:
+            raise CacheError(
+                f"the cache {self.folder} keeps {self.layout.policy}, and no distribution: it is "
+                "for --cross_tokenizer alm."
+            )
 
     def head(self, device: torch.device = CPU) -> LMHead:
         """What turns hidden states into logits, with none of them, (0, H). It is read, and sent to
@@ -192,6 +227,7 @@ class TeacherCache:
         """
         if self.hidden:
             raise CacheError(f"the cache {self.folder} keeps {self.layout.policy}: use states().")
+        self._check_distributions()
         return self._decode(self._place(ids), temperature)
 
     def _place(self, ids: Sequence[int] | np.ndarray) -> int:
@@ -237,13 +273,14 @@ class TeacherCache:
         probable first; of hidden states the k most probable tokens.
 
         Raises:
-            CacheError: no such row, or the temperature was not declared.
+            CacheError: no such row, no distribution, or the temperature was not declared.
             Damaged: its shard, or the head, is not what was written.
         """
         if not 0 <= row < len(self._keys):
             raise CacheError(
                 f"row {row} of the cache {self.folder}: expected 0 to {len(self._keys) - 1}."
             )
+        self._check_distributions()
         if self.hidden:
             head, size = self.head(), self.layout.vocab_size
             side = replace(head, hidden=self._states(row).to(head.weight.dtype))
@@ -296,7 +333,7 @@ class TeacherCache:
         Raises:
             Damaged: one of these shards is not what was written.
         """
-        if self.sampled or self.hidden or not self.manifest.shards:
+        if self.layout.policy.kind != "top" or not self.manifest.shards:
             return ()
         shards, size = len(self.manifest.shards), self.manifest.per_shard
         chosen = range(0, shards, -(-shards // most_shards))
@@ -317,6 +354,8 @@ class TeacherCache:
         for place in range(len(self._keys)):
             if self.hidden:
                 self._states(place)
+            elif self.actual:
+                self._actual(place)
             else:
                 self._decode(place, self.layout.temperatures[0])
 
@@ -339,9 +378,10 @@ class TeacherCache:
         """Whether a loss can be computed from this cache.
 
         Raises:
-            CacheError: a teacher's temperature that was not declared, or draws for a divergence
-                whose gradient they would bias.
+            CacheError: a teacher's temperature that was not declared, draws for a divergence whose
+                gradient they would bias, or no distributions.
         """
+        self._check_distributions()
         self.layout.slot(temperature)
         if self.sampled and not linear_in_teacher(divergence):
             raise CacheError(

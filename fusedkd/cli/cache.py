@@ -30,7 +30,8 @@ What is kept of each token, one of:
                   forward KL, so better where the teacher is unsure; refused for divergences that
                   draws would bias
   --hidden bf16   the hidden states before the head, H numbers, and the head once: exact for every
-                  divergence and temperature; --hidden int8 takes half the bytes"""
+                  divergence and temperature; --hidden int8 takes half the bytes
+  --actual        how probable the token that is there is, 4 bytes: for --cross_tokenizer alm"""
 
 EXAMPLES = """\
 examples:
@@ -38,7 +39,10 @@ examples:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --temperatures 1,2
   For every divergence and temperature, from the teacher's hidden states:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --hidden int8
-  As small as it gets:
+  For a student with another tokenizer (fusedkd distill --cross_tokenizer alm):
+    fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --actual \\
+      --student_tokenizer ./student
+  As small as it gets, for one tokenizer:
     fusedkd cache --teacher ./teacher --data corpus/ --output cache/ --sample 50
   From a teacher that is served (vLLM, SGLang), asked in token ids:
     fusedkd cache --teacher http://a:8000,http://b:8000 --tokenizer ./student \\
@@ -103,6 +107,7 @@ def _build(argv: list[str]) -> int:
     add("--top-p", type=float, metavar="P", help="no more of them than reach this probability")
     add("--sample", type=int, metavar="N", help="draws per token, instead of the top entries")
     add("--hidden", choices=("bf16", "int8"), help="hidden states, instead of entries")
+    add("--actual", action="store_true", help="of the token that is there alone how probable it is")
     add("--temperatures", type=_numbers, default=(1.0,), metavar="T,...", help="to serve; 1")
     add_fields(parser, DataArguments, NOT_CACHED)
     add_fields(parser, ServedArguments)
@@ -119,9 +124,11 @@ def _build(argv: list[str]) -> int:
         from fusedkd.cache.policy import Policy
         from fusedkd.cli.make_cache import CacheArguments, make_cache
     data, served = of_fields(DataArguments, args), of_fields(ServedArguments, args)
-    policy = Policy.of(args.top_k, args.top_p, args.sample, args.hidden, args.temperatures)
+    policy = Policy.of(
+        args.top_k, args.top_p, args.sample, args.hidden, args.temperatures, args.actual
+    )
     values = {**vars(args), "data": data, "served": served, "policy": policy}
-    for name in ("top_k", "top_p", "sample", "hidden"):
+    for name in ("top_k", "top_p", "sample", "hidden", "actual"):
         del values[name]
     make_cache(CacheArguments(**values))
     return 0
@@ -130,6 +137,7 @@ def _build(argv: list[str]) -> int:
 NOT_CACHED = ("data_streaming", "teacher_column", "mlm_probability", "mlm_smoothing")
 _TEACHER_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "folder or hub name (default: the teacher's)"},
+    "student_tokenizer": {"help": "of a student with another: its rows, read to the teacher's"},
     "teacher_dtype": {"default": "auto", "help": "float32, bfloat16, float16 or auto: as saved"},
     "teacher_device_map": {"help": "over devices, memory and disk: auto, ... or JSON"},
     "teacher_load_in_4bit": {"action": "store_true", "help": "its weights in NF4 (bitsandbytes)"},

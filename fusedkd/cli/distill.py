@@ -18,6 +18,7 @@ from fusedkd.errors import NotFinite, UserError, as_user_error
 from fusedkd.files import write_json
 from fusedkd.models.arguments import ModelArguments
 from fusedkd.models.loading import load_both_tokenizers, load_tokenizer
+from fusedkd.models.quantised import QUANTISED, export
 from fusedkd.models.saved import SavedModel
 from fusedkd.train.arguments import DistillationArguments
 from fusedkd.train.checkpoints import checkpoint_of
@@ -61,6 +62,11 @@ def distill(
             student = trainer.accelerator.unwrap_model(trainer.model)
             scores = lm_eval_scores(student, trainer.processing_class, report.eval_tasks)
             metrics["eval_tasks"] = scores
+        if models.quantise is not None:
+            student = trainer.accelerator.unwrap_model(trainer.model)
+            scheme, group = models.quantise, models.quantise_group
+            where = Path(args.output_dir or ".")
+            export(student, where, scheme, group, trainer.processing_class)
         card = make_card(trainer, metrics, texts)
         _summary(trainer, card)
         _write(trainer, card, models, data, report)
@@ -110,11 +116,14 @@ def _write(
         write_json(folder / "distillation.json", card)
         return
     terms = "".join(f" + {term}" for term in args.terms)
+    rounded = f"{models.quantise}, {models.quantise_group} weights a scale, in {QUANTISED}/"
     about = {
         "student": str(models.student),
         "teacher": str(models.teacher or models.teacher_cache),
+        "quantised": rounded if models.quantise else "",
         "data": ", ".join(data.data),
-        "loss": f"{_kd(args)} at T = {args.temperature:g} + {args.ce_weight:g} x CE{terms}",
+        "loss": f"{_kd(args)} at T = {args.temperature:g} + {_hard(args)}{terms}",
+        "again": "`fusedkd distill --config run.yaml --output_dir again`",
     }
     write_card(folder, card, trainer.state.log_history, about)
 
@@ -144,16 +153,15 @@ def _prepare(
     theirs = None
     if args.cross_tokenizer is None:
         tokenizer = load_tokenizer(models.tokenizer, **sides)
-    elif teacher is None:
-        raise UserError(
-            f"--cross_tokenizer {args.cross_tokenizer}: expected --teacher with one model that "
-            "runs here."
-        )
+    elif source.named:
+        raise UserError(f"--cross_tokenizer {args.cross_tokenizer}: expected one teacher.")
     else:
-        tokenizer, theirs = load_both_tokenizers(models.tokenizer, student, teacher)
+        given = models.tokenizer, models.teacher_tokenizer
+        tokenizer, theirs = load_both_tokenizers(*given, student, teacher)
     if teacher is None and task.no_cache:
         raise UserError(task.no_cache)
-    elsewhere = None if source.runs else source.open(args, tokenizer, task)
+    elsewhere = None if source.runs else source.open(args, theirs or tokenizer, task)
+    flags.conversations = theirs is not None
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
     check_prompts(data.train, data.test, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):
@@ -229,6 +237,11 @@ ROWS = {
 }
 
 
+def _hard(args: DistillationArguments) -> str:
+    z_loss = f" + {args.z_loss_weight:g} x lse^2" if args.z_loss_weight else ""
+    return f"{args.ce_weight:g} x CE{z_loss}"
+
+
 def _kd(args: DistillationArguments) -> str:
     rule = f"{args.row_rule} x " if args.row_rule else ""
     kd = f"{args.kd_weight:g} x {rule}{args.divergence}"
@@ -244,7 +257,7 @@ def _summary(trainer: DistillationTrainer, card: Card) -> None:
     parameters = own_parameters(trainer.model)
     table.add_row("student", f"{parameters:,} parameters in {args.output_dir}")
     table.add_row("teacher", described(trainer.teacher))
-    table.add_row("loss", f"{_kd(args)} + {args.ce_weight:g} x CE")
+    table.add_row("loss", f"{_kd(args)} + {_hard(args)}")
     for text in args.terms:
         table.add_row("", f"+ {text}")
     table.add_row("steps", f"{trainer.state.global_step:,}")

@@ -17,16 +17,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from fusedkd.cache.build import Job, build
 from fusedkd.cache.of_model import job_of
-from fusedkd.cache.policy import Policy
+from fusedkd.cache.policy import ACTUAL, Policy
 from fusedkd.cache.writer import ALONE, Share
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
+from fusedkd.data.two_templates import Reading
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import is_placed
-from fusedkd.models.loading import load_tokenizer, required
+from fusedkd.models.loading import load_tokenizer, required, tokenizer_at
 from fusedkd.models.saved import SavedModel
 from fusedkd.models.served import ServedArguments
 from fusedkd.teachers import LiveTeacher, ServedTeacher, Service
+from fusedkd.teachers.aligned import context, told
 from fusedkd.teachers.filling import fill
 from fusedkd.teachers.service import is_url
 from fusedkd.teachers.spread import LedTeacher, is_spread
@@ -41,6 +43,7 @@ class CacheArguments:
     output: Path
     data: DataArguments
     tokenizer: str | None
+    student_tokenizer: str | None
     teacher_dtype: str
     teacher_device_map: str | None
     teacher_load_in_4bit: bool
@@ -90,10 +93,11 @@ _OF_MODELS: dict[str, Any] = {
 
 def _fill(args: CacheArguments, console: Console, share: Share) -> bool:
     """From a server; whether the cache is complete."""
-    if args.policy.kind != "top" or args.policy.top_p is not None or len(args.temperatures) > 1:
+    given = args.policy.kind in ("top", ACTUAL) and args.policy.top_p is None
+    if not given or len(args.temperatures) > 1:
         raise UserError(
-            f"--teacher {args.teacher}: a server gives the top entries at one temperature: "
-            "expected --top-k, and one of --temperatures."
+            f"--teacher {args.teacher}: a server gives the top entries at one temperature, or the "
+            "actual token's: expected --top-k and one of --temperatures, or --actual."
         )
     for flag, plain in _OF_MODELS.items():
         if getattr(args, flag) != plain:
@@ -101,17 +105,16 @@ def _fill(args: CacheArguments, console: Console, share: Share) -> bool:
                 f"--teacher {args.teacher}: a served teacher runs elsewhere: expected no --{flag}."
             )
     tokenizer = load_tokenizer(required("tokenizer", args.tokenizer))
-    rows = _rows(args, tokenizer)
+    sequences = _sequences(args, tokenizer)
     service = Service.of(
         str(args.teacher),
         args.served,
-        top_k=args.policy.k,
+        top_k=0 if args.policy.kind == ACTUAL else args.policy.k,
         temperature=args.temperatures[0],
         vocab_size=args.vocab_size,
     )
     beside = args.output.with_name(f"{args.output.name}.answers")
     teacher = ServedTeacher(service, tokenizer, args.served.teacher_answers or beside)
-    sequences = Sequences(rows.train, rows.test)
     teacher.check_rows("given", sequences)
     console.print(f"{len(sequences):,} sequences, {teacher}")
     with _bar(console) as bar:
@@ -124,6 +127,32 @@ def _fill(args: CacheArguments, console: Console, share: Share) -> bool:
             lambda tokens: bar.advance(shown, tokens),
             share,
         )
+
+
+def _sequences(args: CacheArguments, tokenizer: Any, most: int | None = None) -> Sequences:
+    """What the teacher is to be asked about: the rows, or those of a student with another
+    tokenizer, read to the teacher's.
+
+    Raises:
+        UserError: the teacher takes none so long as one that was read to it.
+    """
+    if args.student_tokenizer is None:
+        rows = _rows(args, tokenizer)
+        return Sequences(rows.train, rows.test)
+    student = tokenizer_at("student_tokenizer", args.student_tokenizer)
+    args.data.conversations = True
+    rows = _rows(args, student)
+    with as_user_error("--student_tokenizer", Exception):
+        reading = Reading(student, tokenizer)
+        found = Sequences(*(told(part, reading) for part in (rows.train, rows.test) if part))
+    longest = len(found[len(found) - 1]) if len(found) else 0
+    if most is not None and longest > most:
+        raise UserError(
+            f"--student_tokenizer {args.student_tokenizer}: a row becomes {longest:,} of the "
+            f"teacher's tokens, and the teacher reads {most:,}: expected shorter ones "
+            "(--max_length, --block_size)."
+        )
+    return found
 
 
 def _rows(args: CacheArguments, tokenizer: Any) -> Any:
@@ -163,7 +192,7 @@ def _run(args: CacheArguments, console: Console, share: Share) -> bool | None:
     if task.no_cache:
         raise UserError(task.no_cache)
     tokenizer = load_tokenizer(args.tokenizer, teacher=saved)
-    rows = _rows(args, tokenizer)
+    sequences = _sequences(args, tokenizer, context(saved.config()))
     model = saved.load(task.loader(saved.config()))
     model = model.eval().requires_grad_(False)
     if is_spread(model):
@@ -171,7 +200,7 @@ def _run(args: CacheArguments, console: Console, share: Share) -> bool | None:
     else:
         run = LiveTeacher(model if is_placed(model) else model.to(device))
     job = job_of(
-        *(run, tokenizer, Sequences(rows.train, rows.test), args.policy, args.temperatures),
+        *(run, tokenizer, sequences, args.policy, args.temperatures),
         name=name,
         vocab_size=args.vocab_size,
         batch_size=args.batch_size,

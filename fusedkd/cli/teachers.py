@@ -59,6 +59,9 @@ class Source:
     def open(self, args: DistillationArguments, tokenizer: Any, task: Task) -> Any:
         """Any other teacher.
 
+        Args:
+            tokenizer: the teacher's.
+
         Raises:
             UserError: there is none, or it has another tokenizer.
         """
@@ -82,13 +85,13 @@ class Source:
     ) -> TeacherCache | ServedTeacher:
         if is_url(source):
             heat = args.teacher_temperature
-            service = Service.of(
-                source,
-                self.models,
-                top_k=self.models.teacher_top_k,
-                temperature=args.temperature if heat is None else heat,
-                vocab_size=args.vocab_size,
-            )
+            entries = {
+                "top_k": self.models.teacher_top_k,
+                "temperature": args.temperature if heat is None else heat,
+            }
+            if args.cross_tokenizer is not None:
+                entries = {"top_k": 0}
+            service = Service.of(source, self.models, vocab_size=args.vocab_size, **entries)
             return ServedTeacher(service, tokenizer, folder)
         with as_user_error(f"--{flag} {source}"):
             cache = TeacherCache(Path(source).expanduser())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -15,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fusedkd.files import replace_file, write_figure, write_json
+from fusedkd.files import replace_file, replacing_folder, write_figure, write_json
+from fusedkd.train.report.card import gap_closed
 
 LABELS = {
     "teacher": "teacher",
@@ -63,13 +63,10 @@ def write_report(
 
 
 def save_student(folder: Path, model: Any, tokenizer: Any) -> None:
-    """To a temporary name, then renamed: nobody finds half a student."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    """All of it, or nothing."""
+    with replacing_folder(folder) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -91,9 +88,9 @@ def _report(results: Mapping[str, Run], facts: Mapping[str, Any]) -> dict[str, A
     }
     return {
         **runs,
-        "gap_closed": _gap_closed(results, "plain", "eval_loss"),
-        "gap_closed_of_best": _gap_closed(results, "plain", "best_eval_loss"),
-        "gap_closed_at_equal_time": _gap_closed(results, "plain_equal_time", "eval_loss"),
+        "gap_closed": _closed(results, "plain", "eval_loss"),
+        "gap_closed_of_best": _closed(results, "plain", "best_eval_loss"),
+        "gap_closed_at_equal_time": _closed(results, "plain_equal_time", "eval_loss"),
         "agreement": results["kd"].agreement,
         **facts,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
@@ -104,10 +101,8 @@ def _report(results: Mapping[str, Run], facts: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _gap_closed(results: Mapping[str, Run], plain: str, what: str) -> float | None:
-    """(CE_plain - CE_kd) / (CE_plain - CE_teacher); None where there is no gap to close."""
-    without, kd, teacher = (getattr(results[name], what) for name in (plain, "kd", "teacher"))
-    return (without - kd) / (without - teacher) if without > teacher else None
+def _closed(results: Mapping[str, Run], plain: str, what: str) -> float | None:
+    return gap_closed(*(getattr(results[name], what) for name in (plain, "kd", "teacher")))
 
 
 def _rows(report: Mapping[str, Any]) -> list[list[str]]:

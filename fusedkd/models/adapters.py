@@ -21,7 +21,7 @@ def adapter_config(role: str, name: str, revision: str | None = None) -> Any:
     with as_user_error(f"--{role} {name}", Exception):
         if find_adapter_config_file(name, revision=revision) is None:
             return None
-    peft = _installed(f"--{role} {name} is an adapter, which needs", "peft")
+    peft = installed(f"--{role} {name} is an adapter, which needs", "peft")
     with as_user_error(f"--{role} {name} has no adapter that can be loaded", Exception):
         found = peft.PeftConfig.from_pretrained(name, revision=revision)
     if not found.base_model_name_or_path:
@@ -52,7 +52,7 @@ def add_lora(model: Any, task_type: str | None, targets: list[str], **options: A
     Raises:
         UserError: peft is missing, or does not take these.
     """
-    peft = _installed("--use_peft needs", "peft")
+    peft = installed("--use_peft needs", "peft")
     with as_user_error("--use_peft", Exception):
         chosen = targets[0] if len(targets) == 1 and targets[0] == "all-linear" else targets
         if chosen == "all-linear" and task_type == "TOKEN_CLS":  # peft spares other heads itself
@@ -68,7 +68,7 @@ def quantisation(role: str, bits: int) -> BitsAndBytesConfig:
         UserError: bitsandbytes is missing.
     """
     flag = f"--{role}_load_in_{bits}bit"
-    _installed(f"{flag} needs", "bitsandbytes")
+    installed(f"{flag} needs", "bitsandbytes")
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -79,7 +79,7 @@ def quantisation(role: str, bits: int) -> BitsAndBytesConfig:
     )
 
 
-def _installed(why: str, name: str) -> Any:
+def installed(why: str, name: str) -> Any:
     if find_spec(name) is None:
         raise UserError(f"{why} {name}, which is not installed: pip install {name}")
     return __import__(name)

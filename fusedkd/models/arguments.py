@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedkd.models.loading import DTYPES, required
+from fusedkd.models.quantised import SCHEMES
 from fusedkd.models.saved import SavedModel
 from fusedkd.models.served import ServedArguments
 
@@ -32,8 +33,19 @@ class ModelArguments(ServedArguments):
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or hub name (default: the student's or teacher's)."}
     )
+    teacher_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --cross_tokenizer: folder or hub name of the teacher's tokenizer, of a "
+            "teacher that is served or cached (default: the teacher's folder)."
+        },
+    )
     teacher_top_k: int = field(
-        default=64, metadata={"help": "Entries of a token that a served teacher is asked for."}
+        default=64,
+        metadata={
+            "help": "Entries of a token that a served teacher is asked for. With --cross_tokenizer "
+            "alm none is, but how probable the token that is there was."
+        },
     )
     student_init: str = field(
         default="weights",
@@ -100,6 +112,19 @@ class ModelArguments(ServedArguments):
         },
     )
 
+    quantise: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantisation-aware distillation (torchao): the student's linear layers round "
+            "their weights as they are trained, and are saved quantised, too: "
+            f"{', '.join(SCHEMES)} (4-bit weights, 8-bit activations). Without --teacher it is the "
+            "student itself, not quantised."
+        },
+    )
+    quantise_group: int = field(
+        default=32, metadata={"help": "Weights of a row that share a scale."}
+    )
+
     def side(self, role: str) -> SavedModel:
         """How the student or the teacher is read.
 
@@ -132,8 +157,25 @@ class ModelArguments(ServedArguments):
         for role in ("student", "teacher"):
             if getattr(self, f"{role}_load_in_4bit") and getattr(self, f"{role}_load_in_8bit"):
                 raise ValueError(f"--{role}_load_in_4bit, --{role}_load_in_8bit: expected one.")
+        if self.quantise is not None:
+            self._check_quantise()
         if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"--lora_r {self.lora_r}, --lora_dropout {self.lora_dropout}: expected a rank "
                 "of at least 1 and a share from 0 to below 1."
             )
+
+    def _check_quantise(self) -> None:
+        if self.quantise not in SCHEMES:
+            raise ValueError(f"--quantise {self.quantise}: expected one of {', '.join(SCHEMES)}.")
+        if self.quantise_group < 1:
+            raise ValueError(
+                f"--quantise_group {self.quantise_group}: expected a whole number of at least 1."
+            )
+        if self.use_peft or self.student_load_in_4bit or self.student_load_in_8bit:
+            raise ValueError(
+                f"--quantise {self.quantise}: trains all weights: expected neither --use_peft nor "
+                "--student_load_in_4bit or --student_load_in_8bit."
+            )
+        if self.teacher is None and self.teacher_cache is None:
+            self.teacher, self.teacher_revision = self.student, self.student_revision

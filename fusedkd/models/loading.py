@@ -105,15 +105,39 @@ def _only_pickles(folder: Path) -> bool:
     )
 
 
-def load_both_tokenizers(given: str | None, student: Any, teacher: Any) -> tuple[Any, Any]:
-    """The student's, or the one asked for, and the teacher's, which may be another.
+def load_both_tokenizers(
+    given: str | None, given_teacher: str | None, student: Any, teacher: Any
+) -> tuple[Any, Any]:
+    """The student's and the teacher's, which may be another, or those asked for.
+
+    Args:
+        teacher: None where it does not run here.
 
     Raises:
         UserError: one of them cannot be loaded.
     """
-    with as_user_error(f"--teacher {teacher.name}: its tokenizer cannot be loaded", Exception):
-        theirs = teacher.tokenizer()
+    if given_teacher is not None:
+        theirs = tokenizer_at("teacher_tokenizer", given_teacher)
+    elif teacher is None:
+        raise UserError(
+            "--cross_tokenizer with a teacher that is served or cached: expected "
+            "--teacher_tokenizer, the folder or hub name of its tokenizer."
+        )
+    else:
+        with as_user_error(f"--teacher {teacher.name}: its tokenizer cannot be loaded", Exception):
+            theirs = teacher.tokenizer()
     return load_tokenizer(given, student=student), theirs
+
+
+def tokenizer_at(flag: str, place: str) -> Any:
+    """The one in a folder, or of that name on the hub, that a flag says.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    folder = required(flag, place)
+    with as_user_error(f"--{flag} {place} cannot be loaded", Exception):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_tokenizer(given: str | None, **models: Any) -> Any:
@@ -124,9 +148,7 @@ def load_tokenizer(given: str | None, **models: Any) -> Any:
         UserError: it cannot be loaded, there is none, or they differ.
     """
     if given:
-        folder = required("tokenizer", given)
-        with as_user_error(f"--tokenizer {given} cannot be loaded", Exception):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return tokenizer_at("tokenizer", given)
     found = {}
     for role, model in models.items():
         try:

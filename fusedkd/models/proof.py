@@ -104,7 +104,8 @@ def plain_head(model: Any, inputs: Mapping[str, Any] | None = None) -> PlainHead
     if not isinstance(linear, nn.Linear):
         raise NoPlainHead(f"its output embedding is {type(linear).__name__}, not an nn.Linear")
     others = set(dict(linear.named_parameters())) - {"weight", "bias"}
-    if others or not _is_plain(linear.weight):
+    own = type(linear).forward is not nn.Linear.forward  # torchao's rounds its weight there
+    if own or others or not is_plain(linear.weight):
         raise NoPlainHead(f"its {type(linear).__name__} is quantised or adapted")
     try:
         hidden, product_, ramp, logits = _probe(model, linear, inputs)
@@ -137,7 +138,7 @@ def _multiplied(linear: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Tensor
         return F.linear(hidden.to(dtype), *(x.to(dtype) for x in parts))
 
 
-def _is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
     """Whether its memory holds the numbers, which kernels read. Quantised weights are integers, or
     (torchao's) claim a floating-point type and answer each operation themselves."""
     answers = type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -132,13 +132,20 @@ class CachedTeacher:
         """
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             self.cache.check_tokenizer(tokenizer_hash(tokenizer))
-        for name, data in datasets.items():
-            for part in data.values() if isinstance(data, dict) else [data]:
-                if isinstance(part, Dataset):
-                    self.cache.check_rows(name, _sequences(part))
+        for name, data in datasets_of(datasets):
+            self.cache.check_rows(name, sequences_of(data))
 
 
-def _sequences(data: Dataset) -> Iterator[np.ndarray]:
+def datasets_of(given: Mapping[str, Any]) -> Iterator[tuple[str, Dataset]]:
+    """Those that are on disk or in memory, with the name of what they are for."""
+    for name, data in given.items():
+        for part in data.values() if isinstance(data, dict) else [data]:
+            if isinstance(part, Dataset):
+                yield name, part
+
+
+def sequences_of(data: Dataset) -> Iterator[np.ndarray]:
+    """What a teacher is asked about: their ids, without padding."""
     names = ("input_ids", "attention_mask", "position_ids")
     rows = data.select_columns([name for name in names if name in data.column_names])
     for row in rows.with_format("torch"):

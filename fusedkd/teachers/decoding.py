@@ -53,6 +53,14 @@ class Entries(NamedTuple):
         return ids, logs
 
 
+class Actual(NamedTuple):
+    """What is said of the tokens that were asked, but the first: ``logs`` (float64), nan for null;
+    and ``echo``, as above, of all."""
+
+    logs: Array
+    echo: Array
+
+
 def read_vllm(content: bytes) -> Entries:
     """Of ``POST /v1/completions`` with ``prompt_logprobs``; those of the first token, which are
     null, left out.
@@ -269,3 +277,33 @@ def parse_trl(content: bytes) -> Entries:
 
 def _echoed(ids: Any) -> Array:
     return np.array(ids, np.int64)
+
+
+# ----------------------------------------------------------------------------------------------
+# the tokens that are there: one number each
+
+
+def actual_vllm(content: bytes) -> Actual:
+    """As :func:`read_vllm`."""
+    choice = orjson.loads(content)["choices"][0]
+    ids, steps = choice["prompt_token_ids"], choice["prompt_logprobs"]
+    logs = [step[str(i)]["logprob"] for i, step in zip(ids[1:], steps[1:], strict=True)]
+    return _actual(logs, ids)
+
+
+def actual_sglang(content: bytes) -> Actual:
+    """As :func:`read_sglang`."""
+    triples = orjson.loads(content)["meta_info"]["input_token_logprobs"]
+    return _actual([triple[0] for triple in triples[1:]], [triple[1] for triple in triples])
+
+
+def actual_trl(content: bytes) -> Actual:
+    """As :func:`read_trl`."""
+    told = orjson.loads(content)
+    (logs,), (ids,) = told["actual_logprobs"], told["actual_token_ids"]
+    return _actual([row[0] for row in logs], [-1, *(row[0] for row in ids)])
+
+
+def _actual(logs: list[Any], ids: list[Any]) -> Actual:
+    values = [np.nan if value is None else value for value in logs]
+    return Actual(np.array(values, np.float64), _echoed(ids))

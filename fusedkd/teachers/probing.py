@@ -142,7 +142,8 @@ def _check_tokenizer(url: str, client: Client, model: str, tokenizer: Any) -> No
     if told["tokens"] != ours:
         raise TeacherError(
             f"--teacher {url}: its tokenizer makes {len(told['tokens'])} other ids of a text than "
-            f"the student's, which makes {len(ours)}: distillation by token needs one tokenizer."
+            f"the one given, which makes {len(ours)}: distillation by token needs one tokenizer. "
+            "With --cross_tokenizer alm, --teacher_tokenizer is to be the teacher's."
         )
 
 

@@ -12,7 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fusedkd.teachers.decoding import Entries, read_sglang, read_trl, read_vllm
+from fusedkd.teachers.decoding import (
+    Actual,
+    Entries,
+    actual_sglang,
+    actual_trl,
+    actual_vllm,
+    read_sglang,
+    read_trl,
+    read_vllm,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Protocol:
         ask: token ids and the question to a JSON body.
         read: the bytes of an answer to its entries; raises ValueError, LookupError or TypeError
             about anything else.
+        actual: the same, to what is said of the tokens that were asked.
         limit: how the server is started so that it gives more entries.
     """
 
@@ -43,6 +53,7 @@ class Protocol:
     mark: str
     ask: Callable[[list[int], Question], dict[str, Any]]
     read: Callable[[bytes], Entries]
+    actual: Callable[[bytes], Actual]
     limit: str
 
 
@@ -88,6 +99,7 @@ PROTOCOLS = (
         "/get_sequence_logprobs/",
         _ask_trl,
         read_trl,
+        actual_trl,
         "trl vllm-serve of another version",
     ),
     Protocol(
@@ -96,6 +108,7 @@ PROTOCOLS = (
         "/generate",
         _ask_sglang,
         read_sglang,
+        actual_sglang,
         "sglang.launch_server without prefill-decode disaggregation",
     ),
     Protocol(
@@ -104,6 +117,7 @@ PROTOCOLS = (
         "/v1/completions",
         _ask_vllm,
         read_vllm,
+        actual_vllm,
         "vllm serve --max-logprobs",
     ),
 )

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from fusedkd.cache.actual import ActualLayout
 from fusedkd.cache.answers import Target
 from fusedkd.cache.keys import sequence_key, tokenizer_hash
 from fusedkd.cache.layout import Layout
-from fusedkd.cache.policy import Policy
+from fusedkd.cache.policy import ACTUAL, Policy
 from fusedkd.cache.store import AnswerStore
 from fusedkd.divergences import Divergence
 from fusedkd.errors import as_user_error
@@ -26,7 +27,8 @@ Columns = dict[str, bytes]
 
 class ServedTeacher:
     """The top entries of a teacher behind HTTP, sequence by sequence, as a
-    :class:`fusedkd.cache.TeacherCache` gives them.
+    :class:`fusedkd.cache.TeacherCache` gives them; or of each token nothing but how probable it
+    was.
 
     Whatever a server answers is put into a store before it is used, in a cache's encoding, and read
     from there: so the first epoch trains on the same numbers as the second, and a run that is gone
@@ -52,15 +54,17 @@ class ServedTeacher:
             from fusedkd.teachers.probing import check_same_teacher, probed
         size = len(tokenizer) if service.vocab_size is None else service.vocab_size
         self.service, self.folder = service, Path(answers)
-        self.layout = Layout(Policy("top", service.top_k), size, (service.temperature,))
+        heats = (service.temperature,)
+        probe = Layout(Policy("top", max(service.top_k, 1)), size, heats)
+        self.layout = probe if service.top_k else ActualLayout(Policy(ACTUAL, 1), size, heats)
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         self.client = Client(service.urls, service.limits)
-        self.served = probed(service, self.layout, tokenizer)
+        self.served = probed(service, probe, tokenizer)
         facts = {
             "teacher": self.served.model,
             "tokenizer": self.tokenizer_hash,
             "vocab_size": size,
-            "top_k": self.layout.k,
+            "top_k": probe.k if service.top_k else 0,
             "temperature": service.temperature,
         }
         self.store = AnswerStore(self.folder, facts, self.layout)
@@ -89,8 +93,13 @@ class ServedTeacher:
         """Whether a loss can be computed from the answers.
 
         Raises:
-            TeacherError: they are at another temperature.
+            TeacherError: they are at another temperature, or no distributions.
         """
+        if self.actual:
+            raise TeacherError(
+                "the server is asked for the actual tokens' log-probabilities alone: expected "
+                "entries (Service(top_k=...)), or --cross_tokenizer alm."
+            )
         if temperature != self.service.temperature:
             raise TeacherError(
                 f"teacher temperature {temperature:g}: the server is asked at "
@@ -111,6 +120,22 @@ class ServedTeacher:
                 "context less two). Expected shorter ones (--max_length, --block_size), or vllm "
                 f"serve --max-model-len {longest + 2}."
             )
+
+    @property
+    def actual(self) -> bool:
+        """Whether nothing but the log-probabilities of the tokens that are there is asked for."""
+        return isinstance(self.layout, ActualLayout)
+
+    def log_probs_of(self, sequences: Sequence[Ids]) -> list[np.ndarray]:
+        """(L,) fp32 each: number n is the log-probability of token n + 1 given those up to n; the
+        last is 0. They are asked for at the same time.
+
+        Raises:
+            TeacherError: no server gives a good answer to one of them.
+        """
+        assert isinstance(self.layout, ActualLayout)
+        rows = zip(sequences, self.columns(sequences), strict=True)
+        return [self.layout.log_probs(row, len(ids)) for ids, row in rows]
 
     def get(self, ids: Ids, temperature: float) -> Target:
         """The teacher's distributions after each of the tokens ``ids``, without padding.
@@ -164,11 +189,13 @@ class ServedTeacher:
         kept = self.store.get(key, len(ids))
         if kept is not None:
             return kept
-        from fusedkd.teachers.asking import ask
+        from fusedkd.teachers.asking import ask, ask_actual
 
-        protocol, question = self.served.protocol, self.served.question
-        answers = ask(self.client, protocol, question, self.layout, ids)
-        columns = self.layout.encode(answers)
+        asked = self.client, self.served.protocol, self.served.question
+        if isinstance(self.layout, ActualLayout):
+            columns = self.layout.encode_log_probs(ask_actual(*asked, ids))
+        else:
+            columns = self.layout.encode(ask(*asked, self.layout, ids))
         self.store.put(key, len(ids), columns)
         return columns
 

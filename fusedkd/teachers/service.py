@@ -48,7 +48,7 @@ class Service:
 
     Args:
         urls: one or more servers of the same model, such as ``http://a:8000``.
-        top_k: entries of each token.
+        top_k: entries of each token; 0: nothing but how probable the token is that is there.
         temperature: the teacher's. Servers that ignore it are refused.
         protocol: vllm, sglang or trl; None: told by the server.
         model: its name there; None: the only one.
@@ -71,6 +71,11 @@ class Service:
         if self.protocol not in (None, *PROTOCOLS):
             raise UserError(
                 f"--teacher_protocol {self.protocol}: expected one of {', '.join(PROTOCOLS)}."
+            )
+        if self.top_k < 0 or (self.top_k == 0 and self.temperature != 1):
+            raise UserError(
+                f"--teacher_top_k {self.top_k} at temperature {self.temperature:g}: expected "
+                "entries, or 0, the actual token's log-probability alone, at temperature 1."
             )
         if not 0 <= self.ahead <= 64:
             raise UserError(f"--teacher_ahead {self.ahead}: expected 0 to 64 batches.")

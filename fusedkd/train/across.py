@@ -48,13 +48,17 @@ def across(
             parts.append(keywords["ce_weight"] * (-own.sum() / count))
         found["ce"] = _mean(-own.sum(), counts.sum())
     if weight:
-        with torch.no_grad():
-            theirs = token_log_probs(teacher.side, teacher.labels, **shared).log_probs
+        theirs = teacher.log_probs
+        if theirs is None:
+            assert teacher.side is not None
+            with torch.no_grad():
+                theirs = token_log_probs(teacher.side, teacher.labels, **shared).log_probs
         settings = {name: value for name, value in alm.items() if name != "weight"}
         loss = alm_loss(own, theirs, *spans, normalizer=count, **settings)
         parts.append(weight * loss)
         found["alm"] = _mean(loss * count, there.sum())
     if keywords["kd_weight"]:
+        assert teacher.side is not None  # where it has none, alm alone is let in
         sides = [
             _rows(side, span[..., 0].clamp(min=0), ids)
             for side, span, ids in (

@@ -27,7 +27,7 @@ def other_kernels(
     return list(found.values())[1:]
 
 
-def _kind(numbers: Mapping[str, float]) -> tuple[int, bool, bool]:
+def _kind(numbers: Mapping[str, float]) -> tuple[int | bool, ...]:
     """All that a schedule moves and a kernel knows when it is compiled."""
-    weights = numbers["kd_weight"] != 0, numbers["ce_weight"] != 0
+    weights = [numbers.get(name, 0) != 0 for name in ("kd_weight", "ce_weight", "z_loss_weight")]
     return temperature_class(numbers["temperature"]), *weights

@@ -78,6 +78,13 @@ class DistillationArguments(TrainingArguments):
     ce_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy with the labels."}
     )
+    z_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the square of the student's logsumexp, where tokens have labels; in "
+            "training alone (PaLM has 1e-4)."
+        },
+    )
     scale_by_t2: bool = field(
         default=True,
         metadata={
@@ -103,8 +110,8 @@ class DistillationArguments(TrainingArguments):
         metadata={
             "help": "Numbers that change over the training, NAME=SHAPE:END[:AT]: "
             "temperature=cosine:1, hidden_mse=step:0:0.8. NAME is temperature, "
-            "teacher_temperature, kd_weight, ce_weight or a term; SHAPE constant, linear, cosine "
-            "or step; AT the share of the training after which it is at END."
+            "teacher_temperature, kd_weight, ce_weight, z_loss_weight or a term; SHAPE constant, "
+            "linear, cosine or step; AT the share of the training after which it is at END."
         },
     )
     on_policy_share: float = field(
@@ -201,6 +208,7 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(
                 f"kd_tokens={self.kd_tokens!r}: expected one of {', '.join(KD_TOKENS)}."
             )
+        check_weight("z_loss_weight", self.z_loss_weight)
         self.parsed_schedules()
         if self.on_policy().share and (self.ce_weight or "ce_weight" in self.parsed_schedules()):
             raise ValueError(
@@ -251,6 +259,11 @@ class DistillationArguments(TrainingArguments):
                 f"objective='sampled' with row_rule={self.row_rule!r}: there is no divergence of "
                 "whole distributions that it could be a factor on: expected none."
             )
+        if self.z_loss_weight:
+            raise ValueError(
+                f"objective='sampled' with z_loss_weight={self.z_loss_weight:g}: its loss is of "
+                "single tokens: expected 0."
+            )
         if self.kd_tokens == "all":
             raise ValueError(
                 "objective='sampled' with kd_tokens='all': a prompt's tokens are not drawn: "
@@ -273,6 +286,7 @@ class DistillationArguments(TrainingArguments):
             "on_policy_share": self.on_policy_share,
             "label_smoothing_factor": self.label_smoothing_factor,
             "vocab_size": self.vocab_size,
+            "z_loss_weight": self.z_loss_weight,
             "kd_tokens": self.kd_tokens if self.kd_tokens != "labels" else None,
         }
         for name, value in neither.items():
@@ -299,6 +313,8 @@ class DistillationArguments(TrainingArguments):
     def scheduled(self) -> dict[str, float]:
         """The numbers that can follow a schedule, and what they start from."""
         names = ["temperature", "teacher_temperature", "kd_weight", "ce_weight"]
+        if self.cross_tokenizer is None and self.objective == "exact":
+            names.append("z_loss_weight")
         names += ["alm_weight"] if self.cross_tokenizer in ("alm", "both") else []
         numbers = {name: value for name in names if (value := getattr(self, name)) is not None}
         return numbers | {name: term.weight for name, term in map(parse_term, self.terms)}

@@ -43,8 +43,13 @@ def bernoulli(
     """A sigmoid for each of C labels (B, C), which is a softmax over (0, logit): means over B C.
 
     Raises:
-        ValueError: a label is neither 0, 1 nor -100.
+        ValueError: a label is neither 0, 1 nor -100, or there is a z-loss.
     """
+    if keywords.get("z_loss_weight"):
+        raise ValueError(
+            f"z_loss_weight={keywords['z_loss_weight']:g} with sigmoids, which no sum normalises: "
+            "expected 0."
+        )
     if not torch.isin(labels, torch.tensor([0, 1, -100], device=labels.device)).all():
         raise ValueError("labels: expected 0 or 1 for each class, as of a multi-label classifier.")
     return distributions(metrics, _two(student), _two(teacher), labels.long(), **keywords)
@@ -65,6 +70,7 @@ def squared_error(
     normalizer: Any = None,
     divergence: Divergence | None = None,
     label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
     row_rule: RowRule | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Measured]:
@@ -75,11 +81,12 @@ def squared_error(
     Raises:
         ValueError: shapes differ, or there is a setting that means nothing here.
     """
-    if divergence not in (None, forward_kl()) or label_smoothing or row_rule is not None:
+    other = label_smoothing or z_loss_weight or row_rule is not None
+    if divergence not in (None, forward_kl()) or other:
         raise ValueError(
-            f"divergence={divergence}, label_smoothing={label_smoothing}, row_rule={row_rule}: a "
-            "regression head is compared by the mean squared error: expected the default "
-            "divergence, no smoothing and no rule."
+            f"divergence={divergence}, label_smoothing={label_smoothing}, z_loss_weight="
+            f"{z_loss_weight:g}, row_rule={row_rule}: a regression head is compared by the mean "
+            "squared error: expected the default divergence, no smoothing, z-loss or rule."
         )
     student, teacher = (x.flatten() if x.shape[-1] == 1 else x for x in (student, teacher))
     labels = labels.flatten() if labels.shape[-1:] == (1,) else labels

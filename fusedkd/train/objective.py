@@ -63,8 +63,9 @@ class Objective:
         keywords = self.keywords | {k: v for k, v in numbers.items() if k in self.keywords}
         if targets.training:
             keywords["label_smoothing"] = self.args.label_smoothing_factor
-            weights = (keywords["kd_weight"], keywords["ce_weight"], numbers.get("alm_weight"))
-            if not any(weights):
+            keywords["z_loss_weight"] = numbers.get("z_loss_weight", 0.0)
+            weights = ("kd_weight", "ce_weight", "z_loss_weight", "alm_weight")
+            if not any(numbers.get(name) for name in weights):
                 return nothing(student), {}
         if targets.training and self.args.objective == "sampled":
             return _drawn(student, teacher, targets, keywords, self.args.loss_type)
@@ -95,14 +96,14 @@ def _drawn(
 
 
 def _apart(student: Any, teacher: Side, targets: Targets, keywords: Any) -> tuple[Tensor, Measured]:
-    """The divergence over every real token, the cross-entropy over those with a label."""
+    """The divergence over every real token, cross-entropy and z-loss over those with a label."""
     assert targets.tokens is not None
     compare, measured = targets.compare, targets.measured
     everywhere = {"token_weights": targets.tokens.float(), "normalizer": targets.num_tokens}
-    alone = {**keywords, "ce_weight": 0.0, **everywhere}
+    alone = {**keywords, "ce_weight": 0.0, "z_loss_weight": 0.0, **everywhere}
     loss, metrics = compare(measured, student, teacher, **alone)
     seen = {k: v for k, v in metrics.items() if k not in _NEED_LABELS}
-    if targets.training and not keywords["ce_weight"]:
+    if targets.training and not (keywords["ce_weight"] or keywords["z_loss_weight"]):
         return loss, seen
     labelled = {"kd_weight": 0.0, "normalizer": _at_least_one(targets.num_items)}
     ce, metrics = compare(measured, student, teacher, targets.labels, **{**keywords, **labelled})

@@ -7,6 +7,7 @@ from typing import Any
 from fusedkd.errors import UserError
 from fusedkd.models.adapters import add_lora
 from fusedkd.models.arguments import ModelArguments
+from fusedkd.models.quantised import fake_quantise
 from fusedkd.train.tasks import Task, saved_task
 
 
@@ -19,7 +20,7 @@ def make_student(flags: ModelArguments, task: Task, args: Any, config: dict[str,
 
     Raises:
         UserError: it cannot be loaded, its head would be made up where that is the whole model's
-            work, or quantised weights would be trained.
+            work, quantised weights would be trained, or an adapter quantised.
     """
     saved = flags.side("student")
     if saved.bits and not flags.use_peft and saved.adapter is None:
@@ -43,6 +44,13 @@ def make_student(flags: ModelArguments, task: Task, args: Any, config: dict[str,
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if flags.use_peft and saved.adapter is None:
         model = add_lora(model, task.adapter, flags.lora_target_modules, **flags.lora())
+    if flags.quantise is not None:
+        if saved.adapter is not None:
+            raise UserError(
+                f"--quantise {flags.quantise} with --student {saved.name}, an adapter: expected a "
+                "model; peft's merge_and_unload() makes one of it."
+            )
+        fake_quantise(model, flags.quantise, flags.quantise_group)
     adapted = flags.use_peft or saved.adapter is not None
     if adapted and args.gradient_checkpointing:  # or no gradient reaches the first adapter
         model.enable_input_require_grads()

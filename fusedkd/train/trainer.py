@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fusedkd import LMHead, Routed, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
+from fusedkd.data.two_templates import CONVERSATION
 from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
 from fusedkd.models.tokenizers import check_same
 from fusedkd.teachers import CachedTeacher, LiveTeacher, RoutedTeachers, ServedTeacher
@@ -80,7 +81,9 @@ class DistillationTrainer(FromHeads, Trainer):
         args: see :class:`DistillationArguments`.
         teacher_processing_class: the teacher's tokenizer. With ``args.cross_tokenizer`` it may be
             another than ``processing_class``: each batch's text is then read to both, and what is
-            compared is said in :mod:`fusedkd.train.across`. Without, they are checked to be one.
+            compared is said in :mod:`fusedkd.train.across`; a data set's column ``conversation``
+            tells it what a row was made from (:mod:`fusedkd.data.two_templates`). Without, they are
+            checked to be one.
         **kwargs: as for :class:`transformers.Trainer` (datasets, collator, ``processing_class``,
             callbacks, ...).
 
@@ -128,6 +131,8 @@ class DistillationTrainer(FromHeads, Trainer):
         self._keep_columns_of(*parts.values())
         if column is not None:
             self._signature_columns = [*(self._signature_columns or ()), column]
+        if args.cross_tokenizer is not None:
+            self._signature_columns = [*(self._signature_columns or ()), CONVERSATION]
         self._loss_keywords = args.loss_keywords()
         self._teacher_tokenizer = teacher_processing_class
         self._teach(teacher)
@@ -155,7 +160,7 @@ class DistillationTrainer(FromHeads, Trainer):
         self._teacher_side = side
         self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
         if isinstance(side, LiveTeacher | AlignedTeacher):
-            self.teacher = side.model
+            self.teacher = side.model or self.teacher
         if isinstance(side, LiveTeacher):
             return
         side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)
@@ -181,11 +186,9 @@ class DistillationTrainer(FromHeads, Trainer):
             if ours is not None and theirs is not None:
                 check_same(ours, theirs, {"student": "the student's", "teacher": "the teacher's"})
             return
-        if not isinstance(teacher, nn.Module) or not self._task.writes or not self._task.causal:
-            raise ValueError(
-                f"cross_tokenizer={kind!r}: expected decoders, and one teacher, a model that runs "
-                "here."
-            )
+        one = not isinstance(teacher, RoutedTeachers)
+        if not one or not self._task.writes or not self._task.causal:
+            raise ValueError(f"cross_tokenizer={kind!r}: expected decoders, and one teacher.")
         if ours is None or theirs is None:
             raise ValueError(
                 f"cross_tokenizer={kind!r}: expected both tokenizers, the student's as "
@@ -210,17 +213,24 @@ class DistillationTrainer(FromHeads, Trainer):
                     "cross_tokenizer: expected a teacher that is whole in each process, not one "
                     "that is split over them."
                 )
-            tokenizers = self.processing_class, self._teacher_tokenizer
-            return AlignedTeacher(live, bare(self.model), *tokenizers)
+            return self._aligned(live)
         self.args.check_for_cache(asks=isinstance(teacher, ServedTeacher))
         if self._task.no_cache:
             raise ValueError(self._task.no_cache)
+        if self.args.cross_tokenizer is not None:
+            return self._aligned(teacher)
         return CachedTeacher(
             teacher,
             self._loss_keywords["divergence"],
             self.args.teacher_temperature or self.args.temperature,
             self.args.teacher_tail,
         )
+
+    def _aligned(self, teacher: LiveTeacher | TeacherCache | ServedTeacher) -> AlignedTeacher:
+        kind = self.args.cross_tokenizer
+        assert kind is not None
+        tokenizers = self.processing_class, self._teacher_tokenizer
+        return AlignedTeacher(teacher, bare(self.model), *tokenizers, kind)
 
     def _vocabulary(self, student: Any) -> int | None:
         """How many columns are real now: embeddings may have been resized."""

@@ -68,7 +68,11 @@ def unavailable() -> str | None:
         return "the C++ extension was not built (no compiler, or the build failed)"
     try:
         torch.ops.load_library(str(libraries[0]))
-        torch.ops.fusedkd_cpu.instruction_set()
+        extension = torch.ops.fusedkd_cpu
+        expected = len(Numbers._fields) + 2 * PARAMETERS
+        if not hasattr(extension, "numbers") or extension.numbers() != expected:
+            return "the C++ extension was built for another version of fusedkd: build it again"
+        extension.instruction_set()
         _register_fakes()
     except (OSError, RuntimeError) as error:
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
@@ -158,6 +162,7 @@ class Numbers(NamedTuple):
     kd_scale: float
     ce_weight: float
     label_smoothing: float
+    z_loss_weight: float
     student_scale: float
     student_softcap: float
     teacher_scale: float
@@ -273,6 +278,7 @@ def _settings(spec: LossSpec, rounding: float = 0.0) -> tuple[str, tuple[float, 
         kd_scale=spec.kd_scale,
         ce_weight=spec.ce_weight,
         label_smoothing=spec.label_smoothing,
+        z_loss_weight=spec.z_loss_weight,
         student_scale=spec.student_transform.scale,
         student_softcap=spec.student_transform.softcap,
         teacher_scale=spec.teacher_transform.scale,

@@ -297,6 +297,8 @@ bool keeps(std::string divergence) {
 }
 
 std::string instruction_set() { return instructions().name; }
+// By which Python code tells an extension that was built for another version of it.
+int64_t numbers() { return sizeof(Numbers) / sizeof(double); }
 bool knows(std::string divergence) { return find(divergence).index >= 0; }
 
 }  // namespace
@@ -304,6 +306,7 @@ bool knows(std::string divergence) { return find(divergence).index >= 0; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
   m.def("instruction_set() -> str");
+  m.def("numbers() -> int");
   m.def("knows(str divergence) -> bool");
   m.def(
       "rows(Tensor student, Tensor teacher, Tensor? indices, int tail, Tensor? labels, Tensor "
@@ -330,6 +333,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedkd_cpu, m) {
 // in __init__.py.
 STABLE_TORCH_LIBRARY_IMPL(fusedkd_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&fusedkd::instruction_set));
+  m.impl("numbers", TORCH_BOX(&fusedkd::numbers));
   m.impl("knows", TORCH_BOX(&fusedkd::knows));
   m.impl("register_set", TORCH_BOX(&fusedkd::register_set));
   m.impl("keeps", TORCH_BOX(&fusedkd::keeps));

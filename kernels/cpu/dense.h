@@ -124,6 +124,7 @@ template <class X> class OneRow {
     double loss = 0;
     if (kd_scale_ != 0) loss += kd_scale_ * kd;
     if (call_.ce_weight != 0) loss += call_.ce_weight * ce;
+    if (call_.z_loss_weight != 0) loss += call_.z_loss_weight * log_unit_ * log_unit_;
     put_number(call_.loss, n_, weight * loss);
   }
   // Temperatures as the exponentials see them, rounded to F: the row is computed consistently at
@@ -138,8 +139,8 @@ template <class X> class OneRow {
     row_.student.scale = kind_ == kNone ? row_.unit.scale : (F)(kLog2E / call_.temperature);
     row_.teacher.scale = (F)(kLog2E / call_.teacher_temperature);
     row_.ratio = row_.teacher.scale / row_.student.scale;
-    const bool wanted = call_.labels && (call_.ce_weight != 0 || call_.measures);
-    unit_ = wanted && row_.unit.scale != row_.student.scale;
+    const bool labelled = call_.labels && (call_.ce_weight != 0 || call_.measures);
+    unit_ = (labelled || call_.z_loss_weight != 0) && row_.unit.scale != row_.student.scale;
     // Streaming stores want whole cache lines: a short first tile takes up what lies before the
     // first of them. It goes by the student's address, so that the same input is added up in the
     // same order whatever becomes of the gradient.
@@ -441,10 +442,23 @@ template <class X> class OneRow {
                  teacher_right, student_mass});
   }
 
+  // What the softmax at T = 1 is multiplied with in the gradient: by the cross-entropy, which has
+  // the label's as well, and by the z-loss.
+  struct Hard {
+    double ce, z;
+    double both() const { return ce + z; }
+  };
+  Hard hard(double weight) const {
+    Hard of{0, 0};
+    if (call_.ce_weight != 0) of.ce = weight * call_.ce_weight;
+    if (call_.z_loss_weight != 0) of.z = 2 * weight * call_.z_loss_weight * log_unit_;
+    return of;
+  }
+
   // Last sweep: d loss / d s = A q + B p + C q_1 + ..., coefficients from the sums.
   void gradient(double weight) {
     const double soft = weight * kd_scale_ / call_.temperature;
-    const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
+    const Hard hard = this->hard(weight);
     const double per_student = soft / sums_.student;
     Kind kind = kind_;
     if (kd_scale_ == 0) {  // statistics may have been wanted for the metrics, or by a rule
@@ -452,7 +466,7 @@ template <class X> class OneRow {
       row_.student = row_.unit;
     }
     double student = 0, gap = 0, teacher = 0, at_gap = 0,
-           unit = hard == 0 ? 0 : hard / (unit_ ? sums_.unit : sums_.student);
+           unit = hard.both() == 0 ? 0 : hard.both() / (unit_ ? sums_.unit : sums_.student);
     if (kind == kEntrywise) student = -per_student * grad_sum_, teacher = soft;
     if (kind & kForward && kind != kEntrywise) {
       student += weights_.forward * per_student;
@@ -463,9 +477,9 @@ template <class X> class OneRow {
       at_gap = -weights_.reverse * per_student * gap_;
       gap = -weights_.reverse * per_student * row_.student.inverse_temperature();
     }
-    const bool separate = unit_ && hard != 0 && kind != kNone;
+    const bool separate = unit_ && hard.both() != 0 && kind != kNone;
     if (!separate) student += unit;
-    const Coefficients c{-hard * call_.label_smoothing / call_.vocabulary,
+    const Coefficients c{-hard.ce * call_.label_smoothing / call_.vocabulary,
                          student + at_gap,
                          teacher,
                          student + at_gap + gap * common_gap(),
@@ -476,7 +490,7 @@ template <class X> class OneRow {
         all - all != 0) {  // the row holds a NaN
       fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.columns);
     } else {
-      const bool labelled = hard != 0 && owns_label();
+      const bool labelled = hard.ce != 0 && owns_label();
       double slope = 0, label = labelled ? label_gradient(kind, soft, hard, &slope) : 0;
       const double reach = c.reach(kind, separate);
       for (int64_t k = 0; k < tiles_; ++k) gradient_tile(k, kind, separate, c, reach);
@@ -508,12 +522,13 @@ template <class X> class OneRow {
   }
 
   // The label's own entry once more in fp64: q - 1 is where fp32 would cancel.
-  double label_gradient(Kind kind, double soft, double hard, double* slope) {
+  double label_gradient(Kind kind, double soft, Hard hard, double* slope) {
     double unused, rate = row_.student.inverse_temperature();
     double s = logit(call_.student, student_.row, label_, slope);
     double smoothing = call_.label_smoothing;
-    double g = hard * (::exp(row_.unit.inverse_temperature() * s - log_unit_) - (1 - smoothing) -
-                       smoothing / call_.vocabulary);
+    const double unit = ::exp(row_.unit.inverse_temperature() * s - log_unit_);
+    double g =
+        hard.ce * (unit - (1 - smoothing) - smoothing / call_.vocabulary) + hard.z * unit;
     if (kind == kNone) return g;
     double lq = rate * s - log_student_, q = ::exp(lq);
     if (kind == kEntrywise) {

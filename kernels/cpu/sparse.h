@@ -28,6 +28,7 @@ template <class X> class SparseRow : public OneRow<X> {
   typedef OneRow<X> Dense;
   typedef Format<X> Fmt;
   typedef typename Fmt::F F;
+  typedef typename Dense::Hard Hard;
   using Dense::begin, Dense::call_, Dense::end, Dense::expected_student_, Dense::far, Dense::grad_,
       Dense::grad_sum_, Dense::kept, Dense::kind_, Dense::label_, Dense::log_student_,
       Dense::log_unit_, Dense::minima, Dense::n_, Dense::padded, Dense::row_, Dense::student_,
@@ -275,28 +276,30 @@ template <class X> class SparseRow : public OneRow<X> {
   // Outside the ids d loss / d s = A q + C q_1 + ..., with the tail's derivative as part of A.
   void gradient(double weight) {
     const double soft = weight * this->kd_scale_ / call_.temperature;
-    const double hard = call_.ce_weight != 0 ? weight * call_.ce_weight : 0;
-    const bool separate = unit_ && hard != 0;
+    const Hard hard = this->hard(weight);
+    const bool separate = unit_ && hard.both() != 0;
     double student = 0;
     if (soft != 0 && !conditional())
       student = -soft * grad_sum_ * ::exp(log_one(row_.student, log_student_));
     if (tail() && row_.student.seen) student += soft * entry_grad_[count_] / sums_.student;
     double unit =
-        hard == 0 ? 0 : hard * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
+        hard.both() == 0
+            ? 0
+            : hard.both() * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
     if (!separate) student += unit;
     const Coefficients c{
-        -hard * call_.label_smoothing / call_.vocabulary, student, soft, 0, 0, 0, unit};
+        -hard.ce * call_.label_smoothing / call_.vocabulary, student, soft, 0, 0, 0, unit};
     if (const double every = student + unit + log_student_;
         every - every != 0) {  // the row holds a NaN
       fill(call_.grad.dtype, __builtin_nan(""), grad_, call_.columns);
     } else {
       double slope = 0;
-      const bool label_outside = hard != 0 && this->owns_label() && !is_id(label_);
+      const bool label_outside = hard.ce != 0 && this->owns_label() && !is_id(label_);
       const double reaching = conditional() ? 0 : soft;  // what is no id
       const double label = label_outside ? label_outside_gradient(reaching, hard, &slope) : 0;
       const Kind kind = outside_ && soft != 0 ? kEntrywise : kNone;
       const double reach = c.reach(kind, separate);
-      if (reaching == 0 && hard == 0) this->zero(0, call_.columns);
+      if (reaching == 0 && hard.ce == 0 && hard.z == 0) this->zero(0, call_.columns);
       else
         for (int64_t k = 0; k < tiles_; ++k) this->gradient_tile(k, kind, separate, c, reach);
       if (label_outside) put(label_, student_label_, label * slope);
@@ -314,16 +317,17 @@ template <class X> class SparseRow : public OneRow<X> {
   }
 
   // The gradient of one logit in fp64; `own` is d value / d log q of its entry.
-  double at(int64_t column, double z, double own, double soft, double hard) const {
+  double at(int64_t column, double z, double own, double soft, Hard hard) const {
     double g = 0;
     if (soft != 0)
       g = soft * (own - ::exp(z * row_.student.inverse_temperature() - log_base_) * grad_sum_);
-    if (hard == 0) return g;
+    if (hard.ce == 0 && hard.z == 0) return g;
     const double smoothing = call_.label_smoothing,
                  q = ::exp(z * row_.unit.inverse_temperature() - log_unit_);
-    return g + hard * (q - (column == label_ ? 1 - smoothing : 0) - smoothing / call_.vocabulary);
+    g += hard.z * q;
+    return g + hard.ce * (q - (column == label_ ? 1 - smoothing : 0) - smoothing / call_.vocabulary);
   }
-  double label_outside_gradient(double soft, double hard, double* slope) const {
+  double label_outside_gradient(double soft, Hard hard, double* slope) const {
     const double z = logit(call_.student, student_.row, label_, slope);
     double own = 0;
     if (tail())

@@ -132,6 +132,8 @@ class Plan(Tiling):
     teacher: bool  # it has a say
     kd: bool  # in the loss too
     ce: bool  # cross-entropy, for the loss or for the metrics
+    z: bool  # z-loss
+    unit: bool  # either of them: the softmax at T = 1
     power: int  # the student's temperature if it is 1 or 2, else 0
     smoothing: bool
     metrics: bool
@@ -187,6 +189,7 @@ class Variant(NamedTuple):
     aligned: bool = True
     kd: bool = True
     ce: bool = True
+    z: bool = False
     power: int = 2
     smoothing: bool = False
     metrics: bool = False
@@ -264,6 +267,8 @@ def plan(variant: Variant, launch: Launch, stage: str, target: str) -> Plan:
         teacher=variant.kd or variant.metrics,
         kd=variant.kd,
         ce=variant.ce,
+        z=variant.z,
+        unit=variant.ce or variant.z,
         power=variant.power,
         smoothing=variant.smoothing,
         metrics=variant.metrics,

@@ -159,7 +159,7 @@ def named_apart(of, ids, at, logit, offset, total, inverse, plan: tl.constexpr):
     sum_out, sum_ids = out.sum * keep_out, ids.sum * keep_ids
     sum = sum_out + sum_ids
     unit, expected, mean = zero, zero, zero
-    if plan.ce:
+    if plan.unit:
         unit = of.unit * exp_wide(low_out) + ids.unit * exp_wide(low_ids)
     if plan.metrics:
         own = out.own * keep_out * reciprocal(scale) + ids.own * keep_ids

@@ -89,6 +89,7 @@ class Weights(NamedTuple):
     kd: Any
     ce: Any
     smoothing: Any
+    z: Any
 
 
 class Shared(NamedTuple):
@@ -177,6 +178,21 @@ def _cross_entropy(of, label, sides, weights, total, plan: tl.constexpr):
 
 
 @triton.jit
+def of_unit(weights, log_sum, plan: tl.constexpr):
+    """What the softmax at T = 1 is multiplied with in the gradient; ``log_sum`` is its own."""
+    found = weights.row * weights.ce
+    if plan.z:
+        found += weights.row * (2.0 * weights.z * log_sum)
+    return found
+
+
+@triton.jit
+def _log_sum(of, plan: tl.constexpr):
+    """Of the student at T = 1."""
+    return of.student.max + log_sum(of.unit, plan.acc)
+
+
+@triton.jit
 def _entropy(side, softmax, plan: tl.constexpr):
     return softmax.log_sum - (side.own * reciprocal(side.sum) * LN2).to(plan.acc)
 
@@ -192,6 +208,9 @@ def _report(loss, metrics, n, of, pair, value, label, sides, weights, total, pla
         sum_of_terms += tl.where(weights.kd == 0, 0.0, weights.kd * value)
     if plan.ce:
         sum_of_terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
+    if plan.z:
+        lse = _log_sum(of, plan)
+        sum_of_terms += weights.z * lse * lse
     tl.store(loss + n, weights.row * sum_of_terms)
     if plan.metrics:
         out, unknown = metrics + n.to(tl.int64) * 8, scalar(float("nan"), plan.acc)
@@ -216,7 +235,7 @@ def ruled(weights, value, entropy_t, entropy_s, label, top_t, top_s, by, plan: t
         tl.minimum(label, zero), tl.minimum(top_t, one), tl.minimum(top_s, one), by,
     )  # fmt: skip
     factor = tl.where(value != value, value, factor)
-    return Weights(weights.row, weights.kd * factor, weights.ce, weights.smoothing)
+    return Weights(weights.row, weights.kd * factor, weights.ce, weights.smoothing, weights.z)
 
 
 @triton.jit
@@ -423,9 +442,11 @@ def _factors(
 ):  # fmt: skip
     kd = weights.row * weights.kd * pair.student.inverse_t
     unit, smooth, hot = weights.row, weights.row, weights.row
+    if plan.unit:
+        by_unit = of_unit(weights, _log_sum(of, plan) if plan.z else 0.0, plan)
+        unit = by_unit * reciprocal(of.unit).to(plan.acc)
     if plan.ce:
         of_ce = weights.row * weights.ce
-        unit = of_ce * reciprocal(of.unit).to(plan.acc)
         smooth = of_ce * weights.smoothing / total.to(plan.acc)
         hot = of_ce * (1.0 - weights.smoothing)
     constants, terms = (kd,), (kd,)
@@ -541,6 +562,7 @@ def row_kernel(
     ratio: tl.float64,  # the student's temperature over the teacher's
     s_scale: tl.float64, s_cap: tl.float64, t_scale: tl.float64, t_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
+    z_weight: tl.float64,
     a: tl.float64, b: tl.float64,  # parameters of the divergence, ...
     weight: tl.float64, constant: tl.float64,  # ... which is that of a built-in one, and this more
     own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,  # or of one's own
@@ -616,7 +638,7 @@ def row_kernel(
             compared = _compared(of, pair, shared, n, piece, sides, shape, span, numbers, plan)
             if plan.stage != "middle":
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
-                                  scalar(smoothing, acc))  # fmt: skip
+                                  scalar(smoothing, acc), scalar(z_weight, acc))  # fmt: skip
                 if plan.rule is not None:
                     rule = seven(rule_0, rule_1, rule_2, rule_3, rule_4, rule_5, rule_6, acc)
                     weights = _ruled(weights, of, pair, compared.value, label, sides, rule, plan)

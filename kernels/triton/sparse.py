@@ -30,6 +30,7 @@ from .programs import (
     leave,
     leave_sums,
     left,
+    of_unit,
     parameters,
     pieces,
     ruled,
@@ -180,7 +181,7 @@ def _normaliser(seen, entries, inverse, TAIL: tl.constexpr, plan: tl.constexpr):
         below = z.to(tl.float64) - of_ids
         e = exp_wide(below * wide) + (below - below)  # NaN where a logit is
         inside += tl.sum(tl.where(z == -INFINITY, 0.0, e), axis=0)
-        if plan.ce:
+        if plan.unit:
             unit += added(tl.exp2((z - best) * LOG2E))
     of_all = (of_ids - best.to(tl.float64)) * wide
     outside = seen.of.student.sum
@@ -205,7 +206,7 @@ def _normalised(
     if TAIL == "conditional":
         log_base = log_inside + (log_all - log_all)  # NaN where a logit is, wherever
     log_unit, over_unit = log_all.to(plan.acc), over
-    if plan.ce:
+    if plan.unit:
         log_unit, over_unit = log_sum(unit, plan.acc), reciprocal(unit).to(plan.acc)
     return Normaliser(softmax, log_all, log_unit, over_unit, shift, log_tail, log_base, mass)
 
@@ -310,8 +311,9 @@ def _scatter(
     for start in range(0, entries.ids.count, BLOCK):
         id, z, slope, _, q, _, g = _points(start, entries, norm, tail_floor, TAIL, plan)
         g = (g - q * sum_grad) * by.kd if plan.kd else tl.zeros_like(g)
-        if plan.ce:
+        if plan.unit:
             g += tl.exp2((z - norm.softmax.max) * LOG2E) * over_unit
+        if plan.ce:
             if plan.smoothing:
                 g -= by.smooth
             g = tl.where(id == label, g - hot, g)
@@ -342,7 +344,7 @@ def _inside(entries, span, shape, inverse, plan: tl.constexpr):
         e = exp_wide(below * wide) + (below - below)  # NaN where a logit is
         sum += tl.sum(tl.where(there, e, 0.0), axis=0)
         own += tl.sum(tl.where(there, e * below, 0.0), axis=0)
-        if plan.ce:
+        if plan.unit:
             unit += tl.sum(tl.where(there, exp_wide(below), 0.0), axis=0)
     return Inside(best.to(tl.float64), sum, own, unit)
 
@@ -437,6 +439,9 @@ def _report(
     if plan.ce:
         ce = _cross_entropy(seen, norm, z, weights, total, plan)
         terms += tl.where(weights.ce == 0, 0.0, weights.ce * ce)
+    if plan.z:
+        lse = norm.softmax.max + norm.log_unit
+        terms += weights.z * lse * lse
     tl.store(loss + n, weights.row * terms)
     if plan.metrics:
         out, unknown = metrics + n.to(tl.int64) * 8, scalar(float("nan"), plan.acc)
@@ -465,7 +470,7 @@ def _outside(
     grad, shape, seen, norm, found, tail, weights, total, own,
     TAIL: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
-    of_ce = weights.row * weights.ce
+    by_unit = of_unit(weights, norm.softmax.max + norm.log_unit, plan)
     share = tl.exp2(norm.shift * norm.softmax.scale) * norm.softmax.over_sum
     soft, kd = scalar(0.0, tl.float64), weights.row * weights.kd * norm.softmax.inverse_t
     if plan.kd and TAIL != "conditional":
@@ -474,8 +479,8 @@ def _outside(
             of_tail = found.of_tail * reciprocal(seen.of.student.sum)
             soft += tl.where(seen.of.student.sum == 0, 0.0, of_tail)
         soft *= kd
-    unit = of_ce * norm.over_unit * tl.exp2(norm.shift * LOG2E)
-    smooth = of_ce * weights.smoothing / total.to(plan.acc)
+    unit = by_unit * norm.over_unit * tl.exp2(norm.shift * LOG2E)
+    smooth = weights.row * weights.ce * weights.smoothing / total.to(plan.acc)
     return Outside(grad, shape, seen.of.student.max, norm.softmax, soft.to(plan.acc), kd, unit,
                    smooth, own)  # fmt: skip
 
@@ -488,8 +493,7 @@ def _gradient(
     none = tl.full([], 0, tl.int32)
     unroll: tl.constexpr = 1 if plan.outside else plan.unroll
     sweep(write_outside, none, sides, by.shape, span, by, True, "evict_first", unroll, plan)
-    of_ce = weights.row * weights.ce
-    hot = of_ce * (1.0 - weights.smoothing)
+    hot = weights.row * weights.ce * (1.0 - weights.smoothing)
     tl.debug_barrier()  # the label's gradient and the ids' go over what the sweep wrote
     if plan.ce:
         if (label >= 0) & within(label, span, by.shape, plan):
@@ -499,7 +503,8 @@ def _gradient(
             g = tl.where(z == -INFINITY, 0.0, g)
             tl.store(by.grad + label, rounded(g, by.grad.dtype.element_ty))
         tl.debug_barrier()
-    _scatter(entries, norm, tail_floor, sum_grad, span, label, hot, of_ce * norm.over_unit, by,
+    by_unit = of_unit(weights, norm.softmax.max + norm.log_unit, plan)
+    _scatter(entries, norm, tail_floor, sum_grad, span, label, hot, by_unit * norm.over_unit, by,
              TAIL, plan)  # fmt: skip
 
 
@@ -561,6 +566,7 @@ def sparse_kernel(
     offset: tl.int32, total: tl.int32,  # the first column's id, and the whole rows' vocab
     inverse_s: tl.float64, s_scale: tl.float64, s_cap: tl.float64,
     kd_scale: tl.float64, ce_weight: tl.float64, smoothing: tl.float64,
+    z_weight: tl.float64,
     a: tl.float64, b: tl.float64,
     own_0: tl.float64, own_1: tl.float64, own_2: tl.float64, own_3: tl.float64,
     own_4: tl.float64, own_5: tl.float64, own_6: tl.float64,
@@ -649,7 +655,7 @@ def sparse_kernel(
                 if TAIL == "generalized":  # rounding
                     value = tl.where(value < 0, 0.0, value)
                 weights = Weights(scale, scalar(kd_scale, acc), scalar(ce_weight, acc),
-                                  scalar(smoothing, acc))  # fmt: skip
+                                  scalar(smoothing, acc), scalar(z_weight, acc))  # fmt: skip
                 z = scalar(0.0, acc)
                 if plan.part:
                     z = fields.label.to(acc)

@@ -224,11 +224,11 @@ def slope_outside(z, by, plan: tl.constexpr):
     below = z - by.max
     e = tl.exp2(below * by.softmax.scale)
     f, g = tl.zeros_like(e) + by.soft, 0.0
-    if plan.ce and plan.power == 1:
+    if plan.unit and plan.power == 1:
         f += by.unit
-    elif plan.ce and plan.power == 2:
+    elif plan.unit and plan.power == 2:
         f += e * by.unit
-    elif plan.ce:
+    elif plan.unit:
         g += at_unit(e, below, plan) * by.unit
     g += e * f
     if plan.outside and plan.kd:

@@ -108,7 +108,7 @@ def moved(of, max_s, max_t, scales, plan: tl.constexpr):
     unit, sum_s, gap_s, own_s = of.unit, student.sum * keep_s, student.gap, student.own
     sum_t, gap_t, own_t = teacher.sum, teacher.gap, teacher.own
     cross, power_s, power_t = of.cross, of.power_s, of.power_t
-    if plan.ce:
+    if plan.unit:
         unit = unit * at_unit(keep_s, low_s, plan)
     if plan.metrics:
         own_s = _shifted(own_s, keep_s, by_s, student.sum)
@@ -177,7 +177,7 @@ def observe(of, tile, scales, plan: tl.constexpr):
     a_s = below_s * scales.student
     e_s = tl.exp2(a_s)
     sum_s += lane_sum(e_s, None)
-    if plan.ce:
+    if plan.unit:
         unit += lane_sum(at_unit(e_s, below_s, plan), None)
         if plan.smoothing:
             mean += lane_sum(tile.student, tile.mask)

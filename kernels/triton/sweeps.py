@@ -48,7 +48,7 @@ class Gradient(NamedTuple):
     terms: Any  # and of its terms, if they are summed here
     sum_grad: Any  # of the divergence, for the careful way
     kd: Any
-    unit: Any  # cross-entropy's, of e^(s - max)
+    unit: Any  # cross-entropy's and z-loss's, of e^(s - max)
     smooth: Any  # label smoothing's, of every entry
     hot: Any  # the label's
     numbers: Numbers
@@ -115,13 +115,13 @@ def compare_carefully(sums, tile, context, plan: tl.constexpr):
 
 
 @triton.jit
-def _with_cross_entropy(f, rest, at, z_s, by, plan: tl.constexpr):
+def _with_unit(f, rest, at, z_s, by, plan: tl.constexpr):
     """d loss / d logit, before the transform, and but for what is the label's."""
-    if plan.ce and plan.power == 1:
+    if plan.unit and plan.power == 1:
         f += by.unit
-    elif plan.ce and plan.power == 2:
+    elif plan.unit and plan.power == 2:
         f += at.e_s * by.unit
-    elif plan.ce:
+    elif plan.unit:
         rest += at_unit(at.e_s, z_s - by.pair.student.max, plan) * by.unit
     g = at.e_s * f
     if plan.form.rest or plan.power == 0:
@@ -137,14 +137,14 @@ def slope(z_s, z_t, by, plan: tl.constexpr):
     f, rest = tl.zeros_like(at.e_s), 0.0
     if plan.kd:
         f, rest = plan.form.slope(at, by.constants, by.pair, plan)
-    return _with_cross_entropy(f, rest, at, z_s, by, plan)
+    return _with_unit(f, rest, at, z_s, by, plan)
 
 
 @triton.jit
 def slope_sharply(z_s, z_t, by, plan: tl.constexpr):
     at = entry(z_s, z_t, by.pair)
     f, rest = plan.form.sharp(at, by.constants, by.terms, by.pair, plan)
-    return _with_cross_entropy(f, rest, at, z_s, by, plan)
+    return _with_unit(f, rest, at, z_s, by, plan)
 
 
 @triton.jit
@@ -154,10 +154,10 @@ def slope_carefully(z_s, z_t, by, plan: tl.constexpr):
     if plan.kd:
         _, grad = plan.careful(lp, lq, gap, p, q, by.numbers.own)
         g += (grad - q * by.sum_grad) * by.kd
-    if plan.ce:
+    if plan.unit:
         g += at_unit(e_s, below, plan) * by.unit
-        if plan.smoothing:
-            g -= by.smooth
+    if plan.ce and plan.smoothing:
+        g -= by.smooth
     return tl.where(z_s == -INFINITY, 0.0, g)
 
 

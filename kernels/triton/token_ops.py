@@ -46,7 +46,7 @@ class TokenPlan(config.Tiling):
     transformed_s: bool
     transformed_t: bool = False
     teacher: bool = False
-    ce: bool = False
+    unit: bool = False
     room: int = 0  # of what reaches a threshold (largest.py)
 
 

@@ -7,4 +7,4 @@ from fusedkd.benchmarks.child import in_child
 def test_scores_never_exist_in_full() -> None:
     """All of one side's are 12 x 1,024 x 1,024 x 4 bytes: 48 MiB."""
     held = in_child(peaks, "relation_kl", 1, 12, 1024, timeout=120)
-    assert held["fusedkd"] < 96 << 20 < 400 << 20 < held["torch"]
+    assert held["fusedkd"] < 64 << 20 < 400 << 20 < held["torch"]

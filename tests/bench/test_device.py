@@ -315,7 +315,7 @@ def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "checkout"
     for folder in ("benchmarks/results", "docs"):
         (root / folder).mkdir(parents=True)
-    (root / "README.md").write_text((ROOT / "README.md").read_text())
+    (root / "docs/performance.md").write_text((ROOT / "docs/performance.md").read_text())
     return root
 
 
@@ -326,13 +326,17 @@ def test_a_full_report_fits_the_table(tmp_path: Path) -> None:
 
 def test_one_command_publishes_a_report(tmp_path: Path, checkout: Path) -> None:
     report = made_up(tmp_path)
-    before = (checkout / "README.md").read_text()
+    before = (checkout / "docs/performance.md").read_text()
     written = publish.publish(tmp_path, checkout)
-    assert [path.name for path in written] == ["made-up-h200.json", "speed-gpu.png", "README.md"]
+    assert [path.name for path in written] == [
+        "made-up-h200.json",
+        "speed-gpu.png",
+        "performance.md",
+    ]
     kept = json.loads((checkout / "benchmarks/results/made-up-h200.json").read_text())
     assert kept["steps"] == report["steps"] and kept["commit"] == "of another source"
     assert (checkout / "docs/speed-gpu.png").read_bytes().startswith(b"\x89PNG")
-    text = (checkout / "README.md").read_text()
+    text = (checkout / "docs/performance.md").read_text()
     assert "Counted, not measured" not in text and "one Made-up H200" in text
     for row in (
         "| `alpha` | 2.00 | 91 % | 82 % | 91 % | - |",
@@ -347,7 +351,10 @@ def test_one_command_publishes_a_report(tmp_path: Path, checkout: Path) -> None:
         assert row in text, row
     head, tail = before.split("<!-- gpu: written")[0], before.split("<!-- /gpu -->")[1]
     assert text.startswith(head) and text.endswith(tail)
-    assert publish.publish(tmp_path, checkout) and (checkout / "README.md").read_text() == text
+    assert (
+        publish.publish(tmp_path, checkout)
+        and (checkout / "docs/performance.md").read_text() == text
+    )
 
 
 def test_a_dry_run_is_not_published(dry: Any, checkout: Path) -> None:

@@ -18,17 +18,17 @@ from teacher_server import TeacherServer, model_log_probs
 from words import WORDS, V, bert, llama, rows, tokenizer
 
 from fusedkd import LMHead, cli
-from fusedkd.benchmarks import end_to_end, readme, resources
+from fusedkd.benchmarks import end_to_end, page, resources
 from fusedkd.benchmarks.cache import __main__ as cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
 ROOTS = ("fusedkd", "kernels", "benchmarks")
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n", re.M | re.S)
 BLOCKS = [
-    pytest.param(language, text, id=f"{path.name}-{i}")
+    pytest.param(language, text, id=f"{path.relative_to(ROOT)}-{i}")
     for path in DOCUMENTS
     for i, (language, text) in enumerate(FENCE.findall(path.read_text()))
 ]
@@ -49,7 +49,9 @@ SMALL = {
     "fusedkd distill --teacher math=./teacher": SHORT,
     "fusedkd cache --teacher ./teacher --data domains.jsonl": "--top-k 4",
     "fusedkd distill --teacher http:": SHORT + " --block_size 8 --teacher_ahead 0",
+    "fusedkd distill --config recipes/qad.yaml": SHORT + " --block_size 8 --quantise_group 8",
     "fusedkd cache --teacher http:": "--block_size 8",
+    "fusedkd cache --teacher ./teacher --student_tokenizer": "--block_size 8",
     "fusedkd cache": "--block-size 8 --top-k 4",
     "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
     "fusedkd data": "",
@@ -68,8 +70,10 @@ SMALL = {
     "python -m fusedkd.benchmarks.on_policy": "--smoke --teacher-steps 2 --student-steps 2 "
     "--steps 2 --new-tokens 4",
     "python -m fusedkd.benchmarks.estimators": "--samples 2000",
+    "python -m fusedkd.benchmarks.memory": "--tokens 8 16 --vocab 300 --providers fusedkd",
     "python -m fusedkd.benchmarks.alignment": "--tokens 2000 --vocab 300 --hidden 16",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
+    "python -m fusedkd.benchmarks.quantised": "--smoke --steps 2 --seeds 0",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
     "python -m fusedkd.benchmarks.hosts": "--tokens 8 --vocabulary 50 --hosts",
 }
@@ -187,9 +191,9 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()  # where some write
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cache, "LARGE", 300)
     monkeypatch.setattr(end_to_end, "VOCABULARIES", (300,))
     monkeypatch.setattr(
@@ -199,7 +203,7 @@ def test_command(
     )
     every = list(resources.jobs(["sm_90"], ["bf16"], ["plain"]))
     monkeypatch.setattr(resources, "jobs", lambda *axes: every[:1])
-    monkeypatch.setattr(readme, "replace", lambda text: None)
+    monkeypatch.setattr(page, "replace", lambda text: None)
     if re.fullmatch(HELP, command):
         with pytest.raises(SystemExit) as done:
             cli.main([*command.removesuffix(" --config").split()[1:], "--help"])
@@ -215,3 +219,9 @@ def test_files_that_are_named_exist() -> None:
     for path in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"
+
+
+def test_readme_is_short_and_says_what_was_not_tried() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert "never been run on a GPU" in " ".join(lines[:25])

@@ -33,6 +33,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("accelerate_loop", {"cpu": True}),
         ("lightning_module", {}),
         ("own_trainer", {"use_cpu": True}),
+        ("draft_model", {}),
         ("sft_trainer", {"use_cpu": True, "max_steps": 8, "bf16": False}),
     ],
 )

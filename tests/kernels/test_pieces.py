@@ -99,6 +99,21 @@ def test_options(module: ModuleType, tail: str) -> None:
     check(module, call._replace(student=student), SPLITS[2])
 
 
+@pytest.mark.parametrize("module", BACKENDS)
+@pytest.mark.parametrize("tail", ["", "bucket", "drop", "generalized", "conditional"])
+def test_z_loss(module: ModuleType, tail: str) -> None:
+    """Beside a cross-entropy, alone, and without labels."""
+    bent = Transform(0.7, 20.0)
+    for sizes, dtype, heat in zip(SPLITS, DTYPES, (1.0, 2.0, 1.3, 2.0), strict=True):
+        for name in ("forward_kl", "jsd"):
+            call = make(dtype, name, tail, heat, z_loss_weight=0.2, student_transform=bent)
+            check(module, call, sizes)
+            alone = call.spec._replace(kd_weight=0.0, ce_weight=0.0)
+            check(module, call._replace(spec=alone), sizes)
+            spec = call.spec._replace(ce_weight=0.0)
+            check(module, call._replace(labels=None, spec=spec), sizes)
+
+
 @pytest.mark.parametrize("tail", ["", "bucket", "drop", "generalized", "conditional"])
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_one_piece_has_the_rowsbits(name: str, tail: str) -> None:

@@ -156,6 +156,7 @@ def test_no_number_compiles_a_kernel() -> None:
         "rule_0",
         "ce_weight",
         "smoothing",
+        "z_weight",
     ):
         assert _key(**{name: 1.0}) == _key(**{name: 0.0}) == plain, name
     for name in set(programs.POINTERS) - {"metrics"}:

@@ -115,6 +115,15 @@ def test_a_row_rule(tail: str) -> None:
     check(backend, few(call, [3, 4]), (2048, V - 2048))
 
 
+@pytest.mark.parametrize("tail", ["", "bucket"])
+def test_z_loss(tail: str) -> None:
+    """Beside a cross-entropy, and without labels."""
+    call = few(make(torch.float32, "jsd", tail, 1.3, z_loss_weight=0.2), [4, 5, 8])
+    check(backend, call, (2048, V - 2048))
+    spec = call.spec._replace(ce_weight=0.0, temperature=2.0)
+    check(backend, call._replace(labels=None, spec=spec), (2048, V - 2048))
+
+
 @pytest.mark.parametrize("name, tail", [("mixed_kl", ""), ("alpha_beta", "drop")])
 def test_programs_share_a_part(monkeypatch: pytest.MonkeyPatch, name: str, tail: str) -> None:
     """Few rows: what they leave is merged as the ranks' is, and the label is one program's."""

@@ -39,6 +39,8 @@ KEYWORDS = {
     "scale_by_t2": {"scale_by_t2": False},
     "ignore_index": {"ignore_index": 3},
     "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss_weight": {"z_loss_weight": 0.3},
+    "z-loss alone": {"z_loss_weight": 0.3, "ce_weight": 0.0, "temperature": 3.7},
     "reduction": {"reduction": "none"},
     "sum": {"reduction": "sum"},
     "normalizer": {"normalizer": 7.5},

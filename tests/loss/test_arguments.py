@@ -79,6 +79,7 @@ def good() -> dict[str, Any]:
         "scale_by_t2": True,
         "ignore_index": -100,
         "label_smoothing": 0.1,
+        "z_loss_weight": 0.2,
         "token_weights": torch.ones(N),
         "reduction": "mean",
         "normalizer": 3.0,

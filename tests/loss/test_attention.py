@@ -45,6 +45,8 @@ def side(kind: str, student: bool, dtype: torch.dtype = torch.float64) -> Attent
     more: dict[str, Any] = {"scaling": 0.3 if student else None}
     if kind == "causal":
         more["causal"] = True
+    elif kind == "mixed":  # each hides what the other sees
+        more |= {"causal": student, "mask": None if student else torch.rand(1, H, L, L) < 0.8}
     elif kind == "padding":  # as transformers makes it: wider than there are keys
         seen = torch.arange(L + 2) < torch.tensor([L, 3, 5])[:, None]
         more["mask"] = seen[:, None, None].expand(B, 1, L, L + 2)
@@ -57,7 +59,7 @@ def side(kind: str, student: bool, dtype: torch.dtype = torch.float64) -> Attent
     return AttentionStates(query, key, value, **more)
 
 
-KINDS = ["none", "causal", "padding", "bias", "row", "grouped"]
+KINDS = ["none", "causal", "mixed", "padding", "bias", "row", "grouped"]
 
 
 def truth(name: str, s: AttentionStates, t: AttentionStates, tokens: Tensor | None) -> Tensor:

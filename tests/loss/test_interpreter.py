@@ -22,6 +22,7 @@ FILES = (
     "loss/test_sparse",
     "loss/test_token_log_probs",
     "loss/test_top_k",
+    "loss/test_z_loss",
 )
 TRITON = {"TRITON_INTERPRET": "1", "FUSEDKD_TEST_BACKEND": "triton"}
 

@@ -231,6 +231,7 @@ def answer(
     scale_by_t2: bool = True,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
     token_weights: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -286,6 +287,8 @@ def answer(
         per_row = per_row + kd_scale * torch.where(factor == 0, 0.0, factor * kd)
     if ce_weight and ce is not None:
         per_row = per_row + ce_weight * ce
+    if z_loss_weight:
+        per_row = per_row + z_loss_weight * z[counted].logsumexp(-1) ** 2
     rows = torch.zeros(n, dtype=dtype, device=z.device).index_put((counted,), per_row * row_scale)
     loss = rows.reshape(leading) if reduction == "none" else rows.sum()
     scaled = (loss if upstream is None else loss * upstream.to(dtype)).sum()
@@ -301,9 +304,11 @@ def answer(
     by_loss, by_grad = (factor * x for x in _conditions(divergence, lp, lq))
     size = z[counted].detach().abs().amax(-1) if z.shape[1] else kd
     loss_condition = torch.zeros_like(rows)
-    loss_condition[counted] = row_scale * (kd_scale * by_loss + ce_weight * (1 + size))
+    by_z = 2 * z_loss_weight * (1 + size)  # the logsumexp moves by a unit of the logits
+    hard = ce_weight * (1 + size) + by_z * (1 + size)
+    loss_condition[counted] = row_scale * (kd_scale * by_loss + hard)
     grad_condition = torch.zeros_like(rows)
-    grad_condition[counted] = row_scale * (kd_scale / temperature * by_grad + ce_weight)
+    grad_condition[counted] = row_scale * (kd_scale / temperature * by_grad + ce_weight + by_z)
     if isinstance(student, LMHead):
         grad_condition *= abs(student.logit_scale)
     up = rows.new_ones(n) if upstream is None else upstream.detach().reshape(-1).expand(n)

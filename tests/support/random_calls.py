@@ -173,6 +173,8 @@ def random_case(seed: int, device: torch.device, most: int = 12) -> Case:
         named[name].requires_grad_()
     if isinstance(student, Tensor):
         keywords["inplace"] = layout == "plain" and rng.random() < 0.3
+    if rng.random() < 0.3:
+        keywords["z_loss_weight"] = rng.choice([1e-4, rng.uniform(0, 0.5)])
     shape = make.leading if keywords["reduction"] == "none" else ()
     upstream = make.normal(*shape).to(device) if rng.random() < 0.7 else None
     return Case(student, teacher, labels, keywords, upstream, wanted, layout)

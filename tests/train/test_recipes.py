@@ -60,6 +60,8 @@ CASES: dict[str, tuple[Callable[[], Any], list[str], list[str]]] = {
     "abkd": (llama, ["--layers", "2"], []),
     "alm": (llama, ["--layers", "2"], ["--cross_tokenizer", "both"]),
     "minitron": (llama, ["--layers", "2", "--map", "first"], []),
+    "lora": (llama, ["--layers", "2"], ["--learning_rate", "0.01"]),
+    "qad": (llama, ["--layers", "2"], ["--quantise_group", "4"]),
 }
 
 
@@ -84,6 +86,8 @@ def write_data(folder: Path, labelled: bool) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_trains_stops_goes_on_and_loads(case: str, tmp_path: Path) -> None:
     make, student, more = CASES[case]
+    if case == "qad":
+        pytest.importorskip("torchao")
     torch.manual_seed(1)
     teacher = make()
     teacher.save_pretrained(tmp_path / "teacher")
@@ -91,8 +95,9 @@ def test_a_recipe_trains_stops_goes_on_and_loads(case: str, tmp_path: Path) -> N
     made = ["student", "--from", str(tmp_path / "teacher"), "--output", str(tmp_path / "student")]
     assert main([*made, *student]) == 0
     out, recipe = tmp_path / "out", RECIPES / f"{case.split(',')[0]}.yaml"
+    theirs = [] if case == "qad" else ["--teacher", str(tmp_path / "teacher")]
     command = [
-        "distill", "--config", str(recipe), "--teacher", str(tmp_path / "teacher"),
+        "distill", "--config", str(recipe), *theirs,
         "--student", str(tmp_path / "student"), "--output_dir", str(out),
         "--data", str(write_data(tmp_path, make is classifier)),
         "--block_size", "16", "--per_device_train_batch_size", "2",
@@ -101,15 +106,16 @@ def test_a_recipe_trains_stops_goes_on_and_loads(case: str, tmp_path: Path) -> N
         "1", "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", *more,
     ]  # fmt: skip
     assert main(command) == 0
-    whole = load_file(out / "model.safetensors")
+    weights = out / f"{'adapter_' * (case == 'lora')}model.safetensors"
+    whole = load_file(weights)
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert all(np.isfinite(e["loss"]) for e in history if "loss" in e)
     assert any("eval_loss" in e for e in history)
 
     shutil.rmtree(out / "checkpoint-4")
-    (out / "model.safetensors").unlink()
+    weights.unlink()
     assert main([*command, "--resume_from_checkpoint", "last"]) == 0
-    resumed = load_file(out / "model.safetensors")
+    resumed = load_file(weights)
     assert resumed.keys() == whole.keys() and not any("fusedkd" in name for name in whole)
     if case not in MASKED:  # masks are drawn ahead, so other ones than those of a whole run
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -118,7 +124,9 @@ def test_a_recipe_trains_stops_goes_on_and_loads(case: str, tmp_path: Path) -> N
             "gpt2": tf.AutoModelForCausalLM}  # fmt: skip
     loaded = auto.get(make.__name__, tf.AutoModelForMaskedLM).from_pretrained(out)
     start = load_file(tmp_path / "student" / "model.safetensors")
+    start |= {n: torch.zeros_like(p) for n, p in loaded.state_dict().items() if "lora_B" in n}
     moved = [n for n, p in loaded.state_dict().items() if n in start and not p.equal(start[n])]
+    assert case != "lora" or all("lora_B" in name for name in moved), moved
     assert moved, "nothing was learnt"
 
 

@@ -318,6 +318,37 @@ def test_padded_vocabularies_are_cut_to_the_true_one(tmp_path: Path) -> None:
     assert trainer(student, teacher, tmp_path)._loss_keywords["vocab_size"] == V + 5
 
 
+@pytest.mark.parametrize("tokens", ["labels", "all"])
+def test_a_z_loss_follows_its_schedule_in_training_alone(tmp_path: Path, tokens: str) -> None:
+    """Of the tokens that have a label, wherever the divergence counts."""
+    student, teacher = build("llama", 1).eval(), build("llama", 2)
+    data = batch(rows())
+    data["attention_mask"] = torch.ones_like(data["input_ids"])
+    plain = trainer(student, teacher, tmp_path, kd_tokens=tokens, ce_weight=0.0)
+    tested = trainer(
+        student, teacher, tmp_path, kd_tokens=tokens, ce_weight=0.0, z_loss_weight=0.2,
+        schedules=["z_loss_weight=linear:0.1"],
+    )  # fmt: skip
+    assert [tested._objective.numbers(x)["z_loss_weight"] for x in (0, 1)] == [0.2, 0.1]
+    labels = data["labels"][:, 1:]
+    lse = student.train()(data["input_ids"]).logits[:, :-1].logsumexp(-1)[labels != -100]
+    got, base = (t.compute_loss(student, dict(data)) for t in (tested, plain))
+    torch.testing.assert_close(got - base, 0.2 * (lse**2).mean(), rtol=1e-4, atol=1e-5)
+    student.eval()
+    assert tested.compute_loss(student, dict(data)) == plain.compute_loss(student, dict(data))
+
+
+def test_a_z_loss_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    sampled = {"objective": "sampled", "on_policy_share": 1.0}
+    for others in ({"z_loss_weight": -1.0}, sampled, {"cross_tokenizer": "alm"}):
+        with pytest.raises(ValueError, match="z_loss_weight="):
+            options = {"z_loss_weight": 0.1, **others}
+            DistillationArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+    for compared in (compare.bernoulli, compare.squared_error):
+        with pytest.raises(ValueError, match="z_loss_weight="):
+            compared(False, torch.zeros(2), torch.zeros(2), torch.zeros(2), z_loss_weight=0.1)
+
+
 def test_the_tokenizer_tells_the_true_vocabulary() -> None:
     from fusedkd.models.kinds import true_vocabulary
 

@@ -25,6 +25,13 @@ faster and takes less memory.
 """
 
 from fusedkd.integrations.conventions import generalized_jsd
+from fusedkd.integrations.liger.cross_entropy import (
+    CrossEntropyOutput,
+    LigerFusedCETVDFunction,
+    LigerFusedCETVDLoss,
+    LigerFusedLinearCrossEntropyLoss,
+    liger_fused_linear_cross_entropy,
+)
 from fusedkd.integrations.liger.heads import (
     LigerFusedLinearCosineSimilarityFunction,
     LigerFusedLinearCosineSimilarityLoss,
@@ -52,8 +59,12 @@ from fusedkd.integrations.liger.probabilities import (
 )
 
 __all__ = [
+    "CrossEntropyOutput",
+    "LigerFusedCETVDFunction",
+    "LigerFusedCETVDLoss",
     "LigerFusedLinearCosineSimilarityFunction",
     "LigerFusedLinearCosineSimilarityLoss",
+    "LigerFusedLinearCrossEntropyLoss",
     "LigerFusedLinearJSD",
     "LigerFusedLinearJSDFunction",
     "LigerFusedLinearJSDLoss",
@@ -67,6 +78,7 @@ __all__ = [
     "LigerTVDLossFunction",
     "generalized_jsd",
     "liger_fused_linear_cosine",
+    "liger_fused_linear_cross_entropy",
     "liger_fused_linear_jsd",
     "liger_fused_linear_kl_div",
     "liger_jsd",

@@ -16,9 +16,11 @@ from fusedkd.autograd import once_differentiable, roots
 
 class LossFunction(torch.autograd.Function):
     """``loss`` with ``apply``, ``forward`` and ``backward``: a function of tensors and numbers that
-    autograd differentiates, to a tensor, or to several of which only the first has a gradient."""
+    autograd differentiates, to a tensor, or to several of which the first ``graded`` have a
+    gradient."""
 
     loss: Any
+    graded = 1
 
     @classmethod
     def forward(cls, ctx: Any, *args: Any) -> Any:
@@ -29,25 +31,29 @@ class LossFunction(torch.autograd.Function):
         with torch.enable_grad():
             found = cls.loss(*ctx.given)
         ctx.roots = roots(*(x for x in args if isinstance(x, Tensor)))
-        ctx.found, *rest = found if isinstance(found, tuple) else (found,)
+        found = found if isinstance(found, tuple) else (found,)
+        ctx.found, rest = found[: cls.graded], found[cls.graded :]
         ctx.mark_non_differentiable(*rest)
-        return (ctx.found.detach(), *rest) if rest else ctx.found.detach()
+        values = (*(x.detach() for x in ctx.found), *rest)
+        return values if len(values) > 1 else values[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, *upstream: Any) -> Any:
         """A gradient, or None, for each argument of :meth:`forward`."""
         wanted = [isinstance(x, Tensor) and x.requires_grad for x in ctx.given]
         inputs = [x for x, want in zip(ctx.given, wanted, strict=True) if want]
+        found, given = ctx.found, upstream[: len(ctx.found)]
         grads = iter(
-            torch.autograd.grad(ctx.found, inputs, upstream, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(found, inputs, given, retain_graph=True, allow_unused=True)
         )
         return tuple(next(grads) if want else None for want in wanted)
 
 
-def as_function(name: str, loss: Callable[..., Any]) -> type[LossFunction]:
+def as_function(name: str, loss: Callable[..., Any], graded: int = 1) -> type[LossFunction]:
     """The :class:`LossFunction` of a loss."""
-    return type(name, (LossFunction,), {"loss": staticmethod(loss), "__doc__": loss.__doc__})
+    members = {"loss": staticmethod(loss), "graded": graded, "__doc__": loss.__doc__}
+    return type(name, (LossFunction,), members)
 
 
 class DistillationFunction(LossFunction):

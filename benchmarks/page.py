@@ -1,4 +1,4 @@
-"""The part of README.md that programs write: what is known of GPUs."""
+"""The part of docs/performance.md that programs write: what is known of GPUs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from fusedkd.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = "docs/performance.md"
 MARKED = re.compile(r"(<!-- gpu: written by programs -->\n).*?(\n<!-- /gpu -->)", re.S)
 
 
@@ -15,9 +16,9 @@ def replace(text: str, root: Path = ROOT) -> None:
     """Put ``text`` there.
 
     Raises:
-        ValueError: README.md has no such part.
+        ValueError: the page has no such part.
     """
-    path = root / "README.md"
+    path = root / PAGE
     old = path.read_text()
     if not MARKED.search(old):
         raise ValueError(
