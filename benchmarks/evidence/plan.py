@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fusedkd.data.masking import FrequencyMasking, count_tokens
-from fusedkd.demo.corpus import Sizes, corpus
+from fusedkd.demo.corpus import Corpus, Sizes, corpus
 from fusedkd.students.copy import StudentPlan, build_student
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -119,9 +119,9 @@ def _cut(blocks: Dataset, length: int) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.reshape(-1, length)})
 
 
-def make_teacher(kind: str, size: Setting, tokenizer: Any) -> Any:
+def make_teacher(kind: str, size: Setting, tokenizer: Any, seed: int = 0) -> Any:
     """A random GPT-2 or BERT of the teacher's size, without dropout."""
-    set_seed(0)
+    set_seed(seed)
     if kind == "causal":
         return GPT2LMHeadModel(
             GPT2Config(
@@ -224,3 +224,50 @@ def _students() -> dict[str, Student]:
 
 
 STUDENTS = _students()
+
+
+# ---- rows beside the recipes: where answers come from, and another tokenizer ---------------------
+
+BASE = "GPT-style"  # the student of these rows, with little text
+ACROSS = "two tokenizers"  # and one of its size with another tokenizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train the base student and its control, which differs in that way alone."""
+
+    variant: str
+    control: str
+    loss: dict[str, Any]
+    control_loss: dict[str, Any] | None
+    says: str
+    share: float = 1.0  # of the base student's steps
+
+
+def rows(size: Setting) -> dict[str, Row]:
+    """By student and variant of their results."""
+    kept = _less(STUDENTS[BASE].loss, "cosine")  # a cache has no hidden states to compare
+    reverse = {"divergence": "reverse_kl"}
+    writes = {
+        "on_policy_share": 1.0,
+        "on_policy_prompt": size.block // 4,
+        "on_policy_new_tokens": size.block // 2,
+    }
+    across = {"cross_tokenizer": "alm", "ce_weight": 1.0}
+    return {
+        BASE + "/cached": Row("cached", "live", kept, kept, f"top {TOP_K} of a cache | live"),
+        BASE + "/on-policy": Row(
+            *("on-policy", "off-policy", reverse | writes, reverse),
+            "reverse KL on what it writes | on the text",
+            share=0.25,
+        ),
+        ACROSS + "/alm": Row("alm", "plain", across, None, "ALM and CE | CE alone"),
+    }
+
+
+TOP_K = 32
+
+
+def other_text(size: Setting) -> Corpus:
+    """The same files, by a tokenizer with fewer entries."""
+    return corpus(replace(size, vocabulary=max(280, 3 * size.vocabulary // 10)))

@@ -10,9 +10,10 @@ from typing import Any
 
 from fusedkd.demo.report import markdown_table
 from fusedkd.files import replace_file, write_figure
+from fusedkd.train.report.card import gap_closed
 
 from ..machine import machine
-from .plan import STUDENTS
+from .plan import BASE, STUDENTS, Setting, rows
 
 VARIANTS = {
     "init": "initialisation alone",
@@ -37,6 +38,14 @@ BESIDE = (
     "student", "parameters: paper", "here", "speed: paper", "here", "kept: paper",
     "here: accuracy", "above chance", "gap closed", "with little text",
 )  # fmt: skip
+OTHERS = (
+    "student", "with", "control", "steps", "teacher, bits/byte", "control, bits/byte",
+    "with, bits/byte", "better by", "control, KL", "with, KL",
+)  # fmt: skip
+BESIDES = """\
+Limited text, equal steps; each row and its control have the same start, and differ in one thing:
+where the teacher's answers come from, who wrote the text, or whether there is a teacher (of another
+tokenizer) at all. KL is from the teacher, in nats per token of held-out text."""
 READING = """\
 What this can show: whether each recipe works end to end, and which way its parts push, beside the
 controls that papers often leave out. What it cannot: how much you will gain. Models of a million
@@ -81,6 +90,7 @@ def write_report(folder: Path, results: Mapping[str, Any], size: Mapping[str, An
         students = [cells for name in STUDENTS if (cells := _cells(seeds, name, text))]
         parts += [markdown_table(HEADINGS, [[c[h] for h in HEADINGS] for c in students]), ""]
     parts += ["## What each part is worth", "", markdown_table(ABLATION, _ablations(seeds)), ""]
+    parts += ["## Beside the recipes", "", BESIDES, "", markdown_table(OTHERS, _others(seeds)), ""]
     parts += ["![cross-entropy of every seed](evidence.png)", "", "## How", "", _how(results, size)]
     replace_file(folder / "report.md", "\n".join(parts) + "\n")
     _plot(folder / "evidence.png", seeds)
@@ -108,7 +118,7 @@ def _cells(seeds: _Seeds, name: str, text: str) -> dict[str, str] | None:
         return None
     passed = min(ce["plain"]) <= teacher["ce"]
     gaps = seeds.paired(
-        name, text, ("plain", "kd"), lambda a, b: 0.0 if passed else (a - b) / (a - teacher["ce"])
+        name, text, ("plain", "kd"), lambda a, b: gap_closed(a, b, teacher["ce"]) or 0.0
     )
     to_bits = 1 / math.log(2) / facts["bytes_per_token"]
     bits = [x * to_bits for x in ce["kd"]] if kind == "causal" else []
@@ -145,6 +155,29 @@ def _ablations(seeds: _Seeds) -> list[list[str]]:
             if lost:
                 rows.append([name, part, _spread(lost, "+.3f"), student.papers[part]])
     return rows
+
+
+def _others(seeds: _Seeds) -> list[list[str]]:
+    lines, facts = [], seeds.results["facts"]
+    to_bits = 1 / math.log(2) / facts["bytes_per_token"]
+    teacher = seeds.results["teacher/causal"]["ce"] * to_bits
+    for key, row in rows(Setting()).items():
+        student, pair = key.split("/")[0], (row.control, row.variant)
+        if not all(seeds.values(student, "limited", variant, "ce") for variant in pair):
+            continue
+        bits, kd = (
+            [seeds.values(student, "limited", variant, what) for variant in pair]
+            for what in ("bits", "kd")
+        )
+        gains = [a - b for a, b in zip(*bits, strict=False)]
+        far = [_spread(x) for x in kd] if student == BASE else ["another vocabulary"] * 2
+        way, control = row.says.split(" | ")
+        steps = f"{seeds.values(student, 'limited', row.variant, 'steps')[0]:,}"
+        lines.append(
+            [student, way, control, steps, f"{teacher:.3f}", *map(_spread, bits),
+             _spread(gains, "+.3f"), *far]
+        )  # fmt: skip
+    return lines
 
 
 def _share(part: float, whole: float) -> str:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
+from fusedkd.cache.reader import TeacherCache
+from fusedkd.demo.corpus import Corpus
 from fusedkd.demo.experiment import Experiment
 from fusedkd.files import write_json
 from fusedkd.train.term_set import own_parameters
 
-from .plan import STUDENTS, Setting, Student, Text, make_teacher
+from .plan import (
+    ACROSS,
+    BASE,
+    STUDENTS,
+    TOP_K,
+    Row,
+    Setting,
+    Student,
+    Text,
+    make_teacher,
+    other_text,
+    rows,
+)
 
 PROBE_STEPS = 8
 TEACHERS_SHARE = 0.3  # of the time; evaluations and loading take about a tenth
@@ -29,7 +46,7 @@ class Job(NamedTuple):
 
     student: str
     text: str
-    variant: str  # kd, plain, plain_time, init, or "without" and a part of the loss
+    variant: str  # kd, plain, plain_time, init, "without" and a part of the loss, or of a Row
     seed: int
 
     @property
@@ -46,6 +63,7 @@ class Evidence:
         path = folder / "results.json"
         self.results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         self.teachers: dict[str, Any] = {}
+        self.rows = rows(size)
 
     def run(self) -> None:
         for kind in ("causal", "masked"):
@@ -60,7 +78,7 @@ class Evidence:
         jobs = list(self.jobs())
         for number, job in enumerate(jobs, 1):
             if job.key not in self.results:
-                self.note(job.key, self.student(job, steps[job.student]))
+                self.note(job.key, self.result(job, steps))
                 self.console.print(f"{number} of {len(jobs)}: {job.key}")
 
     def note(self, key: str, value: Any) -> None:
@@ -85,6 +103,15 @@ class Evidence:
                         yield Job(name, text, variant, seed)
                 for part in student.without:
                     yield Job(name, "limited", f"without {part}", seed)
+            for key, row in self.rows.items() if BASE in self.students() else ():
+                for variant in (row.control, row.variant):
+                    yield Job(key.split("/")[0], "limited", variant, seed)
+
+    def result(self, job: Job, steps: dict[str, int]) -> dict[str, Any]:
+        for key, row in self.rows.items():
+            if key.startswith(f"{job.student}/") and job.variant in (row.variant, row.control):
+                return self.beside(job, row, max(2, round(row.share * steps[BASE])))
+        return self.student(job, steps[job.student])
 
     # ---- teachers ----
 
@@ -139,21 +166,73 @@ class Evidence:
         if job.variant == "plain_time":
             kd, plain = (self.results[job._replace(variant=v).key] for v in ("kd", "plain"))
             steps = max(steps, round(steps * kd["seconds"] / plain["seconds"]))
-        seconds = 0.0
+        seconds, card = 0.0, None
         if job.variant != "init":
             name, data = f"{student.kind}, {job.text}", self.text.train[student.kind][job.text]
             experiment = self.experiment(student.kind, job.seed)
-            seconds = experiment.train(name, model, data, steps, teacher=teacher, loss=loss).seconds
-        judged = self.judge(student.kind, model, teacher)
+            evaluations = 0 if loss is None else 1
+            watch = experiment.train(
+                name, model, data, steps, teacher=teacher, loss=loss, evaluations=evaluations
+            )
+            seconds, card = watch.seconds, watch.card
+        judged = self.judge(student.kind, model, teacher, card)
         if job.variant == "init":  # training changes no speed
             judged |= self.speed(self.size.block_of(student.kind), model=model, teacher=teacher)
         return {**judged, "steps": steps if seconds else 0, "seconds": seconds}
 
+    # ---- rows beside ----
+
+    @cached_property
+    def other(self) -> Corpus:
+        """Text of the other tokenizer."""
+        return other_text(self.size)
+
+    @cached_property
+    def cache(self) -> TeacherCache:
+        """The causal teacher's answers to the limited text."""
+        return TeacherCache.build(
+            self.folder / "cache",
+            self.teachers["causal"],
+            self.text.tokenizer,
+            self.text.train["causal"]["limited"],
+            top_k=TOP_K,
+            temperatures=(self.rows[f"{BASE}/cached"].loss.get("temperature", 1.0),),
+        )
+
+    def beside(self, job: Job, row: Row, steps: int) -> dict[str, Any]:
+        """One training of a row or of its control, from the same start on the same text."""
+        loss = row.loss if job.variant == row.variant else row.control_loss
+        live, size = self.teachers["causal"], self.size
+        experiment = self.experiment("causal", job.seed)
+        data, text = self.text.train["causal"]["limited"], self.other
+        teacher: Any = self.cache if job.variant == "cached" else live
+        if job.student == ACROSS:
+            half = replace(size, layers=size.layers // 2)
+            model, data = make_teacher("causal", half, text.tokenizer, job.seed), text.transfer
+            both = {"processing_class": text.tokenizer}
+            both["teacher_processing_class"] = self.text.tokenizer
+            experiment = replace(experiment, held_out=text.held_out, tokenizers=both)
+        else:
+            model = STUDENTS[BASE].build(live, size, job.seed)
+        name = f"{job.student}, {job.variant}"
+        watch = experiment.train(name, model, data, steps, teacher=teacher, loss=loss)
+        judged = experiment.judge(model, model if job.student == ACROSS else live)
+        bytes_per_token = (text if job.student == ACROSS else self.text).bytes_per_token
+        ce = judged["eval_loss"]
+        return {
+            "ce": ce,
+            "bits": ce / math.log(2) / bytes_per_token,
+            "kd": judged["eval_kd"],
+            "steps": steps,
+            "seconds": watch.seconds,
+        }
+
     # ---- both ----
 
-    def judge(self, kind: str, model: Any, teacher: Any) -> dict[str, Any]:
-        """Held-out cross-entropy, agreement and accuracies; size."""
-        metrics = self.experiment(kind).judge(model, teacher)
+    def judge(self, kind: str, model: Any, teacher: Any, card: Any = None) -> dict[str, Any]:
+        """Held-out cross-entropy, agreement and accuracies; size. A distillation's are those of
+        its report card."""
+        metrics = card or self.experiment(kind).judge(model, teacher)
         return {
             "ce": metrics["eval_loss"],
             "agreement": metrics["eval_top1_agreement"],

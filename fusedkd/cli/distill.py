@@ -123,6 +123,7 @@ def _write(
         "quantised": rounded if models.quantise else "",
         "data": ", ".join(data.data),
         "loss": f"{_kd(args)} at T = {args.temperature:g} + {_hard(args)}{terms}",
+        "again": "`fusedkd distill --config run.yaml --output_dir again`",
     }
     write_card(folder, card, trainer.state.log_history, about)
 
@@ -160,6 +161,7 @@ def _prepare(
     if teacher is None and task.no_cache:
         raise UserError(task.no_cache)
     elsewhere = None if source.runs else source.open(args, theirs or tokenizer, task)
+    flags.conversations = theirs is not None
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
     check_prompts(data.train, data.test, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 
 from fusedkd.demo.watch import Watch
 from fusedkd.train.arguments import DistillationArguments
+from fusedkd.train.report.card import make_card
 from fusedkd.train.trainer import DistillationTrainer
 
 # of TrainingArguments: one schedule, and nothing written or shown
@@ -38,6 +39,7 @@ class Experiment:
     batch: int
     options: dict[str, Any] = field(default_factory=dict)
     collator: Callable[[list[Any]], Any] = default_data_collator
+    tokenizers: dict[str, Any] = field(default_factory=dict)  # of DistillationTrainer, if it asks
 
     def train(
         self, name: str, model: Any, data: Dataset, steps: int, *, teacher: Any = None,
@@ -49,6 +51,9 @@ class Experiment:
             loss: arguments of DistillationTrainer, which distils from ``teacher``. None: what the
                 model's forward calls loss, by transformers' own Trainer, so that it pays for
                 nothing that it does not use.
+
+        Returns:
+            The clock and curve, and of a distillation with evaluations its report card.
         """
         watch = Watch(name, self.console)
         every = -(-steps // max(evaluations, 1))
@@ -56,17 +61,23 @@ class Experiment:
         options = {**self._options(), **schedule, "max_steps": steps}
         data_and_clock: dict[str, Any] = {
             "train_dataset": data,
-            "eval_dataset": self.held_out,
+            "eval_dataset": self.held_out if evaluations else None,
             "data_collator": self.collator,
             "callbacks": [watch],
         }
         if loss is None:
             trainer = Trainer(model, TrainingArguments(**options), **data_and_clock)
         else:
-            arguments = DistillationArguments(**options, **loss)
-            trainer = DistillationTrainer(model, teacher, arguments, **data_and_clock)
+            started = {"eval_on_start": bool(evaluations)}  # as ``fusedkd distill`` does
+            arguments = DistillationArguments(**options, **started, **loss)
+            given = data_and_clock | self.tokenizers
+            trainer = DistillationTrainer(model, teacher, arguments, **given)
         trainer.remove_callback(PrinterCallback)  # Watch shows the same, and does not scroll
-        trainer.train()
+        metrics = trainer.train().metrics
+        if loss is not None and evaluations:
+            watch.history = trainer.state.log_history
+            last = next(log for log in reversed(watch.history) if "eval_loss" in log)
+            watch.card = make_card(trainer, metrics | last, {})
         return watch
 
     def judge(self, model: Any, teacher: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusedkd.files import replace_file, replacing_folder, write_figure, write_json
+from fusedkd.train.report.card import gap_closed
 
 LABELS = {
     "teacher": "teacher",
@@ -87,9 +88,9 @@ def _report(results: Mapping[str, Run], facts: Mapping[str, Any]) -> dict[str, A
     }
     return {
         **runs,
-        "gap_closed": _gap_closed(results, "plain", "eval_loss"),
-        "gap_closed_of_best": _gap_closed(results, "plain", "best_eval_loss"),
-        "gap_closed_at_equal_time": _gap_closed(results, "plain_equal_time", "eval_loss"),
+        "gap_closed": _closed(results, "plain", "eval_loss"),
+        "gap_closed_of_best": _closed(results, "plain", "best_eval_loss"),
+        "gap_closed_at_equal_time": _closed(results, "plain_equal_time", "eval_loss"),
         "agreement": results["kd"].agreement,
         **facts,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
@@ -100,10 +101,8 @@ def _report(results: Mapping[str, Run], facts: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _gap_closed(results: Mapping[str, Run], plain: str, what: str) -> float | None:
-    """(CE_plain - CE_kd) / (CE_plain - CE_teacher); None where there is no gap to close."""
-    without, kd, teacher = (getattr(results[name], what) for name in (plain, "kd", "teacher"))
-    return (without - kd) / (without - teacher) if without > teacher else None
+def _closed(results: Mapping[str, Run], plain: str, what: str) -> float | None:
+    return gap_closed(*(getattr(results[name], what) for name in (plain, "kd", "teacher")))
 
 
 def _rows(report: Mapping[str, Any]) -> list[list[str]]:

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from fusedkd.demo.corpus import Corpus, Sizes, corpus
 from fusedkd.demo.experiment import Experiment
 from fusedkd.demo.report import Run, save_student, write_report
+from fusedkd.train.report.card import write_card
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,19 @@ LOSSES: dict[str, dict[str, Any]] = {
     "kd": {"divergence": "forward_kl", "temperature": 2.0, "kd_weight": 0.8, "ce_weight": 0.2},
     "skew": {"divergence": "skew_forward_kl(lam=0.1)"},
 }
+ABOUT = {
+    "student": "the demo's student",
+    "teacher": "the demo's teacher",
+    "data": "the Python standard library's sources",
+    "loss": "0.8 x forward_kl at T = 2 + 0.2 x CE",
+    "again": "`fusedkd demo`",
+}
 PROBE_STEPS = 6
 
 
 def run_demo(output: Path, *, seed: int = 0, minutes: float = 5.0, smoke: bool = False) -> None:
-    """Train teacher and students; write ``student/``, ``report.json`` and ``.md``, ``curves.png``.
+    """Train teacher and students; write ``student/`` (with the report card that ``fusedkd distill``
+    writes), ``report.json`` and ``.md``, ``curves.png``.
 
     Args:
         output: the folder to write to; files there are replaced, each at once.
@@ -82,6 +91,7 @@ def run_demo(output: Path, *, seed: int = 0, minutes: float = 5.0, smoke: bool =
         demo = Demo(setting, text, Path(work), console, seed)
         results, student = demo.run(deadline)
     save_student(output / "student", student, text.tokenizer)
+    write_card(output / "student", demo.cards["kd"], demo.histories["kd"], ABOUT)
     facts = {
         "seed": seed,
         "bytes_per_token": text.bytes_per_token,
@@ -102,6 +112,8 @@ class Demo:
         self, setting: Setting, text: Corpus, work: Path, console: Console, seed: int = 0
     ) -> None:
         self.setting, self.text, self.console, self.seed = setting, text, console, seed
+        self.cards: dict[str, Any] = {}  # of the distilled ones, and their logs
+        self.histories: dict[str, list[Any]] = {}
         options = {
             "learning_rate": setting.learning_rate,
             "weight_decay": 0.1,
@@ -180,10 +192,14 @@ class Demo:
             loss=LOSSES.get(name),
             evaluations=size.evaluations,
         )
-        judged = {} if teacher is None else self.experiment.judge(model, teacher)
+        judged: Any = watch.card
+        if judged is not None:
+            self.cards[name], self.histories[name] = judged, watch.history
+        elif teacher is not None:
+            judged = self.experiment.judge(model, teacher)
         return Run(
             eval_loss=watch.curve[-1][2],
-            agreement=judged.get("eval_top1_agreement"),
+            agreement=None if judged is None else judged["eval_top1_agreement"],
             parameters=model.num_parameters(),
             train_seconds=watch.seconds,
             steps=steps,

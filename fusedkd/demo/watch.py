@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from fusedkd.train.report.card import Card
+
 WARM_UP = 2  # steps that pay for threads and caches, left out of seconds_per_step
 
 
@@ -21,6 +23,8 @@ class Watch(TrainerCallback):
 
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.seconds, self.curve = name, 0.0, list[tuple[int, float, float]]()
+        self.card: Card | None = None
+        self.history: list[Any] = []
         self._times: list[float] = []
         self._bar = Progress(
             TextColumn("  {task.description:<18}"),

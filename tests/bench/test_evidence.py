@@ -32,6 +32,8 @@ def test_evidence_runs_goes_on_and_reports(tmp_path: Path) -> None:
         path.write_text(json.dumps(results))
     report = (tmp_path / "report.md").read_text()
     assert report.count("| ALBERT-style |") == 2 and "equal time" in report
+    for way in ("top 32 of a cache | live", "it writes | on the text", "ALM and CE | CE alone"):
+        assert way in report
     assert (tmp_path / "evidence.png").stat().st_size
 
 

@@ -26,6 +26,8 @@ def test_demo_leaves_what_it_promises(demo):
     assert report["plain"]["steps"] == report["kd"]["steps"]
     assert (demo / "report.md").stat().st_size and (demo / "curves.png").stat().st_size
     AutoModelForCausalLM.from_pretrained(demo / "student")
+    card = json.loads((demo / "student" / "distillation.json").read_text())  # as distill's
+    assert card["eval_loss"] == report["kd"]["eval_loss"] and "gap_closed" in card
     AutoTokenizer.from_pretrained(demo / "student")
 
 

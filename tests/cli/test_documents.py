@@ -182,9 +182,9 @@ def test_block(language: str, text: str, folder: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()  # where some write
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cache, "LARGE", 300)
     monkeypatch.setattr(end_to_end, "VOCABULARIES", (300,))
     monkeypatch.setattr(

@@ -143,7 +143,6 @@ def markdown(card: Card, about: Mapping[str, str]) -> str:
     parts = [card["verdict"], _table(card)]
     parts += ["![loss and held-out loss by step](curves.png)", _list(card, about)]
     parts += [_examples(card["samples"])] if card["samples"].get("after") else []
-    parts += ["`fusedkd distill --config run.yaml --output_dir again` runs it again."]
     return "\n\n".join(parts) + "\n"
 
 
