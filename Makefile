@@ -60,7 +60,7 @@ test: lint $(KERNELS)
 # that pip installs what the extra names alone.
 docs: setup
 	$(BIN)/python -m pip install -q -c constraints.txt "fusedkd[docs]"
-	$(BIN)/python -m pytest -m site tests/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -x -m site tests/site
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
