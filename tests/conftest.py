@@ -30,6 +30,8 @@ EVERY = {
     "test_a_support_is_never_negative": 5,
     "test_all_entries_are_the_dense_teacher": 4,
     "test_around_a_tile": 3,
+    "test_beside_a_sparse_teacher": 2,
+    "test_beside_each_divergence": 4,
     "test_bits_are_those_of_the_packed_call": 4,
     "test_bitwise_repeatable": 3,
     "test_bucket_close_to_the_teacher": 3,
