@@ -4,16 +4,19 @@
 
 Each point is one step, forward and backward, of bf16 hidden states and heads, in a process of its
 own: the most that is in use beyond the inputs. It does not depend on what else the machine does. A
-line ends where its next point would take more than ``--most`` GiB, or ``--seconds``.
+line ends where its next point would take more than ``--most`` GiB, or ``--seconds``. What was found
+is kept beside the picture, in a .json file: the same command goes on from there, or draws it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
-from fusedkd.files import write_figure
+from fusedkd import backends
+from fusedkd.files import write_figure, write_json
 
 from .child import ChildFailed, in_child
 from .machine import machine
@@ -25,34 +28,42 @@ from .race.provider import OURS
 NAMES = {"eager": "eager PyTorch", "liger": "Liger", "trl": "TRL", OURS: "fusedkd"}
 
 
-def line(provider: str, case: Case, tokens: list[int], most: float, seconds: float) -> list[float]:
-    """GiB at each number of tokens, as far as it goes."""
-    found: list[float] = []
-    for n in tokens:
-        if len(found) > 1 and found[-1] + (found[-1] - found[-2]) * 2 > most:
+Found = dict[str, dict[str, float]]  # MiB by the number of tokens, by provider
+
+
+def measure_line(provider: str, case: Case, options: argparse.Namespace, known: Found) -> None:
+    """Into ``known``, as far as it goes."""
+    sizes = known.setdefault(provider, {})
+    for n in options.tokens:
+        last = list(sizes.values())[-2:]
+        if len(last) == 2 and 3 * last[1] - 2 * last[0] > options.most * 1024:
             break
+        if str(n) in sizes:
+            continue
         job = dataclasses.asdict(case.but(n=n))
         try:
-            size, reason = in_child(measure, job, provider, timeout=seconds)
+            size, reason = in_child(measure, job, provider, timeout=options.seconds)
         except ChildFailed as error:
             size, reason = None, str(error)
         print(f"{provider:8} {n:6,} tokens ", f"{size / 2**20:,.0f} MiB" if size else reason)
         if not size:
             break
-        found.append(size / 2**30)
-    return found
+        sizes[str(n)] = round(size / 2**20)
+        write_json(options.output.with_suffix(".json"), known)
 
 
-def draw(lines: dict[str, list[float]], tokens: list[int], case: Case, path: Path) -> None:
+def draw(lines: Found, case: Case, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    for name, sizes in lines.items():
-        xs, style = tokens[: len(sizes)], {"color": COLOURS[name], "zorder": 2 + (name == OURS)}
-        label = NAMES[name] + (", as far as it was tried" if len(sizes) < len(tokens) else "")
-        axes.plot(xs, sizes, "o-", label=label, linewidth=3 if name == OURS else 1.8, **style)
+    tokens = sorted({int(n) for sizes in lines.values() for n in sizes})
+    for name in filter(lines.get, NAMES):
+        sizes, width = lines[name], 3 if name == OURS else 1.8
+        xs, ys = [int(n) for n in sizes], [mib / 1024 for mib in sizes.values()]
+        style = {"color": COLOURS[name], "zorder": 2 + (name == OURS)}
+        axes.plot(xs, ys, "o-", label=NAMES[name], linewidth=width, **style)
     axes.set(xlabel="tokens", ylabel="peak beyond the inputs, GiB", ylim=0)
     axes.set_xticks(tokens, [f"{n:,}" if n >= max(tokens) / 8 else "" for n in tokens])
     axes.grid(alpha=0.3)
@@ -83,11 +94,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     # TRL's has no cross-entropy
     case = Case("head", "jsd", vocab=options.vocab, ce_weight=0.0)
-    lines = {
-        name: line(name, case, options.tokens, options.most, options.seconds)
-        for name in options.providers
-    }
-    draw(lines, options.tokens, case, options.output)
+    if reason := backends.load("cpu").unavailable():
+        parser.error(f"fusedkd would run its reference here, for {reason}")
+    kept = options.output.with_suffix(".json")
+    known: Found = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in options.providers:
+        measure_line(name, case, options, known)
+    draw(known, case, options.output)
 
 
 if __name__ == "__main__":

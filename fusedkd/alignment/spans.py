@@ -74,6 +74,7 @@ def _between(side: _Cuts, cuts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     a, b = after[:-1], after[1:]
     first, last = np.minimum(a, len(side.tokens) - 1), np.maximum(b - 1, 0)
     whole = (a < b) & (side.stretch[first] == side.stretch[last])
+    whole &= side.ends[last] == cuts[1:]  # a stretch may begin after bytes that no token covers
     opens = side.opens[first]
     return a, b, whole & ((opens < 0) | (opens == cuts[:-1]))
 

@@ -161,6 +161,7 @@ def _prepare(
     if teacher is None and task.no_cache:
         raise UserError(task.no_cache)
     elsewhere = None if source.runs else source.open(args, theirs or tokenizer, task)
+    flags.conversations = theirs is not None
     data = task.data(flags, tokenizer, None if teacher is None else teacher.config())
     check_prompts(data.train, data.test, flags, args.on_policy_share)
     with as_user_error(f"--seed {args.seed}"):

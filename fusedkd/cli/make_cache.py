@@ -15,13 +15,13 @@ from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fusedkd.alignment import Retelling
 from fusedkd.cache.build import Job, build
 from fusedkd.cache.of_model import job_of
 from fusedkd.cache.policy import ACTUAL, Policy
 from fusedkd.cache.writer import ALONE, Share
 from fusedkd.data.arguments import DataArguments
 from fusedkd.data.loading import load_rows, say
+from fusedkd.data.two_templates import Reading
 from fusedkd.errors import UserError, as_user_error
 from fusedkd.models.kinds import is_placed
 from fusedkd.models.loading import load_tokenizer, required, tokenizer_at
@@ -140,10 +140,11 @@ def _sequences(args: CacheArguments, tokenizer: Any, most: int | None = None) ->
         rows = _rows(args, tokenizer)
         return Sequences(rows.train, rows.test)
     student = tokenizer_at("student_tokenizer", args.student_tokenizer)
+    args.data.conversations = True
     rows = _rows(args, student)
-    with as_user_error("--student_tokenizer", TypeError):
-        retelling = Retelling(student, tokenizer)
-    found = Sequences(*(told(part, retelling) for part in (rows.train, rows.test) if part))
+    with as_user_error("--student_tokenizer", Exception):
+        reading = Reading(student, tokenizer)
+        found = Sequences(*(told(part, reading) for part in (rows.train, rows.test) if part))
     longest = len(found[len(found) - 1]) if len(found) else 0
     if most is not None and longest > most:
         raise UserError(

@@ -12,7 +12,11 @@ STOPPING = ("first_exhausted", "all_exhausted")
 
 @dataclass
 class DataArguments:
-    """The data of a run."""
+    """The data of a run. ``conversations`` is no flag: whether a row keeps what it was made from,
+    for a teacher that has a chat template of its own
+    (:mod:`fusedkd.data.two_templates`)."""
+
+    conversations = False
 
     data: list[str] = field(
         default_factory=list,

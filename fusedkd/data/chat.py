@@ -65,7 +65,7 @@ class Chat:
         self, messages: Any, tools: Any = None, first: int = 0
     ) -> tuple[list[int], list[int]]:
         """Ids and labels; the ``first`` messages are a prompt, which carries none."""
-        turns, tools = as_messages(messages), _parsed(tools) or None
+        turns, tools = as_messages(messages), parsed(tools) or None
         markers = _MARKERS.search(self._template(tools)) is not None
         if self.train_on == "all":
             ids = self._ids(turns, tools)
@@ -87,7 +87,7 @@ class Chat:
 
     def prompt(self, messages: Any, tools: Any = None) -> list[int]:
         """Ids up to where the assistant is to answer."""
-        return self._ids(as_messages(messages), _parsed(tools) or None, add_generation_prompt=True)
+        return self._ids(as_messages(messages), parsed(tools) or None, add_generation_prompt=True)
 
     def _template(self, tools: Any) -> str:
         if not self.tokenizer.chat_template:
@@ -217,7 +217,7 @@ def as_messages(value: Any) -> list[Message]:
     Raises:
         ValueError: it is something else.
     """
-    messages = _parsed(value)
+    messages = parsed(value)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"{_short(value)} is no conversation: expected a list of messages.")
     return [_as_message(message) for message in messages]
@@ -246,7 +246,8 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
+    """What may be JSON in text."""
     if not isinstance(value, str):
         return _without_none(value)
     try:

@@ -124,7 +124,8 @@ def load_rows(flags: DataArguments, tokenizer: Any, packing: str | None = None) 
         names, weights = names_and_weights(flags.data, flags.data_weights)
         documents = _documents(flags, names, weights)
         packing = packing or flags.packing or _packing(documents)
-        encoder = encoder_for(tokenizer, packing, flags.train_on, flags.max_length)
+        how = packing, flags.train_on, flags.max_length, flags.conversations
+        encoder = encoder_for(tokenizer, *how)
         if flags.teacher_column and packing != "none":
             raise ValueError(
                 f"--teacher_column {flags.teacher_column} with packing {packing}: rows of several "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
-from fusedkd.data.chat import IGNORED, Chat, as_messages, common_prefix
+from fusedkd.data.chat import IGNORED, Chat, as_messages, common_prefix, parsed
 from fusedkd.data.columns import column_names, kind_of
+from fusedkd.data.two_templates import CONVERSATION
 
 # What is known of a row beside its ids and labels: its tokens before it was truncated, and how
 # many of those left have a label, and one that counts (the first token is nobody's next one).
@@ -57,10 +59,13 @@ def _counts(numbers: list[int]) -> list[bool]:
     return [number > 0 for number in numbers]
 
 
-def encoder_for(tokenizer: Any, packing: str, train_on: str, max_length: int) -> Encoder:
+def encoder_for(
+    tokenizer: Any, packing: str, train_on: str, max_length: int, conversations: bool = False
+) -> Encoder:
     """Of documents packed so: what is cut into blocks is one text, and nowhere truncated."""
     blocks = packing == "blocks"
-    return Encoder(tokenizer, train_on, None if blocks else max_length, joined=blocks)
+    most = None if blocks else max_length
+    return Encoder(tokenizer, train_on, most, joined=blocks, conversations=conversations)
 
 
 def _encode(
@@ -80,7 +85,22 @@ def _encode(
         # a prompt counts as a whole, and cut it would be another
         whole = found[LENGTH][-1] == len(ids)
         found[COUNTED].append(int(whole) if kind == "prompt" else _counted(labels))
+    if encoder.conversations:
+        beside[CONVERSATION] = _conversations(rows, kind)
     return found | beside
+
+
+def _conversations(rows: dict[str, list[Any]], kind: str) -> list[str]:
+    """As JSON; nothing of rows that are none."""
+    names = {"messages": ("messages",), "completion": ("prompt", "completion")}.get(kind, ())
+    count = len(next(iter(rows.values())))
+    if not names or any(isinstance(rows[name][0], str) for name in names if kind != "messages"):
+        return [""] * count
+    tools = rows.get("tools", [None] * count)
+    parts = zip(*(rows[name] for name in names), strict=True)
+    turns = [[turn for part in row for turn in as_messages(part)] for row in parts]
+    pairs = zip(turns, tools, strict=True)
+    return [json.dumps({"messages": a, "tools": parsed(b) or None}) for a, b in pairs]
 
 
 def _counted(labels: list[int]) -> int:
@@ -99,12 +119,14 @@ class Encoder:
         train_on: see :class:`~fusedkd.data.arguments.DataArguments`.
         max_length: where rows are truncated; None: nowhere.
         joined: whether documents become one text: no special tokens then stand before them.
+        conversations: whether a row keeps the conversation that it was made from.
     """
 
     tokenizer: Any
     train_on: str = "assistant"
     max_length: int | None = None
     joined: bool = False
+    conversations: bool = False
 
     def input_ids(self, rows: dict[str, list[Any]]) -> Pairs:
         """Ids and labels as they are; or the labels of TRL's masks. Without padding."""

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from fusedkd.data.columns import Columns, kind_of
+from fusedkd.data.columns import Columns, column_names, kind_of
 from fusedkd.data.packing import cut_blocks, flatten
 from fusedkd.data.rows import encode, encoder_for, with_labels
 from fusedkd.data.sources import STDLIB, load_files, read
+from fusedkd.data.two_templates import CONVERSATION
 
 __all__ = [
     "STDLIB",
@@ -103,7 +104,8 @@ def packed(rows: Any, packing: str, max_length: int, kept: str | None = None) ->
         return cut_blocks(rows, max_length)
     if packing == "flatten":
         return flatten(rows, max_length)
-    return rows.select_columns(["input_ids", "labels", *([] if kept is None else [kept])])
+    also = [name for name in (kept, CONVERSATION) if name in column_names(rows)]
+    return rows.select_columns(["input_ids", "labels", *also])
 
 
 def check_ids(rows: Dataset, vocabulary: int, labels: bool) -> None:

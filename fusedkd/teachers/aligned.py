@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fusedkd import LMHead
-from fusedkd.alignment import Retelling, pad_spans, shared_vocabulary
+from fusedkd.alignment import pad_spans, shared_vocabulary
 from fusedkd.cache.keys import tokenizer_hash
 from fusedkd.cache.reader import TeacherCache
+from fusedkd.data.two_templates import CONVERSATION, Reading
 from fusedkd.models.kinds import vocabulary_size
 from fusedkd.models.live import LiveTeacher
 from fusedkd.teachers.cached import Answers, datasets_of, sequences_of
@@ -44,7 +45,7 @@ class AlignedTeacher:
 
     Args:
         teacher: see above; the model as a function of what it reads. Others are asked about the
-            teacher's own ids of each row (:class:`fusedkd.alignment.Retelling`).
+            teacher's own ids of each row (:class:`fusedkd.data.two_templates.Reading`).
         student: whose vocabulary it shares some of.
         student_tokenizer, teacher_tokenizer: see :func:`fusedkd.alignment.byte_offsets`.
         kind: ``cross_tokenizer`` of the run.
@@ -68,7 +69,7 @@ class AlignedTeacher:
         if not isinstance(teacher, LiveTeacher):
             _check_answers(teacher, kind)
             teacher.check_tokenizer(tokenizer_hash(teacher_tokenizer))
-        self.retelling = Retelling(student_tokenizer, teacher_tokenizer, _longest(teacher))
+        self.reading = Reading(student_tokenizer, teacher_tokenizer, _longest(teacher))
         self._ids: tuple[Tensor | None, Tensor | None] = (None, None)
         if kind == "alm":
             return
@@ -130,14 +131,16 @@ class AlignedTeacher:
             self.teacher.check_rows(name, self._told(data))
 
     def _told(self, data: Any) -> Iterator[list[int]]:
-        for ids in sequences_of(data):
-            yield self.retelling(ids.tolist()).ids
+        count = len(data)
+        made = data[CONVERSATION] if CONVERSATION in data.column_names else [None] * count
+        for ids, conversation in zip(sequences_of(data), made, strict=True):
+            yield self.reading(ids.tolist(), conversation).ids
 
     def collator(self, collate: Callable[..., Any]) -> Callable[..., Any]:
         """``collate``, with each row's text read to the teacher's tokenizer, the spans, and what a
         cache or a server says about it."""
         teacher = None if isinstance(self.teacher, LiveTeacher) else self.teacher
-        return _Collator(collate, self.retelling, teacher)
+        return _Collator(collate, self.reading, teacher)
 
 
 def _check_answers(teacher: Answers, kind: str) -> None:
@@ -182,11 +185,11 @@ def context(model: Any) -> int | None:
     return found
 
 
-def told(rows: Dataset, retelling: Retelling) -> Dataset:
+def told(rows: Dataset, reading: Reading) -> Dataset:
     """Rows of the student's ids as ``input_ids`` of the teacher's."""
 
     def tell(row: dict[str, Any]) -> dict[str, list[int]]:
-        return {"input_ids": retelling(row["input_ids"]).ids}
+        return {"input_ids": reading(row["input_ids"], row.get(CONVERSATION)).ids}
 
     names = rows.column_names
     return rows.map(tell, remove_columns=names, desc="Reading", load_from_cache_file=False)
@@ -212,11 +215,15 @@ class _Collator:
     """Picklable."""
 
     def __init__(
-        self, collate: Callable[..., Any], retelling: Retelling, teacher: Answers | None
+        self, collate: Callable[..., Any], reading: Reading, teacher: Answers | None
     ) -> None:
-        self.collate, self.retelling, self.teacher = collate, retelling, teacher
+        self.collate, self.reading, self.teacher = collate, reading, teacher
 
     def __call__(self, features: Any) -> Any:
+        made = [None] * len(features)
+        if features and CONVERSATION in features[0]:
+            features = [dict(row) for row in features]  # no collator knows the column
+            made = [row.pop(CONVERSATION) for row in features]
         batch = self.collate(features)
         if batch.get("position_ids") is not None:
             raise ValueError(
@@ -225,8 +232,8 @@ class _Collator:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         there = torch.ones_like(ids) if mask is None else mask
         rows, ours, theirs = [], [], []
-        for row, real in zip(ids, there.bool(), strict=True):
-            told = self.retelling(row[real].tolist())
+        for row, real, conversation in zip(ids, there.bool(), made, strict=True):
+            told = self.reading(row[real].tolist(), conversation)
             # a token is told at the position before it, and the first of a sequence nowhere
             kept = (told.student_spans[:, 0] > 0) & (told.teacher_spans[:, 0] > 0)
             first = int(real.long().argmax())

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fusedkd import LMHead, Routed, SparseTeacher
 from fusedkd.cache.reader import TeacherCache
+from fusedkd.data.two_templates import CONVERSATION
 from fusedkd.models.kinds import bare, frozen, is_compiled, true_vocabulary
 from fusedkd.models.tokenizers import check_same
 from fusedkd.teachers import CachedTeacher, LiveTeacher, RoutedTeachers, ServedTeacher
@@ -80,7 +81,9 @@ class DistillationTrainer(FromHeads, Trainer):
         args: see :class:`DistillationArguments`.
         teacher_processing_class: the teacher's tokenizer. With ``args.cross_tokenizer`` it may be
             another than ``processing_class``: each batch's text is then read to both, and what is
-            compared is said in :mod:`fusedkd.train.across`. Without, they are checked to be one.
+            compared is said in :mod:`fusedkd.train.across`; a data set's column ``conversation``
+            tells it what a row was made from (:mod:`fusedkd.data.two_templates`). Without, they are
+            checked to be one.
         **kwargs: as for :class:`transformers.Trainer` (datasets, collator, ``processing_class``,
             callbacks, ...).
 
@@ -128,6 +131,8 @@ class DistillationTrainer(FromHeads, Trainer):
         self._keep_columns_of(*parts.values())
         if column is not None:
             self._signature_columns = [*(self._signature_columns or ()), column]
+        if args.cross_tokenizer is not None:
+            self._signature_columns = [*(self._signature_columns or ()), CONVERSATION]
         self._loss_keywords = args.loss_keywords()
         self._teacher_tokenizer = teacher_processing_class
         self._teach(teacher)
