@@ -34,6 +34,7 @@ class Body:
         self.saved, self.length, self.fake = saved, length, FakeTensorMode()
         with self.fake, no_init_weights():
             self.model = saved.make("AutoModelForCausalLM", use_cache=False)
+            self.model.tie_weights()  # which goes with the numbers that are not made
         head = self.model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise UserError(

@@ -28,6 +28,7 @@ def folders(tmp_path: Path) -> list[str]:
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
+            tie_word_embeddings=role == "student",
         )
         config.save_pretrained(tmp_path / role)
     return ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
@@ -55,7 +56,7 @@ def test_a_step_takes_what_was_planned(pair: str, way: str) -> None:
 def test_numbers(folders: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plot = tmp_path / "plan.png"
     made = planned(capsys, *folders, "--gpu", "rtx4090", "--output", str(plot))
-    config = tf.AutoConfig.from_pretrained(folders[1])
+    config = tf.AutoConfig.from_pretrained(folders[1])  # its head is its embedding
     numbers = sum(x.numel() for x in tf.AutoModelForCausalLM.from_config(config).parameters())
     ours = made["losses"][HEADS]["plain"]
     assert made["student"]["parameters"] == numbers
