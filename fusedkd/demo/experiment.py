@@ -68,8 +68,8 @@ class Experiment:
         if loss is None:
             trainer = Trainer(model, TrainingArguments(**options), **data_and_clock)
         else:
-            started = {"eval_on_start": bool(evaluations)}  # as ``fusedkd distill`` does
-            arguments = DistillationArguments(**options, **started, **loss)
+            options["eval_on_start"] = bool(evaluations)  # as ``fusedkd distill`` does
+            arguments = DistillationArguments(**options, **loss)
             given = data_and_clock | self.tokenizers
             trainer = DistillationTrainer(model, teacher, arguments, **given)
         trainer.remove_callback(PrinterCallback)  # Watch shows the same, and does not scroll
