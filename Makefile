@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help setup demo test lint docs test-slow test-zero test-vllm test-ray test-avx512 test-sanitize wheel-test bench evidence gpu clean
+.PHONY: help setup demo test lint docs test-slow test-zero test-vllm test-ray test-avx512 test-sanitize wheel wheel-test sdist-test hub-kernel bench evidence gpu clean
 
 help:
 	@echo "make setup       create $(VENV) with pinned versions and build the C++ extension"
@@ -18,6 +18,9 @@ help:
 	@echo "make test-ray    a cache that a Ray cluster writes, after installing Ray in build/ (280 MB)"
 	@echo "make test-avx512 the AVX-512 code on a machine that has no AVX-512 (10 minutes)"
 	@echo "make test-sanitize the C++ code under ASan and UBSan, each instruction set (15 minutes)"
+	@echo "make wheel       the wheel for this platform and the sdist, in dist/"
+	@echo "make sdist-test  the sdist, built into a wheel without the network (a compiler's minutes)"
+	@echo "make hub-kernel  what Hugging Face's kernels loads, in build/hub"
 	@echo "make bench       fusedkd against its peers here, with tables and plots"
 	@echo "make evidence    students of the recipes with their controls, over seeds (60 minutes)"
 	@echo "make gpu         on a machine with a GPU: everything that it can tell in 400 seconds"
@@ -42,8 +45,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 
+# Beside the environment and not in it: transformers imports it where it finds it, and from a
+# checkout's top folder that is ours.
+KERNELS := build/kernels
+$(KERNELS):
+	$(BIN)/python -m pip install -q --no-deps --target $(KERNELS) kernels==0.17.2
+
 # One thread a process: where two share the cores, two threads wait for each other at every product.
-test: lint
+test: lint $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not site" -n 2 --dist loadfile
 	$(MAKE) wheel-test
 
@@ -51,7 +60,7 @@ test: lint
 # that pip installs what the extra names alone.
 docs: setup
 	$(BIN)/python -m pip install -q -c constraints.txt "fusedkd[docs]"
-	$(BIN)/python -m pytest -m site tests/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -x -m site tests/site
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -119,12 +128,34 @@ bench: setup
 evidence: setup
 	$(BIN)/python -m fusedkd.benchmarks.evidence --output outputs/evidence --minutes 60
 
-# The built wheel, imported from another directory, where the checkout cannot stand in for it.
-wheel-test: setup
-	rm -rf build/wheel && mkdir -p build/wheel
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
-	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
-	cd build/wheel && ../../$(BIN)/python ../../tests/support/wheel_check.py site
+# The extension keeps to torch's stable ABI and knows none of Python's, so that one wheel a platform
+# serves every Python, and every torch from 2.11 on. It finds torch's libraries loaded; auditwheel
+# names the oldest glibc that it runs on.
+wheel: setup
+	rm -rf dist build/linux && mkdir -p dist build/linux
+	$(BIN)/python setup.py -q sdist --dist-dir dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/linux .
+	if [ $$(uname) = Linux ]; then PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair -w dist \
+		--exclude 'libtorch*' --exclude 'libc10*' build/linux/*.whl 2>build/linux/log || \
+		{ cat build/linux/log; exit 1; }; else cp build/linux/*.whl dist; fi
+	ls dist
+
+WHEEL := build/wheel
+# In an environment of its own, which has the other one's torch, but not its editable fusedkd.
+wheel-test: wheel
+	rm -rf $(WHEEL) && $(BIN)/python -m venv --without-pip $(WHEEL)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(echo $(WHEEL)/lib/python3*/site-packages)/beside.pth
+	$(BIN)/python -m pip --python $(WHEEL)/bin/python install -q --no-index --no-deps dist/*.whl
+	cd $(WHEEL) && env -u PYTHONPATH bin/python ../../tests/support/wheel_check.py ../../dist
+
+sdist-test: wheel
+	rm -rf build/sdist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-index --no-deps -w build/sdist dist/*.tar.gz
+	ls build/sdist/fusedkd-*-py3-none-*.whl
+
+hub-kernel: setup
+	$(BIN)/python -m fusedkd.hub --output build/hub
 
 # On the machine's own Python, torch and triton; nothing is installed. GPU="--resume", for example.
 gpu:

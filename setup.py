@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 # No -march: each isa_<isa>.cpp switches its instruction set on for its own code only, and the
 # right one is picked at run time. Contraction is off because gaps between equal logits must be
@@ -26,6 +27,15 @@ if os.environ.get("FUSEDKD_SANITIZE"):
 # `make test-avx512` runs the AVX-512 code on machines that have no such instructions.
 if os.environ.get("FUSEDKD_EMULATE_AVX512"):
     FLAGS += ["-DFUSEDKD_EMULATE_AVX512", "-mavx2", "-mfma"]
+
+
+class Wheel(bdist_wheel):
+    """One a platform, for every Python: the extension keeps to torch's ABI, and knows none of
+    Python's.
+    """
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def extension() -> dict[str, Any]:
@@ -64,7 +74,7 @@ def extension() -> dict[str, Any]:
         language="c++",
     )
     build = Build.with_options(no_python_abi_suffix=True)
-    return {"ext_modules": [native], "cmdclass": {"build_ext": build}}
+    return {"ext_modules": [native], "cmdclass": {"build_ext": build, "bdist_wheel": Wheel}}
 
 
 def warn(reason: str) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Does quantisation-aware distillation give back what rounding costs? The demo's student, rounded,
 before and after: held-out cross-entropy, and the divergence from what it was.
 
-``python -m fusedkd.benchmarks.quantised [--scheme int3] [--seeds 3] [--steps 200] [--output DIR]``
+``python -m fusedkd.benchmarks.quantised [--scheme int2] [--seeds 0 1 2] [--steps 200]``
 
 The demo's teacher is trained once, its student (Hinton's mix) for each seed. Then, at equal steps
 on the same text and from the same weights, both rounded in each forward pass: qad learns the
 student's own answers before it was rounded (forward KL, T = 1), qat the labels (cross-entropy,
 which is also more training on them). ``longer`` says how much that is: as qat, not rounded.
-Recovered is (rounded - trained) / (rounded - not rounded). Models and results are kept in DIR, and
-what is there is not computed again.
+Recovered is (rounded - trained) / (rounded - not rounded). Models and results are kept in --output,
+and what is there is not computed again.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Rounding:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--scheme", choices=SCHEMES, default="int3")
+    parser.add_argument("--scheme", choices=SCHEMES, default="int2")
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from fusedkd.lazy import lazy
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from fusedkd import divergences, row_rules
     from fusedkd.distributions import LMHead, SparseTeacher
@@ -33,13 +35,14 @@ __all__ = [
 ]
 
 # torch takes a second to import, which `fusedkd --help` should not
-_HOMES = dict.fromkeys(__all__, "fusedkd.loss")
-_HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "fusedkd.distributions")
-_HOMES["Routed"] = "fusedkd.routed"
-_HOMES |= dict.fromkeys(("TokenLogProbs", "token_log_probs"), "fusedkd.log_probs")
+_HOMES = dict.fromkeys(__all__, "loss")
+_HOMES |= dict.fromkeys(("LMHead", "SparseTeacher"), "distributions")
+_HOMES["Routed"] = "routed"
+_HOMES |= dict.fromkeys(("TokenLogProbs", "token_log_probs"), "log_probs")
 _HOMES |= dict.fromkeys(
-    ("SampledMetrics", "sampled_kd_loss", "sampled_kd_loss_and_metrics"), "fusedkd.sampled"
+    ("SampledMetrics", "sampled_kd_loss", "sampled_kd_loss_and_metrics"), "sampled"
 )
-_HOMES |= dict.fromkeys(("TopK", "top_k"), "fusedkd.top")
-_HOMES |= {name: f"fusedkd.{name}" for name in ("divergences", "row_rules")}
-__getattr__, __dir__ = lazy(__name__, _HOMES)
+_HOMES |= dict.fromkeys(("TopK", "top_k"), "top")
+_HOMES |= {name: name for name in ("divergences", "row_rules")}
+# by what this package is called: a Hub kernel is another (fusedkd.hub)
+__getattr__, __dir__ = lazy(__name__, {name: f"{__name__}.{home}" for name, home in _HOMES.items()})

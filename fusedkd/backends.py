@@ -93,4 +93,4 @@ def _working(name: str) -> Any:
 
 def load(name: str) -> Any:
     """Import the backend's module, whether or not it can run here."""
-    return importlib.import_module(f"fusedkd.kernels.{name}")
+    return importlib.import_module(f".kernels.{name}", __package__)

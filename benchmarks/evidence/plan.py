@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ from transformers import (
 
 from fusedkd.data.masking import FrequencyMasking, count_tokens
 from fusedkd.demo.corpus import Corpus, Sizes, corpus
+from fusedkd.shipped import shipped
 from fusedkd.students.copy import StudentPlan, build_student
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 LOSS = ("divergence", "temperature", "kd_weight", "kd_tokens", "ce_weight", "terms", "schedules")
 
 
@@ -174,7 +173,7 @@ class Student:
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    content = yaml.safe_load(shipped("recipes")[name].read_text())
     return {key: content[key] for key in LOSS if key in content}
 
 

@@ -130,7 +130,7 @@ class Evidence:
         judged = self.judge(kind, model, model)
         self.note(f"teacher/{kind}", {**judged, "steps": steps, "curve": watch.curve})
         model.save_pretrained(path)
-        return model.eval()
+        return type(model).from_pretrained(path).eval()  # by the name that a cache knows it by
 
     # ---- students ----
 

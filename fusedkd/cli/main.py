@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
+from fusedkd import __version__
 from fusedkd.cli.named import joined
 from fusedkd.errors import UserError, as_user_error, of_the_machine
 from fusedkd.parser import OneSentence, Parser, number, printable
@@ -18,17 +19,21 @@ ABOUT = """\
 Distil language models with fused, memory-saving losses.
 
   fusedkd distill --teacher DIR --student DIR --data corpus/ --output_dir out
-  fusedkd distill --config recipes/hinton.yaml --teacher DIR --student DIR --data corpus/
+  fusedkd distill --config hinton --teacher DIR --student DIR --data corpus/
   fusedkd student --from DIR --layers 6 --output DIR      a student out of some of its layers
   fusedkd cache --teacher DIR --data corpus/ --output cache/     a teacher that runs only once
   fusedkd data --tokenizer DIR --data corpus/     what a run would train on, token by token
   fusedkd demo                     a whole distillation on real text, in about six minutes
+  fusedkd plan --student DIR --teacher DIR --gpu h100  memory before there are weights
   fusedkd doctor                   what runs on this machine, and whether it is right
   fusedkd doctor --run out         what is wrong with a run
+  fusedkd doctor --env             what to paste into a bug report
   fusedkd bench --quick            is it faster here than what I have? (two minutes)
   fusedkd warmup --vocab 151936    a loss's GPU kernels, compiled before the job starts
+  fusedkd config                   the recipes that --config knows by name
+  fusedkd completion bash          what a shell needs to complete commands, flags and names
 
-`fusedkd COMMAND --help` explains a command."""
+`fusedkd COMMAND --help` explains a command; `fusedkd --version` says which one this is."""
 
 DISTILL = """\
 Train a student to match a teacher's next-token distribution, without ever making the logits.
@@ -41,7 +46,7 @@ flags; flags given beside it win. Every flag of transformers.TrainingArguments i
 EXAMPLES = """\
 examples:
   Hinton's mix, from a recipe, with another learning rate:
-    fusedkd distill --config recipes/hinton.yaml --learning_rate 1e-4 \\
+    fusedkd distill --config hinton --learning_rate 1e-4 \\
       --teacher ./teacher --student ./student --data corpus/ --output_dir out
   A generalised JSD, in bf16, 4 x 8 sequences per step, evaluated every 100 steps on its own text:
     fusedkd distill --teacher ./teacher --student ./student --divergence 'jsd(beta=0.3)' --bf16 \\
@@ -53,6 +58,8 @@ examples:
     fusedkd distill --teacher_cache cache/ --student ./student --data corpus/ --output_dir out
   On four GPUs:
     torchrun --nproc_per_node 4 --no-python fusedkd distill ..."""
+
+CONFIG = "A recipe's name (fusedkd config lists them), or a YAML file with flags as keys."
 
 # Of transformers' flags, those that the short help shows.
 COMMON = {
@@ -74,30 +81,23 @@ COMMON = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for a user's mistake)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {
-        "distill": _distill,
-        "student": _student,
-        "cache": _cache,
-        "data": _data,
-        "demo": _demo,
-        "doctor": _doctor,
-        "bench": _bench,
-        "warmup": _warmup,
-    }
     parser = OneSentence(
         prog="fusedkd", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=commands, help="what to do")
+    parser.add_argument("command", choices=COMMANDS, help="what to do")
     if not arguments:
         parser.print_help()
         return 2
-    name = arguments[0] if arguments[0] in commands else ""
+    if arguments == ["--version"]:
+        print(f"fusedkd {__version__}")
+        return 0
+    name = arguments[0] if arguments[0] in COMMANDS else ""
     try:
         if not name and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
             parser.refuse(arguments[0])
         if not name:
             parser.parse_args(arguments[:1])  # help, or an error
-        return commands[name](arguments[1:])
+        return COMMANDS[name](arguments[1:])
     except KeyboardInterrupt:
         print("fusedkd: interrupted", file=sys.stderr)
         return 130
@@ -123,7 +123,8 @@ def _distill(argv: list[str]) -> int:
     path, rest = _take_config(argv)
     if path is not None:
         with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
-            from fusedkd.cli.recipe import check_code, flags_of, read_recipe
+            from fusedkd.cli.recipe import check_code, flags_of, read_recipe, recipe_file
+        path = recipe_file(path)
         recipe = read_recipe(path)  # before anything is loaded
     with as_user_error("fusedkd distill needs `pip install fusedkd[train]`"):
         from transformers import HfArgumentParser, TrainingArguments
@@ -139,13 +140,13 @@ def _distill(argv: list[str]) -> int:
     parser = Flags(
         (ModelArguments, DataArguments, DistillationArguments, ReportArguments),  # type: ignore[arg-type]
         prog="fusedkd distill",
-        usage="fusedkd distill [--config FILE.yaml] [flags]",
+        usage="fusedkd distill [--config NAME|FILE.yaml] [flags]",
         description=DISTILL,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with flags as keys.")
+    parser.add_argument("--config", metavar="FILE", help=CONFIG)
     parser.add_argument("--help-all", action="help", help="Also every flag of transformers.")
     if "--help-all" not in argv:
         _hide(parser, {f.name for f in fields(TrainingArguments)} - COMMON)
@@ -194,6 +195,12 @@ def _data(argv: list[str]) -> int:
     return main(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from fusedkd.cli.plan import main
+
+    return main(argv)
+
+
 def _hide(parser: argparse.ArgumentParser, names: set[str]) -> None:
     for action in parser._actions:
         if action.dest in names:
@@ -231,21 +238,36 @@ def _doctor(argv: list[str]) -> int:
         "doctor",
         "Versions, devices, which backend runs here and why another does not, and a check of each "
         "against the fp64 reference. Exit code 1 if a check fails. With --run: what the log of a "
-        "run says is wrong with it, and what to do; exit code 1 if anything is.",
+        "run says is wrong with it, and what to do; exit code 1 if anything is. "
+        "With --env: versions and backends alone.",
     )
-    parser.add_argument("--run", type=Path, metavar="DIR", help="the --output_dir of a run")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--run", type=Path, metavar="DIR", help="the --output_dir of a run")
+    only.add_argument("--env", action="store_true", help="what to paste into a bug report")
     args = parser.parse_args(argv)
     if args.run is not None:
         from fusedkd.cli.diagnosis import report_on
 
         return report_on(args.run)
-    from fusedkd.cli.doctor import report
+    from fusedkd.cli.doctor import environment, report
 
-    return report()
+    return environment() if args.env else report()
 
 
 def _warmup(argv: list[str]) -> int:
     from fusedkd.warmup import main
+
+    return main(argv)
+
+
+def _config(argv: list[str]) -> int:
+    from fusedkd.cli.config import main
+
+    return main(argv)
+
+
+def _completion(argv: list[str]) -> int:
+    from fusedkd.cli.completion import main
 
     return main(argv)
 
@@ -255,3 +277,18 @@ def _bench(argv: list[str]) -> int:
         from fusedkd.benchmarks.__main__ import main
 
     return main(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "distill": _distill,
+    "student": _student,
+    "cache": _cache,
+    "data": _data,
+    "plan": _plan,
+    "demo": _demo,
+    "doctor": _doctor,
+    "bench": _bench,
+    "warmup": _warmup,
+    "config": _config,
+    "completion": _completion,
+}

@@ -19,6 +19,7 @@ import yaml
 
 from fusedkd.errors import UserError
 from fusedkd.parser import near
+from fusedkd.shipped import shipped
 
 MOST_BYTES = 1 << 16
 MOST_DEPTH = 8
@@ -32,6 +33,11 @@ _WORDS = {
 Recipe = list[tuple[yaml.ScalarNode, yaml.Node]]
 
 
+def recipe_file(name: Path) -> Path:
+    """What ``--config`` asks for: a file, or else a recipe that comes with the package."""
+    return name if name.is_file() else shipped("recipes").get(str(name), name)
+
+
 def read_recipe(path: Path) -> Recipe:
     """The entries of a recipe, as they are written.
 
@@ -39,7 +45,8 @@ def read_recipe(path: Path) -> Recipe:
         UserError: the file is not there, not YAML, or more than flags and their values.
     """
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file.")
+        names = ", ".join(shipped("recipes"))
+        raise UserError(f"--config {path}: no such file: expected one, or a recipe: {names}.")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise UserError(f"--config {path}: {size:,} bytes: expected at most {MOST_BYTES:,}.")
     with _as_user_error(path):

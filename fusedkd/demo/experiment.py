@@ -68,7 +68,8 @@ class Experiment:
         if loss is None:
             trainer = Trainer(model, TrainingArguments(**options), **data_and_clock)
         else:
-            started = {"eval_on_start": bool(evaluations)}  # as ``fusedkd distill`` does
+            # as ``fusedkd distill`` does
+            started: dict[str, Any] = {"eval_on_start": bool(evaluations)}
             arguments = DistillationArguments(**options, **started, **loss)
             given = data_and_clock | self.tokenizers
             trainer = DistillationTrainer(model, teacher, arguments, **given)

@@ -138,7 +138,7 @@ class _LogProbs(torch.autograd.Function):
         factors = Factors(upstream.masked_fill(~inputs.counts[:, None], 0.0), None)
         made = iter(token_ops.gradients(inputs, ctx.spec, ctx.wanted, known, factors))
         grads = [
-            next(made).to(x.dtype) if want else None
+            next(made).to(x.dtype) if want and x is not None else None
             for x, want in zip(inputs[:3], ctx.wanted, strict=False)
         ]
         return *grads, *(None,) * len(tensors)

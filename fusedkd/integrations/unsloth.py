@@ -4,7 +4,7 @@
     from fusedkd.integrations import unsloth as stand_ins
     stand_ins.register()            # after the import, before training
 
-Unsloth's ``GKDTrainer`` and ``DistillationTrainer`` find these functions in ``unsloth_zoo`` and in
+Unsloth's ``GKDTrainer`` finds these functions in ``unsloth_zoo`` and in
 modules that Unsloth writes; all that are loaded are replaced. The values are TRL's. A ``scaler``
 has no effect: our gradients wait in fp32 for the upstream one, which has its scale.
 """

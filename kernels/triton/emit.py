@@ -50,8 +50,8 @@ HEAD = """\
 import triton
 import triton.language as tl
 
-from fusedkd.kernels.triton.elementwise import {names}
-from fusedkd.kernels.triton.numerics import LN2, log2_near, scalar
+from {package}.elementwise import {names}
+from {package}.numerics import LN2, log2_near, scalar
 """
 CAREFUL = """
 
@@ -175,7 +175,7 @@ def render_rule(tape: Tape) -> str:
 def _with_head(body: str) -> str:
     names = [name for name in vars(elementwise) if not name.startswith("_")]
     used = sorted(name for name in names if f"{name}(" in body)
-    return HEAD.format(names=", ".join(used)) + body
+    return HEAD.format(package=__package__, names=", ".join(used)) + body
 
 
 def _careful(tape: Tape, arguments: Sequence[str], parameters: list[str], returned: str) -> str:

@@ -55,9 +55,14 @@ SMALL = {
     "fusedkd cache": "--block-size 8 --top-k 4",
     "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
     "fusedkd data": "",
+    "fusedkd plan": "--seq 16",
+    "python -m fusedkd.plan.measured": "--dry",
     "fusedkd bench": "--n 4 --vocab 100 --repeats 1 --budget 0.1 --providers fusedkd",
     "fusedkd bench --end-to-end": "--memory-limit 0.001",
     "fusedkd doctor": "",
+    "fusedkd config": "",
+    "fusedkd --version": "",
+    "python -m fusedkd --version": "",
     "fusedkd student": "",
     "fusedkd warmup": "--vocab 99 --rows 2 --temperature 1 --workers 1",
     "python -m benchmarks.counted": "--divergences forward_kl",
@@ -69,6 +74,8 @@ SMALL = {
     "python -m fusedkd.benchmarks.estimators": "--samples 2000",
     "python -m fusedkd.benchmarks.memory": "--tokens 8 16 --vocab 300 --providers fusedkd",
     "python -m fusedkd.benchmarks.alignment": "--tokens 2000 --vocab 300 --hidden 16",
+    "python -m fusedkd.benchmarks.attention": "--terms attention_kl --lengths 8 --tokens 16 "
+    "--heads 2 --rounds 1",
     "python -m fusedkd.benchmarks.own": "--rows 4 --vocab 50 --rounds 1",
     "python -m fusedkd.benchmarks.quantised": "--smoke --steps 2 --seeds 0",
     "python -m fusedkd.benchmarks.served": "--only decoding --tokens 20",
@@ -76,7 +83,8 @@ SMALL = {
 }
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
 CHAT += "{% if add_generation_prompt %}assistant {% endif %}"
-HELP = "fusedkd (distill|distill --config|cache|data|cache import|cache info|cache verify|student)"
+HELP = "fusedkd (distill|distill --config|cache|data|cache import|cache info|cache verify|student|"
+HELP += "completion|plan)"
 
 
 @pytest.fixture
@@ -130,6 +138,11 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command, comments=True)
     environment = dict(word.split("=") for word in words if re.match(r"[A-Z_]+=", word))
     words = words[len(environment) :]
+    if words[0] == "pip":  # `make wheel-test` does it; the extras exist
+        listed = (ROOT / "pyproject.toml").read_text().partition("optional-dependencies]")[2]
+        for extras in re.findall(r"\[([\w,]+)\]", command):
+            assert {*extras.split(",")} <= {*re.findall(r"^(\w+) = \[", listed, re.M)}, extras
+        return
     if words[0] == "vllm":  # somebody else's: `make test-vllm` runs it
         return
     if words[0] == "torchrun":  # in one process

@@ -195,6 +195,39 @@ def test_unsloth(beta: float, items: int | None) -> None:
     agree(fused, expected, (x, y), (a, b))
 
 
+@pytest.mark.parametrize("beta", [0, 0.4, 1])
+def test_inside_unsloth(beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSLOTH_IS_PRESENT", "1")  # what `import unsloth` sets, which wants a GPU
+    monkeypatch.setenv("UNSLOTH_ZOO_DISABLE_GPU_INIT", "1")
+    zoo = pytest.importorskip("unsloth_zoo.rl_replacements")
+    fused = pytest.importorskip("unsloth_zoo.fused_losses.fused_linear")
+    theirs = zoo.distillation_chunked_jsd, fused.fused_linear_jsd
+    s, t, w, u = heads((B, L, H), (B, L, H + 2), (V, H), (V, H + 2))
+    labels = torch.randint(V, (B, L), generator=generator(1))
+    labels[0, :2] = -100
+    (x, y), (a, b) = pair(s, torch.float32), pair(w, torch.float32)
+    soft = {"student_final_logit_softcapping": 9.0, "student_logit_scale": 0.5}
+    calls = [
+        f(h, t, k, u, labels != -100, beta, **soft)
+        for f, h, k in ((unsloth.distillation_chunked_jsd, x, a), (theirs[0], y, b))
+    ]
+    agree(calls[0][0], calls[1][0], (x, y), (a, b))
+    torch.testing.assert_close(calls[0][1:], calls[1][1:], check_dtype=False)
+    one, other = (
+        f(h, k, t, u, labels=labels, beta=beta, student_logit_softcapping=9.0)
+        for f, h, k in ((unsloth.fused_linear_jsd, x, a), (theirs[1], y, b))
+    )
+    agree(one, other, (x, y), (a, b))
+    for module, name, before in (
+        (zoo, "distillation_chunked_jsd", theirs[0]),
+        (fused, "fused_linear_jsd", theirs[1]),
+    ):
+        monkeypatch.setattr(module, name, before)  # put back afterwards
+    unsloth.register()
+    assert zoo.distillation_chunked_jsd is unsloth.distillation_chunked_jsd
+    assert fused.fused_linear_jsd is unsloth.fused_linear_jsd
+
+
 # ----------------------------------------------------------------------------------------------
 # axolotl 0.19.0: axolotl/integrations/kd/kernels/liger.py
 
@@ -249,6 +282,36 @@ def test_inside_axolotl(beta: float, temperature: float) -> None:
     )
     # at another T than 1 its gradient lacks the T^2 that its value has
     agree(loss, theirs, *([((x), (y)), (a, b)] if temperature == 1 else []))
+
+
+def test_inside_axolotls_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, as axolotl reads it from YAML; its trainer's own ``compute_loss``."""
+    host = pytest.importorskip("axolotl.integrations.kd.trainer")
+    plugins = pytest.importorskip("axolotl.integrations.base").PluginManager()
+    name = "LigerFusedLinearKLTopKLogprobLoss"
+    theirs = getattr(host, name)
+    monkeypatch.setattr(host, name, theirs)  # put back afterwards
+    plugins.register("fusedkd.integrations.axolotl.KDPlugin")
+    trainer = plugins.get_trainer_cls(SimpleNamespace(kd_trainer=True))
+    assert trainer is host.AxolotlKDTrainer and getattr(host, name) is getattr(axolotl, name)
+    w, s, ids, log_probs, mask, labels = axolotl_case()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm_head = torch.nn.Linear(H, V, bias=False)
+            self.lm_head.weight.data.copy_(w)
+
+        def forward(self, **_: Any) -> Any:
+            return SimpleNamespace(hidden_states=[s])
+
+    batch = {"labels": labels, "target_token_ids": ids, "target_logprobs": log_probs}
+    losses = []
+    for loss in (getattr(axolotl, name), theirs):
+        made = trainer.__new__(trainer)
+        made._kd_loss_fn = loss(0.3, 0.8, 2.0, 0.0, compiled=False)
+        losses.append(made.compute_loss(Model(), {**batch, "target_mask": mask}))
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-6, atol=1e-6)
 
 
 def test_axolotl_mistakes() -> None:
