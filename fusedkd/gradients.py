@@ -271,7 +271,7 @@ def weight_gradient(
     wide = torch.promote_types(grad.dtype, torch.float32)
     rows = PIECE_BYTES.get(grad.device.type, PIECE_BYTES["cpu"]) // (shape[1] * wide.itemsize)
     out: Tensor = backend.empty(shape, dtype=dtype, device=grad.device)
-    scratch = backend.empty((max(1, rows), shape[1]), dtype=wide, device=grad.device)
+    scratch = backend.empty((max(1, min(rows, shape[0])), shape[1]), dtype=wide, device=grad.device)
     for columns, piece in zip(grad.split(len(scratch), 1), out.split(len(scratch)), strict=True):
         product = scratch[: len(piece)]
         backend.mm_(product, columns.T, states)

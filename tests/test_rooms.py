@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # modules of fusedkd/ that lie in no folder.
 LAYERS = (
     ("cli",),
+    ("plan",),
     ("benchmarks",),
     ("demo",),
     ("integrations",),

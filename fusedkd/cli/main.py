@@ -24,6 +24,7 @@ Distil language models with fused, memory-saving losses.
   fusedkd cache --teacher DIR --data corpus/ --output cache/     a teacher that runs only once
   fusedkd data --tokenizer DIR --data corpus/     what a run would train on, token by token
   fusedkd demo                     a whole distillation on real text, in about six minutes
+  fusedkd plan --student DIR --teacher DIR --gpu h100  memory before there are weights
   fusedkd doctor                   what runs on this machine, and whether it is right
   fusedkd doctor --run out         what is wrong with a run
   fusedkd doctor --env             what to paste into a bug report
@@ -194,6 +195,12 @@ def _data(argv: list[str]) -> int:
     return main(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from fusedkd.cli.plan import main
+
+    return main(argv)
+
+
 def _hide(parser: argparse.ArgumentParser, names: set[str]) -> None:
     for action in parser._actions:
         if action.dest in names:
@@ -277,6 +284,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "student": _student,
     "cache": _cache,
     "data": _data,
+    "plan": _plan,
     "demo": _demo,
     "doctor": _doctor,
     "bench": _bench,

@@ -68,8 +68,9 @@ class Experiment:
         if loss is None:
             trainer = Trainer(model, TrainingArguments(**options), **data_and_clock)
         else:
-            options["eval_on_start"] = bool(evaluations)  # as ``fusedkd distill`` does
-            arguments = DistillationArguments(**options, **loss)
+            # as ``fusedkd distill`` does
+            started: dict[str, Any] = {"eval_on_start": bool(evaluations)}
+            arguments = DistillationArguments(**options, **started, **loss)
             given = data_and_clock | self.tokenizers
             trainer = DistillationTrainer(model, teacher, arguments, **given)
         trainer.remove_callback(PrinterCallback)  # Watch shows the same, and does not scroll

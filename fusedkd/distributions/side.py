@@ -83,4 +83,6 @@ def autocast_dtype(s: Side, t: Side) -> torch.dtype | None:
     """The dtype in which autocast would have a linear layer multiply; None: nothing to cast."""
     device = s.tensor.device.type
     heads = s.weight is not None or t.weight is not None
-    return torch.get_autocast_dtype(device) if heads and torch.is_autocast_enabled(device) else None
+    if not heads or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

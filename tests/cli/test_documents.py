@@ -55,6 +55,8 @@ SMALL = {
     "fusedkd cache": "--block-size 8 --top-k 4",
     "fusedkd cache --teacher ./teacher --data chat.jsonl": "--top-k 4",
     "fusedkd data": "",
+    "fusedkd plan": "--seq 16",
+    "python -m fusedkd.plan.measured": "--dry",
     "fusedkd bench": "--n 4 --vocab 100 --repeats 1 --budget 0.1 --providers fusedkd",
     "fusedkd bench --end-to-end": "--memory-limit 0.001",
     "fusedkd doctor": "",
@@ -82,7 +84,7 @@ SMALL = {
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
 CHAT += "{% if add_generation_prompt %}assistant {% endif %}"
 HELP = "fusedkd (distill|distill --config|cache|data|cache import|cache info|cache verify|student|"
-HELP += "completion)"
+HELP += "completion|plan)"
 
 
 @pytest.fixture
