@@ -113,6 +113,15 @@ def test_a_server_that_misbehaves(tmp_path: Path, teacher: Any) -> None:
 # ---- what a user may get wrong ----
 
 
+def test_nothing_shared(tmp_path: Path, teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared vocabulary is made where it is compared."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    monkeypatch.setattr("fusedkd.teachers.aligned.shared_vocabulary", lambda *_: (nothing, nothing))
+    assert loss(tmp_path, teacher, "alm")[0] > 0
+    with pytest.raises(ValueError, match="'both': the two tokenizers share no token: expected 'a"):
+        loss(tmp_path, teacher, "both")
+
+
 @pytest.mark.parametrize(
     ("kept", "kind", "said"),
     [

@@ -167,17 +167,18 @@ def test_stretches_that_begin_and_end_elsewhere() -> None:
         assert pairs_of(*found) == slow_spans(*sides), sides
 
 
-def test_rows_that_are_cut() -> None:
+@pytest.mark.parametrize(("ours_most", "theirs_most"), [(40, 50), (30, 999), (999, 30)])
+def test_rows_that_are_cut(ours_most: int, theirs_most: int) -> None:
     ours, theirs = student(), teacher()
     messages = turns(3)
     ids = ids_of(ours, messages)
     whole = Reading(ours, theirs)(ids, row(messages))
-    cut = Reading(ours, theirs, 50)(ids[:40], row(messages))
-    assert cut.ids == whole.ids[:50]
+    cut = Reading(ours, theirs, theirs_most)(ids[:ours_most], row(messages))
+    assert cut.ids == whole.ids[:theirs_most]
     expected = [
         pair
         for pair in pairs_of(whole.student_spans, whole.teacher_spans)
-        if pair[0][1] <= 40 and pair[1][1] <= 50
+        if pair[0][1] <= ours_most and pair[1][1] <= theirs_most
     ]
     assert pairs_of(cut.student_spans, cut.teacher_spans) == expected
 
