@@ -527,8 +527,7 @@ template <class X> class OneRow {
     double s = logit(call_.student, student_.row, label_, slope);
     double smoothing = call_.label_smoothing;
     const double unit = ::exp(row_.unit.inverse_temperature() * s - log_unit_);
-    double g =
-        hard.ce * (unit - (1 - smoothing) - smoothing / call_.vocabulary) + hard.z * unit;
+    double g = hard.ce * (unit - (1 - smoothing) - smoothing / call_.vocabulary) + hard.z * unit;
     if (kind == kNone) return g;
     double lq = rate * s - log_student_, q = ::exp(lq);
     if (kind == kEntrywise) {

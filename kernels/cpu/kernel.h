@@ -43,8 +43,7 @@ enum class Tail : int { absent, bucket, generalized, conditional };
 
 // In the order of Numbers in __init__.py.
 struct Numbers {
-  double temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing,
-      z_loss_weight;
+  double temperature, teacher_temperature, kd_scale, ce_weight, label_smoothing, z_loss_weight;
   double student_scale, student_softcap, teacher_scale, teacher_softcap;
   double rounding;  // a sparse teacher's tail below this counts as 0 where the student has none
   double rule;      // the address of a row rule's Tape; 0: none

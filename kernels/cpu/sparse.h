@@ -282,10 +282,9 @@ template <class X> class SparseRow : public OneRow<X> {
     if (soft != 0 && !conditional())
       student = -soft * grad_sum_ * ::exp(log_one(row_.student, log_student_));
     if (tail() && row_.student.seen) student += soft * entry_grad_[count_] / sums_.student;
-    double unit =
-        hard.both() == 0
-            ? 0
-            : hard.both() * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
+    double unit = hard.both() == 0
+                      ? 0
+                      : hard.both() * ::exp(log_one(unit_ ? row_.unit : row_.student, log_unit_));
     if (!separate) student += unit;
     const Coefficients c{
         -hard.ce * call_.label_smoothing / call_.vocabulary, student, soft, 0, 0, 0, unit};
@@ -325,7 +324,8 @@ template <class X> class SparseRow : public OneRow<X> {
     const double smoothing = call_.label_smoothing,
                  q = ::exp(z * row_.unit.inverse_temperature() - log_unit_);
     g += hard.z * q;
-    return g + hard.ce * (q - (column == label_ ? 1 - smoothing : 0) - smoothing / call_.vocabulary);
+    return g +
+           hard.ce * (q - (column == label_ ? 1 - smoothing : 0) - smoothing / call_.vocabulary);
   }
   double label_outside_gradient(double soft, Hard hard, double* slope) const {
     const double z = logit(call_.student, student_.row, label_, slope);
