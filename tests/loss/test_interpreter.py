@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 def test_the_kernels_in_the_interpreter() -> None:
     paths = [f"{name}.py" for name in FILES]
     # two processes: this is the last test of all to end, on idle cores
-    words = ("-n", "2", "--dist", "worksteal", "-k", "triton")
+    words = ("-m", "not slow", "-n", "2", "--dist", "worksteal", "-k", "triton")
     assert "passed" in children.tests(*paths, *words, **TRITON)
 
 
