@@ -132,7 +132,7 @@ evidence: setup
 # serves every Python, and every torch from 2.11 on. It finds torch's libraries loaded; auditwheel
 # names the oldest glibc that it runs on.
 wheel: setup
-	rm -rf dist build/linux && mkdir -p dist build/linux
+	rm -rf dist build/linux build/lib* && mkdir -p dist build/linux
 	$(BIN)/python setup.py -q sdist --dist-dir dist
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/linux .
 	if [ $$(uname) = Linux ]; then PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair -w dist \

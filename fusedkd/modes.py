@@ -16,6 +16,8 @@ in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
 def is_watched() -> bool:
     """Whether a call does its own work on tensors without memory, for a mode that adds up what it
     would take (:class:`fusedkd.plan.watch.Watch`)."""
+    if torch.compiler.is_compiling():  # whose graphs cannot hold the question
+        return False
     return bool(getattr(_get_current_dispatch_mode(), "as_if_real", False))
 
 

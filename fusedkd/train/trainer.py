@@ -159,8 +159,8 @@ class DistillationTrainer(FromHeads, Trainer):
         side: Any = sides[""] if column is None else RoutedSide(column, sides)
         self._teacher_side = side
         self._loss_keywords["vocab_size"] = self._vocabulary(bare(self.model))
-        if isinstance(side, LiveTeacher | AlignedTeacher):
-            self.teacher = side.model or self.teacher
+        if isinstance(side, LiveTeacher | AlignedTeacher) and side.model is not None:
+            self.teacher = side.model
         if isinstance(side, LiveTeacher):
             return
         side.check(self.processing_class, training=self.train_dataset, evaluation=self.eval_dataset)

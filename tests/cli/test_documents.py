@@ -84,7 +84,7 @@ SMALL = {
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} [SEP] {% endfor %}"
 CHAT += "{% if add_generation_prompt %}assistant {% endif %}"
 HELP = "fusedkd (distill|distill --config|cache|data|cache import|cache info|cache verify|student|"
-HELP += "completion|plan)"
+HELP += "completion|plan|demo|warmup)"
 
 
 @pytest.fixture
