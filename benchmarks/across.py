@@ -258,7 +258,7 @@ def show(results: dict[str, Any], seeds: int) -> None:
         for name in dict.fromkeys(name for _, name in jobs(seeds)):
             bits = [found[f"{name}/{seed}"]["bits"] for seed in range(seeds)]
             spread = max(bits) - min(bits)
-            closed = (mean("plain") - mean(name)) / gap
+            closed = (mean("plain") - mean(name)) / gap if gap else math.nan
             slower = mean(name, "seconds") / mean("plain", "seconds")
             table.add_row(
                 name, f"{mean(name):.4f} ({spread:.4f})", f"{closed:.0%}", f"{slower:.2f}x"

@@ -73,6 +73,7 @@ SMALL = {
     "--steps 2 --new-tokens 4",
     "python -m fusedkd.benchmarks.estimators": "--samples 2000",
     "python -m fusedkd.benchmarks.memory": "--tokens 8 16 --vocab 300 --providers fusedkd",
+    "python -m fusedkd.benchmarks.across": "--smoke --seeds 1 --teacher-steps 1 --steps 1",
     "python -m fusedkd.benchmarks.alignment": "--tokens 2000 --vocab 300 --hidden 16",
     "python -m fusedkd.benchmarks.attention": "--terms attention_kl --lengths 8 --tokens 16 "
     "--heads 2 --rounds 1",
