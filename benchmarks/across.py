@@ -7,7 +7,8 @@ Each student starts from the same weights and is trained on the same little text
 alone (plain), for as many steps and for as long as the objective took; with cross-entropy and alm,
 shared_kl, both, alm at T = 1, or ULD (the sorted probabilities of TRL's GOLD, spans merged as it
 does); and with a teacher that has the student's own tokenizer, which says how large the gap is.
-Results are noted in the file as they come, and those that are there are not computed again.
+Results are noted in the file as they come, and those that are there, of as many steps, are not
+computed again.
 """
 
 from __future__ import annotations
@@ -235,13 +236,15 @@ def main() -> None:
             direction = Direction(setting, teacher, student, Path(work))
             for seed, name in jobs(flags.seeds):
                 key = f"{name}/{seed}"
-                if key in found:
+                settings = {"steps": flags.steps, "teacher_steps": flags.teacher_steps}
+                if settings.items() <= found.get(key, {}).items():
                     continue
                 steps = flags.steps
                 if name.startswith("plain,"):
                     other = found[f"{name.removeprefix('plain, as long as ')}/{seed}"]["seconds"]
                     steps = max(1, round(steps * other / found[f"plain/{seed}"]["seconds"]))
-                found[key] = direction.student(name, seed, steps, flags.teacher_steps)
+                told = direction.student(name, seed, steps, flags.teacher_steps)
+                found[key] = settings | told
                 write_json(flags.output, results)
     show(results, flags.seeds)
 

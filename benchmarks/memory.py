@@ -29,11 +29,12 @@ NAMES = {"eager": "eager PyTorch", "liger": "Liger", "trl": "TRL", OURS: "fusedk
 
 
 Found = dict[str, dict[str, float]]  # MiB by the number of tokens, by provider
+Kept = dict[str, Found]  # by the entries of the vocabulary
 
 
-def measure_line(provider: str, case: Case, options: argparse.Namespace, known: Found) -> None:
-    """Into ``known``, as far as it goes."""
-    sizes = known.setdefault(provider, {})
+def measure_line(provider: str, case: Case, options: argparse.Namespace, kept: Kept) -> None:
+    """Into ``kept``, as far as it goes."""
+    sizes = kept[str(case.vocab)].setdefault(provider, {})
     for n in options.tokens:
         last = list(sizes.values())[-2:]
         if len(last) == 2 and 3 * last[1] - 2 * last[0] > options.most * 1024:
@@ -49,7 +50,7 @@ def measure_line(provider: str, case: Case, options: argparse.Namespace, known: 
         if not size:
             break
         sizes[str(n)] = round(size / 2**20)
-        write_json(options.output.with_suffix(".json"), known)
+        write_json(options.output.with_suffix(".json"), kept)
 
 
 def draw(lines: Found, case: Case, path: Path) -> None:
@@ -96,11 +97,12 @@ def main(arguments: list[str] | None = None) -> None:
     case = Case("head", "jsd", vocab=options.vocab, ce_weight=0.0)
     if reason := backends.load("cpu").unavailable():
         parser.error(f"fusedkd would run its reference here, for {reason}")
-    kept = options.output.with_suffix(".json")
-    known: Found = json.loads(kept.read_text()) if kept.exists() else {}
+    path = options.output.with_suffix(".json")
+    kept: Kept = json.loads(path.read_text()) if path.exists() else {}
+    lines = kept.setdefault(str(case.vocab), {})
     for name in options.providers:
-        measure_line(name, case, options, known)
-    draw(known, case, options.output)
+        measure_line(name, case, options, kept)
+    draw(lines, case, options.output)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Rounding:
     def __init__(self, setting: Setting, flags: Any, text: Corpus, work: Path) -> None:
         self.setting, self.flags, self.text, self.work = setting, flags, text, work
         self.console = Console()
+        self.steps = flags.student_steps or setting.student_steps  # of the student
 
     def demo(self, seed: int, **options: Any) -> Demo:
         demo = Demo(self.setting, self.text, self.work, self.console, seed)
@@ -67,9 +68,10 @@ class Rounding:
         size = self.setting
         data, steps = self.text.teacher, size.teacher_steps
         teacher = self.kept("teacher", self.demo(0), size.teacher, data, steps)
-        given = self.text.transfer, self.flags.student_steps or size.student_steps
         distilled = {"teacher": teacher, "loss": LOSSES["kd"]}
-        return self.kept(f"student-{seed}", self.demo(seed), size.student, *given, **distilled)
+        given = self.text.transfer, self.steps
+        name = f"student-{self.steps}-{seed}"
+        return self.kept(name, self.demo(seed), size.student, *given, **distilled)
 
     def measure(self, name: str, seed: int) -> dict[str, float]:
         """Held-out numbers, and processor seconds of a step of training."""
@@ -102,6 +104,7 @@ def main() -> None:
     flags = parser.parse_args()
     # widths that groups of 32 divide
     setting = replace(SMOKE, student=(96, 1)) if flags.smoke else Setting()
+    flags.output /= "smoke" if flags.smoke else "demo"  # models of one size are not the other's
     flags.output.mkdir(parents=True, exist_ok=True)
     file = flags.output / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
@@ -109,7 +112,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         rounding = Rounding(setting, flags, corpus(setting), Path(work))
         key = (
-            f"{flags.scheme}, {flags.group} a scale, {flags.steps} steps of {flags.learning_rate:g}"
+            f"{flags.scheme}, {flags.group} a scale, {flags.steps} steps of "
+            f"{flags.learning_rate:g} after {rounding.steps}"
         )
         found = results.setdefault(key, {})
         names = ["not rounded", "rounded", *flags.only]

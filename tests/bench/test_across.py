@@ -27,3 +27,8 @@ def test_runs_goes_on_and_shows(
     again = json.loads(path.read_text())
     assert again["280 to 320"] == results["280 to 320"] and "uld/0" in again["320 to 280"]
     assert capsys.readouterr().out.count("own tokenizer") == 4
+    other = {**again["280 to 320"]["plain/0"], "teacher_steps": 3, "bits": 11.0}  # another run's
+    again["280 to 320"]["plain/0"] = other
+    path.write_text(json.dumps(again))
+    across.main()
+    assert json.loads(path.read_text())["280 to 320"]["plain/0"]["bits"] != 11.0
