@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.checks import check_tensor
+from fusedkd.call import divisor
+from fusedkd.checks import check_divides, check_tensor
 from fusedkd.distributions import LMHead
 from fusedkd.loss import kd_loss
 
@@ -156,6 +157,7 @@ def _reduced(
 ) -> Tensor:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'.")
+    check_divides(normalizer, reduction)
     total: Any = loss.numel()
     if weights is not None:
         weights = weights.to(loss.dtype)
@@ -164,5 +166,5 @@ def _reduced(
         return loss
     if normalizer is None and reduction == "sum":
         return loss.sum()
-    divisor = torch.as_tensor(total if normalizer is None else normalizer, device=loss.device)
-    return loss.sum() / torch.where(divisor == 0, 1, divisor).to(loss.dtype)
+    by = divisor(loss, total if normalizer is None else normalizer)
+    return loss.sum() / torch.where(by == 0, 1, by)

@@ -135,6 +135,9 @@ def test_d2t_is_offsets() -> None:
         ({"temperature": 2.0}, TypeError, "'temperature' is no argument"),
         ({"reduction": "batchmean"}, ValueError, "reduction='batchmean'"),
         ({"token_weights": -torch.ones(3)}, ValueError, "token_weights"),
+        ({"normalizer": -2.0}, ValueError, "normalizer=-2.0"),
+        ({"normalizer": torch.ones(2)}, ValueError, "normalizer"),
+        ({"normalizer": 2.0, "reduction": "none"}, ValueError, "normalizer was given"),
     ],
 )
 def test_mistakes(options: dict[str, Any], error: type[Exception], words: str) -> None:
