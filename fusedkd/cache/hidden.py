@@ -36,7 +36,7 @@ from torch import Tensor
 from fusedkd.cache.actual import ActualLayout
 from fusedkd.cache.errors import CacheError
 from fusedkd.cache.layout import Columns, Layout
-from fusedkd.cache.policy import ACTUAL
+from fusedkd.cache.policy import ACTUAL, HIDDEN
 
 GROUP = 64
 
@@ -115,10 +115,8 @@ def layout_of(policy: Any, vocab_size: int, temperatures: tuple[float, ...]) -> 
     Raises:
         CacheError: as :class:`Layout`.
     """
-    if policy.hidden:
-        return HiddenLayout(policy, vocab_size, temperatures)
-    kind = ActualLayout if policy.kind == ACTUAL else Layout
-    return kind(policy, vocab_size, temperatures)
+    kinds: dict[str, type[Layout]] = {ACTUAL: ActualLayout, **dict.fromkeys(HIDDEN, HiddenLayout)}
+    return kinds.get(policy.kind, Layout)(policy, vocab_size, temperatures)
 
 
 @cache

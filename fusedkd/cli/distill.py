@@ -46,10 +46,11 @@ def distill(
         UserError: a missing or wrong argument, model or file.
     """
     report = ReportArguments() if report is None else report
+    folder = Path(args.output_dir or ".")
     trainer, checkpoint = _prepare(models, data, args)
     samples = _report_on(trainer, report, checkpoint)
     if run is not None and trainer.is_world_process_zero():
-        _keep_flags(run, Path(args.output_dir or "."), resumed=checkpoint is not None)
+        _keep_flags(run, folder, resumed=checkpoint is not None)
     with what_is_asked(trainer):
         metrics = _trained(trainer, checkpoint)
         if trainer.eval_dataset is not None:
@@ -58,15 +59,13 @@ def distill(
         trainer.save_state()
         texts = samples.finish()
     if trainer.is_world_process_zero():
+        student = trainer.accelerator.unwrap_model(trainer.model)
         if report.eval_tasks:
-            student = trainer.accelerator.unwrap_model(trainer.model)
             scores = lm_eval_scores(student, trainer.processing_class, report.eval_tasks)
             metrics["eval_tasks"] = scores
         if models.quantise is not None:
-            student = trainer.accelerator.unwrap_model(trainer.model)
             scheme, group = models.quantise, models.quantise_group
-            where = Path(args.output_dir or ".")
-            export(student, where, scheme, group, trainer.processing_class)
+            export(student, folder, scheme, group, trainer.processing_class)
         card = make_card(trainer, metrics, texts)
         _summary(trainer, card)
         _write(trainer, card, models, data, report)

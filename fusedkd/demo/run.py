@@ -61,7 +61,9 @@ ABOUT = {
     "student": "the demo's student",
     "teacher": "the demo's teacher",
     "data": "the Python standard library's sources",
-    "loss": "0.8 x forward_kl at T = 2 + 0.2 x CE",
+    "loss": "{kd_weight:g} x {divergence} at T = {temperature:g} + {ce_weight:g} x CE".format(
+        **LOSSES["kd"]
+    ),
     "again": "`fusedkd demo`",
 }
 PROBE_STEPS = 6

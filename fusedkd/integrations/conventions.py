@@ -25,14 +25,21 @@ def stand_in(module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
         ImportError: the host has no such function, or one of another signature: a version that
             ours was not written for, whose calls would mean something else.
     """
-    theirs = getattr(module, name, None)
-    if theirs is ours:
-        return
-    where = f"{module.__name__}.{name}"
+    theirs_of(module, name, ours)
+    setattr(module, name, ours)
+
+
+def theirs_of(module: ModuleType, name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """The host's function ``name``, which ``ours`` can take the place of, or has taken.
+
+    Raises:
+        ImportError: as :func:`stand_in`.
+    """
+    theirs, where = getattr(module, name, None), f"{module.__name__}.{name}"
     if not callable(theirs):
         raise ImportError(f"{where} is not there: {_VERSION}")
     check_signature(where, theirs, ours)
-    setattr(module, name, ours)
+    return theirs
 
 
 def check_signature(where: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.integrations.conventions import check_signature, stand_in
+from fusedkd.integrations.conventions import theirs_of
 from fusedkd.integrations.trl.losses import chunked_divergence_loss
 
 __all__ = ["distillation_chunked_jsd", "fused_linear_jsd", "register"]
@@ -118,18 +118,12 @@ def register() -> None:
         ("unsloth_zoo.rl_replacements", distillation_chunked_jsd),
         ("unsloth_zoo.fused_losses.fused_linear", fused_linear_jsd),
     )
-    found: list[tuple[Any, str, Any, Any]] = []
-    for where, ours in hosts:
-        module, name = importlib.import_module(where), ours.__name__
-        theirs = getattr(module, name, None)
-        if callable(theirs):
-            check_signature(f"{where}.{name}", theirs, ours)
-        else:
-            stand_in(module, name, ours)  # says what is missing
-        found.append((module, name, theirs, ours))
-    for module, name, theirs, ours in found:
-        stand_in(module, name, ours)
-        for other in list(sys.modules.values()):
-            for key, value in list(getattr(other, "__dict__", {}).items()):
+    pairs = [
+        (theirs_of(importlib.import_module(where), ours.__name__, ours), ours)
+        for where, ours in hosts
+    ]
+    for theirs, ours in pairs:
+        for module in list(sys.modules.values()):
+            for key, value in list(getattr(module, "__dict__", {}).items()):
                 if value is theirs:
-                    setattr(other, key, ours)
+                    setattr(module, key, ours)
